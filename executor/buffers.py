@@ -1,0 +1,71 @@
+"""``ParameterBuffer``: a rank's share of a role's weights in one flat tensor, and views into it.
+
+One flat tensor makes the whole of a layout one message, one gradient all-reduce and one
+optimizer update; the views carry the shapes. Which slice lies where is ``planner.layout``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from planner.layout import Layout, ParameterSlice
+
+
+class ParameterBuffer:
+    """Flat storage [num_values + padding] of ``slices``, in their order.
+
+    ``flat`` is padded with zeros to a multiple of ``multiple`` so that it can be cut evenly
+    over data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        slices: Sequence[ParameterSlice],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        multiple: int = 1,
+    ) -> None:
+        self.slices = tuple(slices)
+        self.starts: dict[str, int] = {}
+        self.by_name = {piece.name: piece for piece in self.slices}
+        assert len(self.by_name) == len(self.slices), "one slice of a parameter on a rank"
+        end = 0
+        for piece in self.slices:
+            self.starts[piece.name] = end
+            end += piece.num_values
+        self.num_values = end
+        padded = -(-end // multiple) * multiple
+        self.flat = torch.zeros(padded, dtype=dtype, device=device)
+
+    @classmethod
+    def for_rank(
+        cls, layout: Layout, rank: int, *, dtype: torch.dtype, device: torch.device | str,
+        multiple: int = 1,
+    ) -> ParameterBuffer:  # fmt: skip
+        return cls(layout.slices(rank), dtype=dtype, device=device, multiple=multiple)
+
+    def view(self, name: str, *, of: Tensor | None = None) -> Tensor:
+        """The tensor of one slice, in its local shape; ``of``: another flat tensor, same order."""
+        start, piece = self.starts[name], self.by_name[name]
+        flat = self.flat if of is None else of
+        return flat[start : start + piece.num_values].view(piece.length)
+
+    def fused(self, names: Sequence[str], *, of: Tensor | None = None) -> Tensor:
+        """Neighbouring slices as one tensor [sum of rows, …] without a copy: q, k, v at once."""
+        pieces = [self.by_name[name] for name in names]
+        for before, after in zip(names, names[1:], strict=False):
+            expected = self.starts[before] + self.by_name[before].num_values
+            assert self.starts[after] == expected, f"{before} and {after} are not neighbours"
+        rows = sum(piece.length[0] for piece in pieces)
+        start = self.starts[names[0]]
+        count = sum(piece.num_values for piece in pieces)
+        flat = self.flat if of is None else of
+        return flat[start : start + count].view(rows, *pieces[0].length[1:])
+
+    def box(self, piece: ParameterSlice) -> Tensor:
+        """The part of this buffer that holds ``piece``, a box inside one of its slices."""
+        return self.view(piece.name)[piece.relative_to(self.by_name[piece.name])]

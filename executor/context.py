@@ -1,0 +1,99 @@
+"""``RankContext``: one rank's place in one layout, and the process groups of that place.
+
+A context is built once for each layout of a plan, passed to everything that communicates, and
+never stored globally. Ranks outside a layout's mesh take part in building its groups (torch
+asks every process to create every group, in one order) and get no context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from planner.layout import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankContext:
+    """Where this rank stands in ``layout``; a group of one member is None.
+
+    ``tp_group``: ranks that hold the other shards of the same layers for the same data.
+    ``dp_group``: ranks that hold the same shard and work on other data.
+    ``embedding_group``: first and last stage of a tied embedding under pp > 1.
+    ``mesh_group``: all ranks of the layout.
+    """
+
+    layout: Layout
+    rank: int  # in the world: the device's number in the cluster
+    device: torch.device
+    tp_group: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
+    embedding_group: dist.ProcessGroup | None = None
+    mesh_group: dist.ProcessGroup | None = None
+
+    @property
+    def pp_rank(self) -> int:
+        return self.layout.coordinates(self.rank)[0]
+
+    @property
+    def dp_rank(self) -> int:
+        return self.layout.coordinates(self.rank)[1]
+
+    @property
+    def tp_rank(self) -> int:
+        return self.layout.coordinates(self.rank)[2]
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+    def stage_rank(self, pp_rank: int) -> int:
+        """The world rank at another stage with this rank's dp and tp place."""
+        return self.layout.device(pp_rank, self.dp_rank, self.tp_rank)
+
+
+def single_process(layout: Layout, device: torch.device | str = "cpu") -> RankContext:
+    """The context of a layout of one device: no groups, no communication."""
+    assert layout.mesh.num_devices == 1, layout
+    return RankContext(layout=layout, rank=layout.mesh.first, device=torch.device(device))
+
+
+def _groups(layout: Layout) -> list[tuple[str, list[int]]]:
+    """(axis, world ranks) of every group of a layout, in one order on all ranks."""
+    pp, tp, dp = range(layout.pp), range(layout.tp), range(layout.dp)
+    found = [("tp", [layout.device(p, d, t) for t in tp]) for p in pp for d in dp]
+    found += [("dp", [layout.device(p, d, t) for d in dp]) for p in pp for t in tp]
+    if layout.spec.tied_embedding and layout.pp > 1:
+        ends = (0, layout.pp - 1)
+        found += [("embedding", [layout.device(p, d, t) for p in ends]) for d in dp for t in tp]
+    found.append(("mesh", list(layout.mesh.devices)))
+    return [(axis, ranks) for axis, ranks in found if len(ranks) > 1]
+
+
+def build_contexts(
+    layouts: Iterable[Layout], *, rank: int, device: torch.device
+) -> dict[Layout, RankContext]:
+    """The contexts of the layouts that ``rank`` belongs to; collective over the whole world.
+
+    Layouts that need the same set of ranks share one process group.
+    """
+    known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+    contexts: dict[Layout, RankContext] = {}
+    for layout in layouts:
+        mine: dict[str, dist.ProcessGroup | None] = {}
+        for axis, ranks in _groups(layout):
+            members = tuple(ranks)
+            if members not in known:
+                known[members] = dist.new_group(ranks)
+            if rank in members:
+                mine[f"{axis}_group"] = known[members]
+        if rank in layout.mesh:
+            contexts[layout] = RankContext(layout=layout, rank=rank, device=device, **mine)
+    return contexts

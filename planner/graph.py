@@ -1,0 +1,160 @@
+"""The dataflow graph of one RLHF step: model function calls, and the data keys that join them.
+
+Read ``ModelFunctionCall``, then ``DataflowGraph``. An algorithm's graph is built in
+``experiments/<name>/graph.py``; where and how a call runs is the plan's (``plan.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+import networkx as nx
+
+from profiles.errors import PlanError
+
+
+class CallKind(str, Enum):
+    """What a call does with its role's model."""
+
+    GENERATE = "generate"
+    INFER = "infer"
+    TRAIN = "train"
+    FUNCTION = "function"  # no model: a reward computed by code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataKey:
+    """One named quantity of every sample: as long as its tokens, or a single value."""
+
+    name: str
+    per: Literal["token", "sequence"]
+    dtype: Literal["int64", "float32"] = "float32"
+
+    @property
+    def bytes_per_value(self) -> int:
+        return 8 if self.dtype == "int64" else 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFunctionCall:
+    """One GENERATE, INFER or TRAIN of a role's model, or a FUNCTION of the data.
+
+    ``inputs`` and ``outputs`` are names of data keys. A FUNCTION call has no role.
+    ``num_mini_batches`` is the number of optimizer steps of a TRAIN call.
+    """
+
+    name: str
+    kind: CallKind
+    role: str | None
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    num_mini_batches: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataflowGraph:
+    """Calls in an order in which they may run, and the keys that they exchange.
+
+    ``source_keys`` are read from the data set: every rank can produce them from (seed, step).
+
+    Raises:
+        PlanError: two calls of one name, a key that nothing produces or that two calls produce,
+            a call before its producer, two TRAIN calls of one role, or a FUNCTION with a role.
+    """
+
+    name: str
+    calls: tuple[ModelFunctionCall, ...]
+    keys: tuple[DataKey, ...]
+    source_keys: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        self._check_names()
+        produced = set(self.source_keys)
+        for call in self.calls:
+            for key in call.inputs:
+                if key not in produced:
+                    raise PlanError(
+                        f"nothing before it produces '{key}'", where=f"graph.{call.name}.inputs",
+                        remedy=f"produced so far: {', '.join(sorted(produced)) or 'nothing'}",
+                    )  # fmt: skip
+            for key in call.outputs:
+                if key in produced:
+                    raise PlanError(f"'{key}' is produced twice", where=f"graph.{call.name}")
+                produced.add(key)
+        trained = [call.role for call in self.calls if call.kind is CallKind.TRAIN]
+        if len(trained) != len(set(trained)):
+            raise PlanError("a role is trained by two calls", where=f"graph {self.name}")
+
+    def _check_names(self) -> None:
+        names = [call.name for call in self.calls]
+        known = {key.name for key in self.keys}
+        if not names or len(names) != len(set(names)):
+            raise PlanError("needs calls with distinct names", where=f"graph {self.name}")
+        for call in self.calls:
+            if (call.kind is CallKind.FUNCTION) != (call.role is None):
+                raise PlanError(
+                    "a FUNCTION call has no role, every other call has one",
+                    where=f"graph.{call.name}.role",
+                )
+            if call.num_mini_batches < 1:
+                raise PlanError("must be at least 1", where=f"graph.{call.name}.num_mini_batches")
+            for key in (*call.inputs, *call.outputs):
+                if key not in known:
+                    raise PlanError(f"'{key}' is not a declared key", where=f"graph.{call.name}")
+
+    def call(self, name: str) -> ModelFunctionCall:
+        return next(call for call in self.calls if call.name == name)
+
+    def key(self, name: str) -> DataKey:
+        return next(key for key in self.keys if key.name == name)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles with a model, in order of first use."""
+        return tuple(dict.fromkeys(call.role for call in self.calls if call.role is not None))
+
+    def calls_of(self, role: str) -> tuple[ModelFunctionCall, ...]:
+        return tuple(call for call in self.calls if call.role == role)
+
+    def train_call(self, role: str) -> ModelFunctionCall | None:
+        """The call that trains ``role``, or None for a frozen role."""
+        trains = (c for c in self.calls_of(role) if c.kind is CallKind.TRAIN)
+        return next(trains, None)
+
+    def producer(self, key: str) -> ModelFunctionCall | None:
+        """The call that produces ``key``; None where it comes from the data set."""
+        return next((call for call in self.calls if key in call.outputs), None)
+
+    def predecessors(self, call: ModelFunctionCall) -> tuple[ModelFunctionCall, ...]:
+        """Calls of the same step whose data ``call`` reads, or whose role it must not overtake.
+
+        A TRAIN call follows every other call of its role in the step: they read the weights
+        that it changes.
+        """
+        producers = [self.producer(key) for key in call.inputs]
+        found = [p for p in producers if p is not None]
+        if call.kind is CallKind.TRAIN and call.role is not None:
+            found += [c for c in self.calls_of(call.role) if c.kind is not CallKind.TRAIN]
+        return tuple(dict.fromkeys(found))
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Calls as nodes; ``keys`` on an edge; parameter-version edges carry ``next_step=True``."""
+        graph = nx.DiGraph(name=self.name)
+        for call in self.calls:
+            graph.add_node(call.name, call=call)
+            for before in self.predecessors(call):
+                shared = sorted(set(before.outputs) & set(call.inputs))
+                graph.add_edge(before.name, call.name, keys=shared, next_step=False)
+        for role in self.roles:
+            train = self.train_call(role)
+            for call in self.calls_of(role) if train else ():
+                if train is not None and call.name != train.name:
+                    graph.add_edge(train.name, call.name, keys=[], next_step=True)
+        return graph
+
+
+def keys_by_name(keys: Iterable[DataKey]) -> Mapping[str, DataKey]:
+    return {key.name: key for key in keys}

@@ -1,0 +1,200 @@
+"""``ExecutionPlan``: everything that is needed to estimate, read, edit and run one RLHF step.
+
+A plan is data. Search writes it, people edit it, the executor runs it; ``plan_schema.py`` reads
+and writes its JSON form. ``validate_plan`` says in one sentence what cannot run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from planner.graph import CallKind, DataflowGraph
+from planner.mesh import DeviceMesh, check_mesh
+from planner.strategy import ParallelStrategy, strategy_problem
+from profiles.errors import PlanError
+from profiles.hardware import ClusterSpec
+from profiles.models import ModelSpec
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """The data of one step: ``batch_size`` sequences, each a prompt and an answer.
+
+    ``prompt_tokens`` is the longest prompt, ``response_tokens`` the longest answer; an estimate
+    takes every sequence at ``mean_*`` tokens, which default to the longest (an upper bound).
+    """
+
+    batch_size: int
+    prompt_tokens: int
+    response_tokens: int
+    mean_prompt_tokens: float | None = None
+    mean_response_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "prompt_tokens", "response_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"{value!r} is not a positive whole number", where=f"workload.{name}")
+        for name, longest in (
+            ("mean_prompt_tokens", self.prompt_tokens),
+            ("mean_response_tokens", self.response_tokens),
+        ):
+            mean = getattr(self, name)
+            if mean is not None and not 0 < mean <= longest:
+                raise PlanError(
+                    f"{mean!r} is not above 0 and at most {longest}", where=f"workload.{name}"
+                )
+
+    @property
+    def expected_prompt_tokens(self) -> float:
+        return self.mean_prompt_tokens or float(self.prompt_tokens)
+
+    @property
+    def expected_response_tokens(self) -> float:
+        return self.mean_response_tokens or float(self.response_tokens)
+
+    @property
+    def expected_tokens(self) -> float:
+        """Tokens of one sequence, prompt and answer."""
+        return self.expected_prompt_tokens + self.expected_response_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        return self.prompt_tokens + self.response_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Allocation:
+    """Where and how one call runs: its mesh, its strategy, its micro-batches.
+
+    ``num_micro_batches`` counts the micro-batches of one data-parallel rank: of one PPO
+    mini-batch for TRAIN, of the rank's whole share for INFER, and for GENERATE the groups of
+    sequences that are in flight between pipeline stages.
+    """
+
+    mesh: DeviceMesh
+    strategy: ParallelStrategy
+    num_micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_micro_batches < 1:
+            raise PlanError(f"num_micro_batches is {self.num_micro_batches}, not at least 1")
+
+    def __str__(self) -> str:
+        return f"{self.mesh} {self.strategy.short} x{self.num_micro_batches}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What the simulator and the memory model say of a plan.
+
+    ``step_s``: seconds per step in steady state. ``lower_bound_s``: no plan of this problem is
+    faster under the same costs. ``per_call_s``: seconds of each call alone. ``peak_bytes``:
+    the fullest device. ``provenance``: share of the calls' seconds by origin of the numbers.
+    """
+
+    step_s: float
+    lower_bound_s: float
+    per_call_s: Mapping[str, float]
+    peak_bytes: int
+    provenance: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        """(step - bound) / step: 0.05 means at most 5% faster is possible."""
+        return max(0.0, 1.0 - self.lower_bound_s / self.step_s) if self.step_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What is to be planned: the graph, a model for each role, the data, the cluster.
+
+    ``algorithm`` and ``config`` (resolved, plain JSON values) let the executor rebuild the
+    algorithm's functions; ``paths`` names each role's Hugging Face folder, where known.
+    """
+
+    algorithm: str
+    config: Mapping[str, Any]
+    graph: DataflowGraph
+    models: Mapping[str, ModelSpec]
+    workload: Workload
+    cluster: ClusterSpec
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for role in self.graph.roles:
+            if role not in self.models:
+                raise PlanError("this role of the graph has no model", where=f"models.{role}")
+
+    def spec_of(self, call_name: str) -> ModelSpec | None:
+        """The model that a call runs; None for a FUNCTION."""
+        role = self.graph.call(call_name).role
+        return None if role is None else self.models[role]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionPlan:
+    """A problem with one allocation for each call; see ``plan_schema`` for its file."""
+
+    problem: Problem
+    allocations: Mapping[str, Allocation]
+    seed: int = 0
+    estimate: Estimate | None = None
+    baselines: Mapping[str, float] = field(default_factory=dict)  # name -> seconds per step
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # tool version, profile, date
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def num_devices(self) -> int:
+        return self.problem.cluster.num_devices
+
+
+def largest_dp(problem: Problem, call_name: str) -> int:
+    """The most data-parallel ranks that all get at least one sequence of every mini-batch."""
+    call = problem.graph.call(call_name)
+    return problem.workload.batch_size // call.num_mini_batches
+
+
+def allocation_problem(problem: Problem, call_name: str, allocation: Allocation) -> str | None:
+    """Why a call cannot run under an allocation, or None."""
+    reason = strategy_problem(
+        problem.spec_of(call_name), allocation.strategy, allocation.mesh, problem.cluster
+    )
+    if reason is not None:
+        return reason
+    s, most = allocation.strategy, largest_dp(problem, call_name)
+    if s.dp > most:
+        return f"dp {s.dp} exceeds the {most} sequences of a mini-batch"
+    if allocation.num_micro_batches > max(1, most // s.dp):
+        return (
+            f"{allocation.num_micro_batches} micro-batches of {most // s.dp} sequences "
+            f"on each data-parallel rank"
+        )
+    if s.zero and problem.graph.call(call_name).kind is not CallKind.TRAIN:
+        return "ZeRO applies to TRAIN calls only"
+    return None
+
+
+def validate_plan(plan: ExecutionPlan) -> None:
+    """Raise ``PlanError`` with the call's name unless every call of the plan can run."""
+    problem = plan.problem
+    names = {call.name for call in problem.graph.calls}
+    for name in plan.allocations:
+        if name not in names:
+            raise PlanError(
+                f"'{name}' is not a call of {problem.graph.name}", where="allocations",
+                remedy=f"calls: {', '.join(sorted(names))}",
+            )  # fmt: skip
+    for call in problem.graph.calls:
+        where = f"allocations.{call.name}"
+        if call.name not in plan.allocations:
+            raise PlanError("missing", where=where, remedy="every call needs an allocation")
+        allocation = plan.allocations[call.name]
+        check_mesh(allocation.mesh, problem.cluster, where=f"{where}.mesh")
+        reason = allocation_problem(problem, call.name, allocation)
+        if reason is not None:
+            raise PlanError(reason, where=where)

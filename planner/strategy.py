@@ -1,0 +1,135 @@
+"""``ParallelStrategy``: how one call is split over its mesh, and which splits a model allows.
+
+Convention, used everywhere: inside a mesh
+``rank = (pp_rank * dp + dp_rank) * tp + tp_rank``; tp is innermost, so it stays in a node.
+With pp 2, dp 1, tp 2 the four ranks are (pp, tp) = (0,0) (0,1) (1,0) (1,1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from planner.mesh import DeviceMesh
+from profiles.errors import PlanError
+from profiles.hardware import ClusterSpec
+from profiles.models import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class ParallelStrategy:
+    """``pp * tp * dp`` devices: pipeline stages, tensor shards, data-parallel replicas.
+
+    ``zero`` is the ZeRO stage of a TRAIN call: 0 replicates the optimizer, 1 shards it over dp.
+    ``recompute`` drops a block's activations in the forward pass and recomputes them backward.
+    """
+
+    pp: int = 1
+    tp: int = 1
+    dp: int = 1
+    zero: int = 0
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for axis in ("pp", "tp", "dp"):
+            value = getattr(self, axis)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"{axis} is {value!r}, not a positive whole number")
+        if self.zero not in (0, 1):
+            raise PlanError(f"ZeRO stage {self.zero!r} is not supported", remedy="use 0 or 1")
+
+    @property
+    def num_devices(self) -> int:
+        return self.pp * self.tp * self.dp
+
+    @property
+    def short(self) -> str:
+        """``d4p2m1``: dp 4, pp 2, tp 1, as users of the prior system write it."""
+        return f"d{self.dp}p{self.pp}m{self.tp}"
+
+    def rank(self, pp_rank: int, dp_rank: int, tp_rank: int) -> int:
+        """The place inside the mesh."""
+        return (pp_rank * self.dp + dp_rank) * self.tp + tp_rank
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(pp_rank, dp_rank, tp_rank) of a place inside the mesh."""
+        return rank // (self.dp * self.tp), rank // self.tp % self.dp, rank % self.tp
+
+
+def parse_strategy(text: str, *, where: str = "--layout") -> ParallelStrategy:
+    """``d4p2m1`` in any order of its letters.
+
+    >>> parse_strategy("p2d4m1").short
+    'd4p2m1'
+
+    Raises:
+        PlanError: a letter is missing, doubled or unknown.
+    """
+    parts = re.findall(r"([dpm])(\d+)", text)
+    if re.fullmatch(r"([dpm]\d+){3}", text) is None or {p[0] for p in parts} != {"d", "p", "m"}:
+        raise PlanError(
+            f"'{text}' is not a layout", where=where, remedy="write dp, pp and tp like d4p2m1"
+        )
+    size = {letter: int(number) for letter, number in parts}
+    return ParallelStrategy(dp=size["d"], pp=size["p"], tp=size["m"])
+
+
+def stage_layers(num_layers: int, pp: int) -> list[range]:
+    """Blocks of each pipeline stage, the first stages taking the remainder.
+
+    >>> [len(r) for r in stage_layers(10, 4)]
+    [3, 3, 2, 2]
+    """
+    if not 1 <= pp <= num_layers:
+        raise PlanError(f"pp {pp} for {num_layers} layers", remedy=f"pp must be 1 to {num_layers}")
+    base, extra = divmod(num_layers, pp)
+    bounds = [stage * base + min(stage, extra) for stage in range(pp + 1)]
+    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def tensor_parallel_problem(spec: ModelSpec, tp: int) -> str | None:
+    """Why ``tp`` does not divide the model, or None where it does."""
+    for what, size in (
+        ("heads", spec.num_heads),
+        ("kv heads", spec.num_kv_heads),
+        ("feed-forward columns", spec.ffn),
+        ("rows of vocabulary", spec.vocab),
+    ):
+        if size % tp:
+            return f"tp {tp} does not divide the {size} {what} of {spec.name}"
+    return None
+
+
+def strategy_problem(
+    spec: ModelSpec | None, strategy: ParallelStrategy, mesh: DeviceMesh, cluster: ClusterSpec
+) -> str | None:
+    """Why ``strategy`` cannot run ``spec`` on ``mesh``, or None. ``spec`` None: a FUNCTION call."""
+    s = strategy
+    if s.num_devices != mesh.num_devices:
+        return (
+            f"pp {s.pp} x tp {s.tp} x dp {s.dp} = {s.num_devices} devices, "
+            f"but mesh {mesh} has {mesh.num_devices}"
+        )
+    if spec is None:
+        return None if s.pp == s.tp == 1 else "a function call is split over dp only"
+    if s.pp > spec.num_layers:
+        return f"pp {s.pp} for {spec.num_layers} layers of {spec.name}"
+    if s.tp > cluster.devices_per_node:
+        return f"tp {s.tp} leaves a node of {cluster.devices_per_node} devices"
+    if mesh.num_devices >= s.tp and cluster.devices_per_node % s.tp and cluster.num_nodes > 1:
+        return f"tp {s.tp} does not divide a node of {cluster.devices_per_node} devices"
+    return tensor_parallel_problem(spec, s.tp)
+
+
+def legal_strategies(
+    spec: ModelSpec | None, mesh: DeviceMesh, cluster: ClusterSpec, *, max_dp: int
+) -> Iterator[ParallelStrategy]:
+    """Every (pp, tp, dp) that ``strategy_problem`` allows, with dp <= ``max_dp``, zero 0."""
+    count = mesh.num_devices
+    for tp in (t for t in range(1, count + 1) if count % t == 0):
+        rest = count // tp
+        for pp in (p for p in range(1, rest + 1) if rest % p == 0):
+            strategy = ParallelStrategy(pp=pp, tp=tp, dp=rest // pp)
+            if strategy.dp <= max_dp and not strategy_problem(spec, strategy, mesh, cluster):
+                yield strategy

@@ -1,0 +1,59 @@
+"""The questions that a planner asks of a profile, and the shape of an answer.
+
+``LayerCosts`` is answered by ``table.TableCosts`` (measured, interpolated) and by
+``roofline.RooflineCosts`` (peak rates); both say where each number comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, Protocol
+
+from profiles.models import ModelSpec
+
+Component = Literal["block", "embedding", "head"]
+Operation = Literal["forward", "backward", "decode"]
+
+
+class Provenance(str, Enum):
+    """Where a number comes from, best first."""
+
+    MEASURED = "measured"
+    INTERPOLATED = "interpolated"
+    EXTRAPOLATED = "extrapolated"
+    ROOFLINE = "roofline"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds, and how they are known."""
+
+    seconds: float
+    provenance: Provenance
+
+
+class LayerCosts(Protocol):
+    """Seconds of one tensor-parallel shard's compute, without its collectives."""
+
+    def layer(
+        self,
+        spec: ModelSpec,
+        component: Component,
+        operation: Operation,
+        *,
+        tp: int,
+        size: int,
+        length: int,
+    ) -> Cost:
+        """One block, the embedding, or the head (final norm + head + loss or log-probs).
+
+        ``forward`` / ``backward``: ``size`` packed tokens in sequences of ``length`` tokens.
+        ``decode``: ``size`` sequences, one new token each, ``length`` tokens of live context.
+        ``head`` in ``decode`` gives the logits of ``size`` rows.
+        """
+        ...
+
+    def optimizer_step(self, num_parameters: int) -> Cost:
+        """Adam with fp32 states over ``num_parameters`` held by this device."""
+        ...

@@ -1,0 +1,109 @@
+"""What a cluster is made of: devices, links, nodes; and which link joins two devices.
+
+Read ``ClusterSpec`` first. Rows with real figures are in ``catalogue.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from profiles.errors import ConfigError
+
+DeviceKind = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSpec:
+    """One accelerator, or the share of a CPU that one worker has."""
+
+    name: str
+    kind: DeviceKind
+    peak_flops: float  # dense, in the training dtype (bf16 on GPUs, fp32 on CPUs), per second
+    memory_bytes: int
+    memory_bytes_per_s: float
+    launch_s: float  # host time to start one kernel
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("peak_flops", "memory_bytes", "memory_bytes_per_s"):
+            if not getattr(self, field) > 0:
+                raise ConfigError("must be above zero", where=f"device {self.name}.{field}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpec:
+    """One direction of the path from one device to its peers."""
+
+    bytes_per_s: float
+    latency_s: float
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_s > 0 or self.latency_s < 0:
+            raise ConfigError("a link needs bytes_per_s > 0 and latency_s >= 0", where="link")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSpec:
+    """``num_nodes`` equal nodes of ``devices_per_node`` devices; device d is on node d // per node.
+
+    ``intra_link`` joins devices of a node, ``inter_link`` is one device's share of the network
+    between nodes, ``host_link`` its path to host memory (offload).
+    """
+
+    name: str
+    device: DeviceSpec
+    num_nodes: int
+    devices_per_node: int
+    intra_link: LinkSpec
+    inter_link: LinkSpec
+    host_link: LinkSpec
+
+    def __post_init__(self) -> None:
+        for field in ("num_nodes", "devices_per_node"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"{value!r} is not a positive whole number", where=f"cluster.{field}"
+                )
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_nodes * self.devices_per_node
+
+    def node_of(self, device: int) -> int:
+        return device // self.devices_per_node
+
+    def link_between(self, a: int, b: int) -> LinkSpec:
+        """The link that a message from device ``a`` to device ``b`` takes."""
+        return self.intra_link if self.node_of(a) == self.node_of(b) else self.inter_link
+
+    def link_within(self, first: int, count: int) -> LinkSpec:
+        """The slowest link inside ``count`` consecutive devices from ``first``."""
+        return self.link_between(first, first + count - 1)
+
+    def with_memory_limit(self, memory_bytes: int) -> ClusterSpec:
+        return replace(self, device=replace(self.device, memory_bytes=memory_bytes))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "cluster") -> ClusterSpec:
+        """The inverse of ``to_dict``; raises ``ConfigError`` that names the field."""
+        nested = {"device": DeviceSpec, "intra_link": LinkSpec, "inter_link": LinkSpec,
+                  "host_link": LinkSpec}  # fmt: skip
+        values = dict(data)
+        for key, kind in nested.items():
+            if not isinstance(values.get(key), Mapping):
+                raise ConfigError("missing or not an object", where=f"{where}.{key}")
+            try:
+                values[key] = kind(**values[key])
+            except TypeError as error:
+                raise ConfigError(str(error), where=f"{where}.{key}") from error
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(str(error), where=where) from error
