@@ -38,7 +38,9 @@ class Workload:
         for name in ("batch_size", "prompt_tokens", "response_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PlanError(f"{value!r} is not a positive whole number", where=f"workload.{name}")
+                raise PlanError(
+                    f"{value!r} is not a positive whole number", where=f"workload.{name}"
+                )
         for name, longest in (
             ("mean_prompt_tokens", self.prompt_tokens),
             ("mean_response_tokens", self.response_tokens),
