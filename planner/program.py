@@ -1,0 +1,425 @@
+"""``compile_plan``: a plan -> the instructions of every rank for one step.
+
+The program has two interpreters: ``simulate.py`` runs it against a virtual clock, the executor's
+worker for real. It is decided entirely before anything starts: which rank computes which
+samples, who sends what to whom, and in which order. Every instruction carries its ``index`` in
+one global order, and a rank's program is a subsequence of that order, which is why no two ranks
+can wait for each other (``program_check.py`` verifies it).
+
+Read ``Instruction`` and ``Program`` first, then ``compile_plan``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from planner.graph import CallKind, ModelFunctionCall
+from planner.layout import Layout
+from planner.plan import ExecutionPlan, Problem, validate_plan
+from planner.strategy import ParallelStrategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    """Run a GENERATE call on every rank of its mesh, together."""
+
+    index: int
+    call: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infer:
+    """Run an INFER call on every rank of its mesh, together."""
+
+    index: int
+    call: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Train:
+    """Run a TRAIN call, all its mini-batches, on every rank of its mesh, together."""
+
+    index: int
+    call: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Function:
+    """Run a FUNCTION call; ranks do not wait for each other."""
+
+    index: int
+    call: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parcel:
+    """Samples that go to, or come from, rank ``peer``."""
+
+    peer: int
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """Move ``keys`` from the ranks of ``producer`` to the ranks of ``consumer``.
+
+    A rank has either ``sends`` (right after it ran the producer; it does not wait) or
+    ``receives`` (before it runs the consumer; it waits). ``index`` is that of this half; both
+    halves carry one ``transfer`` number.
+    """
+
+    index: int
+    transfer: int
+    producer: str
+    consumer: str
+    keys: tuple[str, ...]
+    sends: tuple[Parcel, ...] = ()
+    receives: tuple[Parcel, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reallocate:
+    """Fill ``destination`` with the role's weights from ``source``, all ranks of both together."""
+
+    index: int
+    role: str
+    source: Layout
+    destination: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Before the first step: read the role's weights into ``layout`` from its checkpoint."""
+
+    index: int
+    role: str
+    layout: Layout
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Free:
+    """The role's weights in ``layout`` are not read again in this step."""
+
+    index: int
+    role: str
+    layout: Layout
+
+
+Instruction = Generate | Infer | Train | Function | Transfer | Reallocate | Load | Free
+CALL_INSTRUCTIONS = {
+    CallKind.GENERATE: Generate,
+    CallKind.INFER: Infer,
+    CallKind.TRAIN: Train,
+    CallKind.FUNCTION: Function,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """``setup`` once, then ``step`` again and again, for each rank; ranks not named do nothing."""
+
+    setup: Mapping[int, tuple[Instruction, ...]]
+    step: Mapping[int, tuple[Instruction, ...]]
+
+    @property
+    def layouts(self) -> tuple[tuple[str, Layout], ...]:
+        """Every (role, layout) of the program, in order of first use."""
+        found: dict[tuple[str, Layout], None] = {}
+        ordered = sorted(
+            (i for program in (self.setup, self.step) for ins in program.values() for i in ins),
+            key=lambda i: i.index,
+        )
+        for instruction in ordered:
+            if isinstance(instruction, Load):
+                found[(instruction.role, instruction.layout)] = None
+            elif isinstance(instruction, Reallocate):
+                found[(instruction.role, instruction.destination)] = None
+        return tuple(found)
+
+
+# ---- who computes which samples ---------------------------------------------------------------
+
+
+def split_evenly(count: int, parts: int) -> list[range]:
+    """``range(count)`` in ``parts`` runs whose lengths differ by at most one.
+
+    >>> [list(r) for r in split_evenly(5, 2)]
+    [[0, 1, 2], [3, 4]]
+    """
+    base, extra = divmod(count, parts)
+    bounds = [part * base + min(part, extra) for part in range(parts + 1)]
+    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def assign_samples(batch_size: int, dp: int, num_mini_batches: int = 1) -> list[list[range]]:
+    """Samples of each data-parallel rank, by mini-batch: ``[dp_rank][mini_batch]``.
+
+    Mini-batches are runs of the batch, whatever dp is, and each is split evenly over dp; so the
+    optimizer takes the same steps under every plan.
+
+    >>> assign_samples(8, 2, 2)
+    [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]
+    """
+    mini_batches = split_evenly(batch_size, num_mini_batches)
+    return [
+        [range(m.start + part.start, m.start + part.stop) for m, part in zip(mini_batches, row)]
+        for row in zip(*(split_evenly(len(m), dp) for m in mini_batches), strict=True)
+    ]
+
+
+def samples_of(problem: Problem, call: ModelFunctionCall, dp: int) -> list[tuple[int, ...]]:
+    """All samples that each data-parallel rank of ``call`` works on."""
+    mini = call.num_mini_batches if call.kind is CallKind.TRAIN else 1
+    parts = assign_samples(problem.workload.batch_size, dp, mini)
+    return [tuple(s for run in runs for s in run) for runs in parts]
+
+
+# ---- compilation ------------------------------------------------------------------------------
+
+
+def call_layout(plan: ExecutionPlan, call_name: str) -> Layout | None:
+    """Where a call's weights lie; None for a FUNCTION."""
+    spec = plan.problem.spec_of(call_name)
+    allocation = plan.allocations[call_name]
+    return None if spec is None else Layout.of(spec, allocation.mesh, allocation.strategy)
+
+
+def home_layouts(plan: ExecutionPlan) -> dict[str, tuple[Layout, ...]]:
+    """The layouts in which each role's weights stay over steps.
+
+    A trained role lives where it is trained; a frozen one in every layout that reads it.
+    """
+    homes: dict[str, tuple[Layout, ...]] = {}
+    for role in plan.problem.graph.roles:
+        train = plan.problem.graph.train_call(role)
+        calls = (train,) if train else plan.problem.graph.calls_of(role)
+        layouts = (call_layout(plan, call.name) for call in calls)
+        homes[role] = tuple(dict.fromkeys(layout for layout in layouts if layout is not None))
+    return homes
+
+
+def producing_ranks(
+    call: ModelFunctionCall, strategy: ParallelStrategy, first: int
+) -> list[list[int]]:
+    """Ranks that hold the outputs of each data-parallel rank's samples.
+
+    Generation tells every rank of the replica; inference ends on the last stage.
+    """
+    s = strategy
+    stages = range(s.pp) if call.kind is not CallKind.INFER else range(s.pp - 1, s.pp)
+    return [
+        [first + s.rank(stage, dp_rank, tp_rank) for stage in stages for tp_rank in range(s.tp)]
+        for dp_rank in range(s.dp)
+    ]
+
+
+class _Compiler:
+    """Builds the step's instructions; lives for one ``compile_plan``."""
+
+    def __init__(self, plan: ExecutionPlan) -> None:
+        self.plan = plan
+        self.problem = plan.problem
+        self.graph = plan.problem.graph
+        self.homes = home_layouts(plan)
+        self.per_node = plan.problem.cluster.devices_per_node
+        self.step: dict[int, list[Instruction]] = defaultdict(list)
+        self.next_index = 0
+        self.held: dict[tuple[int, str], set[int]] = defaultdict(set)  # (rank, key) -> samples
+        self.position = {call.name: i for i, call in enumerate(self.graph.calls)}
+
+    def index(self) -> int:
+        self.next_index += 1
+        return self.next_index - 1
+
+    def emit(self, ranks: Iterable[int], instruction: Instruction) -> None:
+        for rank in ranks:
+            self.step[rank].append(instruction)
+
+    def setup(self) -> dict[int, tuple[Instruction, ...]]:
+        loads: dict[int, list[Instruction]] = defaultdict(list)
+        for role, layouts in self.homes.items():
+            trained = self.graph.train_call(role) is not None
+            for layout in layouts:
+                load = Load(index=self.index(), role=role, layout=layout, trained=trained)
+                for rank in layout.mesh.devices:
+                    loads[rank].append(load)
+        return {rank: tuple(instructions) for rank, instructions in loads.items()}
+
+    def last_use(self) -> dict[tuple[str, Layout], str]:
+        """The last call of the step that reads a borrowed layout, by (role, layout)."""
+        last: dict[tuple[str, Layout], str] = {}
+        for call in self.graph.calls:
+            layout = call_layout(self.plan, call.name)
+            if call.role is not None and layout is not None:
+                if layout not in self.homes[call.role]:
+                    last[(call.role, layout)] = call.name
+        return last
+
+    def compile_step(self) -> dict[int, tuple[Instruction, ...]]:
+        transfers = self.plan_transfers()
+        last_use, present = self.last_use(), set[tuple[str, Layout]]()
+        received: dict[int, int] = defaultdict(int)  # rank -> receives emitted of its queue
+        for call in self.graph.calls:
+            mesh = self.plan.allocations[call.name].mesh
+            layout = call_layout(self.plan, call.name)
+            borrowed = (call.role, layout) if call.role and layout else None
+            if borrowed in last_use and borrowed not in present and call.role and layout:
+                present.add((call.role, layout))
+                self.emit_reallocation(call.role, layout)
+            self.emit_receives(call, transfers, received)
+            self.emit(
+                mesh.devices, CALL_INSTRUCTIONS[call.kind](index=self.index(), call=call.name)
+            )
+            self.emit_sends(call, transfers)
+            if borrowed in last_use and last_use[borrowed] == call.name and call.role and layout:
+                free = Free(index=self.index(), role=call.role, layout=layout)
+                self.emit(mesh.devices, free)
+        return {rank: tuple(instructions) for rank, instructions in self.step.items()}
+
+    def emit_reallocation(self, role: str, layout: Layout) -> None:
+        (home,) = self.homes[role]
+        ranks = sorted({*home.mesh.devices, *layout.mesh.devices})
+        self.emit(
+            ranks,
+            Reallocate(index=self.index(), role=role, source=home, destination=layout),
+        )
+
+    # ---- transfers ----
+
+    def plan_transfers(self) -> dict[tuple[str, str], dict[int, list[Parcel]]]:
+        """(producer, consumer) -> receiving rank -> parcels, each naming its source rank."""
+        found: dict[tuple[str, str], dict[int, list[Parcel]]] = {}
+        for call in self.graph.calls:
+            for producer, keys in self.inputs_by_producer(call).items():
+                parcels = self.parcels(self.graph.call(producer), call, keys)
+                if parcels:
+                    found[(producer, call.name)] = parcels
+            self.record_outputs(call)
+        return found
+
+    def inputs_by_producer(self, call: ModelFunctionCall) -> dict[str, tuple[str, ...]]:
+        grouped: dict[str, list[str]] = defaultdict(list)
+        for key in call.inputs:
+            producer = self.graph.producer(key)
+            if producer is not None:
+                grouped[producer.name].append(key)
+        return {name: tuple(keys) for name, keys in grouped.items()}
+
+    def record_outputs(self, call: ModelFunctionCall) -> None:
+        allocation = self.plan.allocations[call.name]
+        ranks = producing_ranks(call, allocation.strategy, allocation.mesh.first)
+        samples = samples_of(self.problem, call, allocation.strategy.dp)
+        for holders, owned in zip(ranks, samples, strict=True):
+            for rank in holders:
+                for key in call.outputs:
+                    self.held[(rank, key)].update(owned)
+
+    def parcels(
+        self, producer: ModelFunctionCall, consumer: ModelFunctionCall, keys: tuple[str, ...]
+    ) -> dict[int, list[Parcel]]:
+        source, target = (self.plan.allocations[c.name] for c in (producer, consumer))
+        holders = producing_ranks(producer, source.strategy, source.mesh.first)
+        replica_of = {
+            sample: dp_rank
+            for dp_rank, owned in enumerate(samples_of(self.problem, producer, source.strategy.dp))
+            for sample in owned
+        }
+        needed = samples_of(self.problem, consumer, target.strategy.dp)
+        found: dict[int, list[Parcel]] = {}
+        for rank in target.mesh.devices:
+            _, dp_rank, _ = target.strategy.coordinates(rank - target.mesh.first)
+            # A rank that lacks one key of a sample is sent all keys of that producer.
+            have = set.intersection(*(self.held[(rank, key)] for key in keys))
+            missing: dict[int, list[int]] = defaultdict(list)
+            for sample in needed[dp_rank]:
+                if sample not in have:
+                    missing[replica_of[sample]].append(sample)
+            for replica, samples in missing.items():
+                giver = self.nearest(holders[replica], rank)
+                found.setdefault(rank, []).append(Parcel(peer=giver, samples=tuple(samples)))
+                for key in keys:
+                    self.held[(rank, key)].update(samples)
+        return found
+
+    def nearest(self, holders: list[int], rank: int) -> int:
+        """A holder on the rank's own node, else any; spread over the holders by rank."""
+        near = [h for h in holders if h // self.per_node == rank // self.per_node]
+        candidates = near or holders
+        return candidates[rank % len(candidates)]
+
+    def emit_sends(
+        self,
+        producer: ModelFunctionCall,
+        transfers: Mapping[tuple[str, str], Mapping[int, list[Parcel]]],
+    ) -> None:
+        """Right after the producer, to all its consumers in graph order."""
+        for consumer in self.graph.calls:
+            parcels = transfers.get((producer.name, consumer.name))
+            if parcels is None:
+                continue
+            sends: dict[int, list[Parcel]] = defaultdict(list)
+            for rank in sorted(parcels):
+                for parcel in parcels[rank]:
+                    sends[parcel.peer].append(Parcel(peer=rank, samples=parcel.samples))
+            index = self.index()
+            for rank, outgoing in sends.items():
+                self.step[rank].append(
+                    self.transfer(index, producer.name, consumer.name, sends=tuple(outgoing))
+                )
+
+    def emit_receives(
+        self,
+        consumer: ModelFunctionCall,
+        transfers: Mapping[tuple[str, str], Mapping[int, list[Parcel]]],
+        received: dict[int, int],
+    ) -> None:
+        """Before the consumer, in the order in which sources send.
+
+        Messages between two ranks are matched by order on some transports, so a rank that
+        receives from a late producer first takes what earlier producers have sent it for later
+        calls. Those came earlier from the same sender, so it waits no longer for them.
+        """
+        ordered = sorted(transfers, key=lambda pc: (self.position[pc[0]], self.position[pc[1]]))
+        mesh = self.plan.allocations[consumer.name].mesh
+        for rank in mesh.devices:
+            queue = [pair for pair in ordered if rank in transfers[pair]]
+            wanted = [i for i, pair in enumerate(queue) if pair[1] == consumer.name]
+            for i in range(received[rank], wanted[-1] + 1 if wanted else 0):
+                producer, reader = queue[i]
+                arrivals = tuple(transfers[queue[i]][rank])
+                self.step[rank].append(
+                    self.transfer(self.index(), producer, reader, receives=arrivals)
+                )
+            if wanted:
+                received[rank] = max(received[rank], wanted[-1] + 1)
+
+    def transfer(
+        self,
+        index: int,
+        producer: str,
+        consumer: str,
+        *,
+        sends: tuple[Parcel, ...] = (),
+        receives: tuple[Parcel, ...] = (),
+    ) -> Transfer:
+        number = self.position[producer] * len(self.position) + self.position[consumer]
+        keys = self.inputs_by_producer(self.graph.call(consumer))[producer]
+        return Transfer(
+            index=index, transfer=number, producer=producer, consumer=consumer, keys=keys,
+            sends=sends, receives=receives,
+        )  # fmt: skip
+
+
+def compile_plan(plan: ExecutionPlan) -> Program:
+    """The instructions of every rank.
+
+    Raises:
+        PlanError: the plan cannot run (see ``validate_plan``).
+    """
+    validate_plan(plan)
+    compiler = _Compiler(plan)
+    setup = compiler.setup()
+    return Program(setup=setup, step=compiler.compile_step())

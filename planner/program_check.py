@@ -1,0 +1,141 @@
+"""Static proof that a program cannot hang: every send has its receive, and no wait is circular.
+
+``check_program`` plays the program with every rank as slow as it may be: calls and
+reallocations are rendezvous of all their ranks, sends never wait, receives wait for their
+send. If that play reaches the end, so does every real execution, whose waits are a subset.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+
+from planner.graph import CallKind
+from planner.layout import Layout
+from planner.plan import ExecutionPlan
+from planner.program import (
+    Free,
+    Function,
+    Generate,
+    Infer,
+    Instruction,
+    Load,
+    Program,
+    Reallocate,
+    Train,
+    Transfer,
+)
+from profiles.errors import PlanError
+
+
+def _participants(instruction: Instruction, plan: ExecutionPlan) -> frozenset[int]:
+    """Ranks that an instruction makes wait for each other; empty where none does."""
+    if isinstance(instruction, Generate | Infer | Train):
+        return frozenset(plan.allocations[instruction.call].mesh.devices)
+    if isinstance(instruction, Reallocate):
+        source, destination = instruction.source.mesh, instruction.destination.mesh
+        return frozenset({*source.devices, *destination.devices})
+    return frozenset()
+
+
+def check_program(plan: ExecutionPlan, program: Program) -> None:
+    """Raise ``PlanError`` with the rank and instruction that would wait for ever, or be wrong.
+
+    Also checks that each call runs on every rank of its mesh, that its weights are there when it
+    runs, and that its inputs have arrived.
+    """
+    _check_order(program)
+    _check_pairs(program)
+    _play(plan, program)
+    for rank in sorted(program.step):
+        _check_weights(plan, program, rank)
+
+
+def _check_order(program: Program) -> None:
+    for rank, instructions in program.step.items():
+        indices = [instruction.index for instruction in instructions]
+        if indices != sorted(indices) or len(indices) != len(set(indices)):
+            raise PlanError("instructions are out of the global order", where=f"rank {rank}")
+
+
+def _check_pairs(program: Program) -> None:
+    """Between two ranks, messages are received in the order in which they are sent."""
+    sent: dict[tuple[int, int], list[object]] = defaultdict(list)
+    received: dict[tuple[int, int], list[object]] = defaultdict(list)
+    for rank, instructions in program.step.items():
+        for instruction in instructions:
+            if isinstance(instruction, Transfer):
+                for parcel in instruction.sends:
+                    sent[(rank, parcel.peer)].append((instruction.transfer, parcel.samples))
+                for parcel in instruction.receives:
+                    received[(parcel.peer, rank)].append((instruction.transfer, parcel.samples))
+    for pair in sorted({*sent, *received}):
+        if sent[pair] != received[pair]:
+            raise PlanError(
+                f"sends {sent[pair]} do not match receives {received[pair]}",
+                where=f"rank {pair[0]} -> rank {pair[1]}",
+            )
+
+
+def _play(plan: ExecutionPlan, program: Program) -> None:
+    place = dict.fromkeys(program.step, 0)
+    arrived: set[tuple[int, int, int]] = set()  # (transfer, source, destination)
+    waiting: dict[int, set[int]] = defaultdict(set)  # instruction index -> ranks at it
+    ready = deque(sorted(program.step))
+    while ready:
+        rank = ready.popleft()
+        if place[rank] >= len(program.step[rank]):
+            continue
+        instruction = program.step[rank][place[rank]]
+        together = _participants(instruction, plan)
+        if together:
+            waiting[instruction.index].add(rank)
+            if waiting[instruction.index] == together:
+                for member in sorted(together):
+                    place[member] += 1
+                    ready.append(member)
+            continue
+        if isinstance(instruction, Transfer):
+            number = instruction.transfer
+            if any((number, p.peer, rank) not in arrived for p in instruction.receives):
+                continue  # whoever sends puts this rank back into the queue
+            for parcel in instruction.sends:
+                arrived.add((number, rank, parcel.peer))
+                ready.append(parcel.peer)
+        place[rank] += 1
+        ready.append(rank)
+    stuck = {r: program.step[r][p] for r, p in place.items() if p < len(program.step[r])}
+    if stuck:
+        rank, instruction = min(stuck.items(), key=lambda item: item[1].index)
+        raise PlanError(
+            f"waits for ever at {type(instruction).__name__} {instruction.index}",
+            where=f"rank {rank}",
+        )
+
+
+def _check_weights(plan: ExecutionPlan, program: Program, rank: int) -> None:
+    """No call reads weights that are not there, and no data that has not come."""
+    graph = plan.problem.graph
+    present: set[tuple[str, Layout]] = {
+        (i.role, i.layout) for i in program.setup.get(rank, ()) if isinstance(i, Load)
+    }
+    calls_run: list[str] = []
+    for instruction in program.step[rank]:
+        if isinstance(instruction, Reallocate) and rank in instruction.destination.mesh:
+            present.add((instruction.role, instruction.destination))
+        elif isinstance(instruction, Free):
+            present.discard((instruction.role, instruction.layout))
+        elif isinstance(instruction, Generate | Infer | Train | Function):
+            call = graph.call(instruction.call)
+            calls_run.append(call.name)
+            if call.kind is CallKind.FUNCTION or call.role is None:
+                continue
+            allocation = plan.allocations[call.name]
+            layout = Layout.of(plan.problem.models[call.role], allocation.mesh, allocation.strategy)
+            if (call.role, layout) not in present:
+                raise PlanError(
+                    f"{call.name} reads {call.role} in {layout.key}, which is not there",
+                    where=f"rank {rank}",
+                )
+    expected = [c.name for c in graph.calls if rank in plan.allocations[c.name].mesh]
+    if calls_run != expected:
+        raise PlanError(f"runs {calls_run} instead of {expected}", where=f"rank {rank}")
