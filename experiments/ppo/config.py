@@ -8,23 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from planner.run_config import ModelConfig, RunConfig
 from profiles.errors import ConfigError
-
-
-@dataclass
-class ModelConfig:
-    """A role's weights and, where it is trained, its optimizer."""
-
-    path: str = ""  # Hugging Face folder; empty: not known yet
-    init: str = "checkpoint"  # checkpoint, or random (benchmarks)
-    lr: float = 1e-5  # peak learning rate
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-5
-    warmup_steps: int = 0  # optimizer steps of linear warm-up
-    schedule: str = "constant"  # constant, linear or cosine decay over all optimizer steps
-    max_grad_norm: float = 1.0  # gradient clipping over all parameters; 0: off
 
 
 @dataclass
@@ -63,27 +48,12 @@ class GenerationConfig:
 
 
 @dataclass
-class DataConfig:
-    """The prompts: JSONL with a ``prompt`` in every line."""
-
-    path: str = ""
-    chat_template: bool = True  # wrap prompts in the tokenizer's chat template, if it has one
-
-
-@dataclass
-class PPOExperiment:
+class PPOExperiment(RunConfig):
     """PPO with four models: actor, critic, reference and reward."""
 
-    batch_size: int = 512  # sequences per step
-    prompt_len: int = 1024  # longest prompt, in tokens; longer ones are refused
-    response_len: int = 1024  # longest answer, in tokens
-    total_steps: int = 10
-    seed: int = 1
-    save_every: int = 0  # steps between saved models; 0: at the end only
-    output: str = "runs/ppo"  # folder for metrics and models
+    output: str = "runs/ppo"
     ppo: PPOConfig = field(default_factory=PPOConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     actor: ModelConfig = field(default_factory=ModelConfig)
     critic: ModelConfig = field(default_factory=ModelConfig)
     ref: ModelConfig = field(default_factory=ModelConfig)
@@ -91,9 +61,7 @@ class PPOExperiment:
 
     def check(self) -> PPOExperiment:
         """Itself, or ``ConfigError`` naming the first value out of range."""
-        for name in ("batch_size", "prompt_len", "response_len", "total_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{getattr(self, name)} is not at least 1", where=name)
+        self.check_run()
         if not 1 <= self.ppo.num_mini_batches <= self.batch_size:
             raise ConfigError(
                 f"{self.ppo.num_mini_batches} mini-batches of a batch of {self.batch_size}",
@@ -101,14 +69,10 @@ class PPOExperiment:
             )  # fmt: skip
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self.ppo, name) <= 1:
-                raise ConfigError(f"{getattr(self.ppo, name)} is not in [0, 1]", where=f"ppo.{name}")
+                raise ConfigError(
+                    f"{getattr(self.ppo, name)} is not in [0, 1]", where=f"ppo.{name}"
+                )
         for name in ("clip", "value_clip", "reward_clip"):
             if not getattr(self.ppo, name) > 0:
                 raise ConfigError(f"{getattr(self.ppo, name)} is not above 0", where=f"ppo.{name}")
-        for role in ("actor", "critic", "ref", "reward"):
-            if getattr(self, role).init not in ("checkpoint", "random"):
-                raise ConfigError(
-                    f"'{getattr(self, role).init}' is neither checkpoint nor random",
-                    where=f"{role}.init",
-                )
         return self

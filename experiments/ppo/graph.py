@@ -29,6 +29,7 @@ KEYS = (
 
 def build_graph(config: PPOExperiment) -> DataflowGraph:
     """The six calls; mini-batches come from ``config.ppo``."""
+    config.check()
     sequences = ("sequences", "prompt_lengths")
     experience = (*sequences, "finished", "log_probs", "ref_log_probs", "values", "rewards")
     steps = config.ppo.num_mini_batches
@@ -68,7 +69,6 @@ def build_graph(config: PPOExperiment) -> DataflowGraph:
 
 def workload(config: PPOExperiment) -> Workload:
     """The longest prompts and answers that the configuration admits."""
-    config.check()
     return Workload(
         batch_size=config.batch_size,
         prompt_tokens=config.prompt_len,

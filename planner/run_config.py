@@ -1,0 +1,91 @@
+"""The options that every algorithm has: the run, its data, its models.
+
+An algorithm's configuration is a dataclass that inherits ``RunConfig`` and has one field of type
+``ModelConfig`` named after each role; the executor reads these and leaves the rest to the
+algorithm. Every field has a default and can be set as ``key=value`` on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from profiles.errors import ConfigError
+
+INITS = ("checkpoint", "random")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class ModelConfig:
+    """A role's weights and, where it is trained, its optimizer."""
+
+    path: str = ""  # Hugging Face folder; empty: as the plan says
+    init: str = ""  # checkpoint, or random (benchmarks); empty: as the run's init
+    lr: float = 1e-5  # peak learning rate
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
+    schedule: str = "constant"  # constant, linear or cosine decay over all optimizer steps
+    max_grad_norm: float = 1.0  # clipping by the norm over all parameters; 0: off
+
+
+@dataclass
+class DataConfig:
+    """The prompts: JSONL with a ``prompt`` in every line."""
+
+    path: str = ""
+    chat_template: bool = True  # wrap prompts in the tokenizer's chat template, if it has one
+
+
+@dataclass
+class RunConfig:
+    """One run of an algorithm."""
+
+    batch_size: int = 512  # sequences per step
+    prompt_len: int = 1024  # longest prompt, in tokens; longer ones are refused
+    response_len: int = 1024  # longest answer, in tokens
+    total_steps: int = 10
+    seed: int = 1
+    init: str = "checkpoint"  # checkpoint, or random: weights without a file (benchmarks)
+    save_every: int = 0  # steps between saved models; 0: after the last step only
+    output: str = "runs/latest"  # folder for metrics, traces and saved models
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def check_run(self) -> None:
+        """Raise ``ConfigError`` naming the first value out of range."""
+        for name in ("batch_size", "prompt_len", "response_len", "total_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{getattr(self, name)} is not at least 1", where=name)
+        if self.save_every < 0:
+            raise ConfigError(f"{self.save_every} is below 0", where="save_every")
+        if self.init not in INITS:
+            raise ConfigError(f"'{self.init}' is neither checkpoint nor random", where="init")
+        for role, model in self.models().items():
+            check_model(model, where=role)
+
+    def models(self) -> dict[str, ModelConfig]:
+        """The roles' configurations by name."""
+        values: dict[str, Any] = vars(self)
+        return {name: value for name, value in values.items() if isinstance(value, ModelConfig)}
+
+
+def check_model(model: ModelConfig, *, where: str) -> None:
+    """Raise ``ConfigError`` naming the first value out of range."""
+    if model.init not in ("", *INITS):
+        raise ConfigError(f"'{model.init}' is neither checkpoint nor random", where=f"{where}.init")
+    if model.schedule not in SCHEDULES:
+        raise ConfigError(
+            f"'{model.schedule}' is unknown", where=f"{where}.schedule",
+            remedy=f"use one of {', '.join(SCHEDULES)}",
+        )  # fmt: skip
+    for name in ("lr", "weight_decay", "max_grad_norm", "warmup_steps"):
+        if not getattr(model, name) >= 0:
+            raise ConfigError(f"{getattr(model, name)} is below 0", where=f"{where}.{name}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(model, name) < 1:
+            raise ConfigError(f"{getattr(model, name)} is not in [0, 1)", where=f"{where}.{name}")
+    if not model.eps > 0:
+        raise ConfigError(f"{model.eps} is not above 0", where=f"{where}.eps")
