@@ -1,0 +1,141 @@
+"""Workers on this machine under torch elastic: one process a device, CPU over gloo or CUDA.
+
+``launch`` starts them and returns when the run is done. A worker that fails leaves its reason in
+``<output>/errors/``; the first of them is raised here, a user's mistake as a ``UserError``, one
+of ours with its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from executor.run import Run
+from executor.session import run_worker
+from executor.trace import write_json
+from planner.plan import ExecutionPlan
+from planner.plan_schema import save_plan
+from profiles.errors import UserError
+
+
+class WorkerError(RuntimeError):
+    """A worker failed by a mistake of ours; the message is its traceback."""
+
+
+def launch(run: Run) -> None:
+    """Run to the end.
+
+    Raises:
+        UserError: a worker refused its input.
+        WorkerError: a worker failed otherwise.
+        KeyboardInterrupt: the run was interrupted; what it had written stays.
+    """
+    output = run.output
+    prepare_output(output)
+    save_plan(run.plan, output / "plan.json")
+    workers = run.plan.num_devices
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=workers,
+        run_id=f"realexec-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        rdzv_configs={"is_host": True},
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+        local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=str(output / "logs")),
+    )
+    try:
+        elastic_launch(config, _worker_process)(run, torch.get_num_threads())
+    except ChildFailedError:
+        raise _first_error(output) from None
+    except torch.distributed.elastic.multiprocessing.api.SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def prepare_output(output: Path) -> None:
+    """An output folder without what an earlier run left of its own progress."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("errors", "trace", "logs", "tensorboard"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    (output / "errors").mkdir()
+
+
+def _worker_process(run: Run, num_threads: int) -> None:
+    """Entry of one worker; its place comes from the environment that elastic sets."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # Elastic ends workers by SIGTERM; an interrupt from the terminal reaches them as well, and
+    # only the parent should speak of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        torch.set_num_threads(max(1, num_threads // world_size))
+        device = device_of(run.plan, rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        store, _, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("world", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(minutes=30),
+        )
+        run_worker(run, rank=rank, device=device, store=dist.PrefixStore("run", store))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception as error:
+        record_error(run.output, rank, error)
+        os._exit(1)  # peers may hang in a collective: do not wait for them in destructors
+
+
+def device_of(plan: ExecutionPlan, rank: int) -> torch.device:
+    if plan.problem.cluster.device.kind == "cuda":
+        return torch.device("cuda", rank % plan.problem.cluster.devices_per_node)
+    return torch.device("cpu")
+
+
+def record_error(output: Path, rank: int, error: Exception) -> None:
+    """Leave the reason of a worker's end for the launcher."""
+    user = isinstance(error, UserError)
+    write_json(
+        output / "errors" / f"rank{rank}.json",
+        {
+            "time": time.time(),
+            "rank": rank,
+            "user": user,
+            "where": error.where if isinstance(error, UserError) else "",
+            "problem": error.problem if isinstance(error, UserError) else repr(error),
+            "remedy": error.remedy if isinstance(error, UserError) else "",
+            "traceback": traceback.format_exc(),
+        },
+    )
+
+
+def _first_error(output: Path) -> Exception:
+    """The earliest recorded failure; peers that lost their connection come later."""
+    records = [json.loads(file.read_text()) for file in (output / "errors").glob("rank*.json")]
+    if not records:
+        return WorkerError(
+            f"a worker died without a word (killed, or out of memory?); logs in {output / 'logs'}"
+        )
+    first = min(records, key=lambda record: (not record["user"], record["time"]))
+    if first["user"]:
+        return UserError(first["problem"], where=first["where"], remedy=first["remedy"])
+    return WorkerError(f"rank {first['rank']} failed:\n{first['traceback']}")

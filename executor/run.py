@@ -1,0 +1,192 @@
+"""From a plan and overrides to a run that can start: everything is checked before any process.
+
+``resolve`` makes a ``Run`` or raises a ``UserError``; the launcher gives the ``Run`` to workers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.algorithm import (
+    Algorithm,
+    config_to_dict,
+    find_algorithm,
+    make_config,
+)
+from planner.graph import CallKind
+from planner.plan import Allocation, ExecutionPlan, Problem, largest_dp, validate_plan
+from planner.program import compile_plan
+from planner.program_check import check_program
+from planner.strategy import ParallelStrategy, tensor_parallel_problem
+from planner.mesh import DeviceMesh
+from profiles.errors import CheckpointError, ConfigError, PlanError
+from profiles.models import ModelSpec, read_hf_config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A plan whose configuration is final, and the algorithm that it runs."""
+
+    plan: ExecutionPlan
+    algorithm: Algorithm
+    config: Any
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    def model_path(self, role: str) -> str | None:
+        """The role's Hugging Face folder; None where its weights are random."""
+        model = self.config.models()[role]
+        if (model.init or self.config.init) == "random":
+            return None
+        return model.path or self.plan.problem.paths.get(role, "")
+
+
+def resolve(plan: ExecutionPlan, overrides: Sequence[str]) -> Run:
+    """The run of ``plan`` with ``key=value`` overrides of its configuration.
+
+    Raises:
+        ConfigError, PlanError, CheckpointError: an override is wrong, the plan cannot run with
+            it, a role has no weights or those of another shape, or this machine has no such
+            devices.
+    """
+    algorithm = find_algorithm(plan.problem.algorithm)
+    config = make_config(algorithm.config_class, overrides, base=plan.problem.config)
+    problem = replace(
+        plan.problem,
+        config=config_to_dict(config),
+        graph=algorithm.graph(config),
+        workload=algorithm.workload(config),
+    )
+    plan = replace(plan, problem=problem)
+    validate_plan(plan)
+    check_program(plan, compile_plan(plan))
+    run = Run(plan=plan, algorithm=algorithm, config=config)
+    check_devices(plan)
+    for role in problem.graph.roles:
+        check_weights(run, role)
+    return run
+
+
+def check_devices(plan: ExecutionPlan) -> None:
+    """Raise ``PlanError`` unless this machine has the plan's devices."""
+    device, wanted = plan.problem.cluster.device, plan.num_devices
+    if device.kind == "cuda":
+        available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if available < wanted:
+            raise PlanError(
+                f"the plan is for {wanted} {device.name} devices, this machine has "
+                f"{available or 'no'} CUDA device{'' if available == 1 else 's'}",
+                where="cluster",
+                remedy="make a plan for this machine with realplan search --cluster local",
+            )
+        return
+    cores = os.cpu_count() or 1
+    if wanted > 16 * cores:
+        raise PlanError(
+            f"the plan is for {wanted} CPU workers, this machine has {cores} cores",
+            where="cluster",
+            remedy="make a plan for this machine with realplan search --cluster local",
+        )
+
+
+def _shape(spec: ModelSpec) -> tuple[Any, ...]:
+    return (
+        spec.num_layers, spec.hidden, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.ffn,
+        spec.vocab, spec.rope_theta, spec.qkv_bias,
+    )  # fmt: skip
+
+
+def check_weights(run: Run, role: str) -> None:
+    """Raise ``CheckpointError`` unless the role's weights are named and of the plan's shape."""
+    path = run.model_path(role)
+    if path is None:
+        return
+    if not path:
+        raise CheckpointError(
+            f"the plan names no weights for {role}",
+            where=f"{role}.path",
+            remedy=f"give {role}.path=FOLDER, or init=random for a benchmark",
+        )
+    if not Path(path).is_dir():
+        raise CheckpointError(
+            f"no folder '{path}'", where=f"{role}.path",
+            remedy="give a Hugging Face folder with config.json and safetensors",
+        )  # fmt: skip
+    planned = run.plan.problem.models[role]
+    found = read_hf_config(path, head=planned.head)
+    if _shape(found) != _shape(planned):
+        raise CheckpointError(
+            f"{path} is not of the planned shape: {_difference(found, planned)}",
+            where=f"{role}.path",
+            remedy="search a plan for this model",
+        )
+
+
+def _difference(found: ModelSpec, planned: ModelSpec) -> str:
+    names = ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "ffn", "vocab",
+             "rope_theta", "qkv_bias")  # fmt: skip
+    return ", ".join(
+        f"{name} {getattr(found, name)} instead of {getattr(planned, name)}"
+        for name in names
+        if getattr(found, name) != getattr(planned, name)
+    )
+
+
+def functions_of(run: Run) -> dict[str, Any]:
+    """The torch half of the algorithm: an object for every call."""
+    module = importlib.import_module(run.algorithm.functions)
+    functions: dict[str, Any] = module.make_functions(run.config)
+    missing = [c.name for c in run.plan.problem.graph.calls if c.name not in functions]
+    assert not missing, f"{run.algorithm.functions} has no function for {missing}"
+    return functions
+
+
+def one_layout_plan(problem: Problem, strategy: ParallelStrategy, *, seed: int) -> ExecutionPlan:
+    """Every call on all devices under one strategy: a run without a search.
+
+    Raises:
+        PlanError: the strategy does not use the cluster's devices or does not divide a model.
+    """
+    mesh = DeviceMesh(0, problem.cluster.num_devices)
+    allocations: dict[str, Allocation] = {}
+    for call in problem.graph.calls:
+        spec = problem.spec_of(call.name)
+        reason = tensor_parallel_problem(spec, strategy.tp) if spec else None
+        if reason is not None:
+            raise PlanError(reason, where="--layout")
+        if spec is None:
+            function_dp = ParallelStrategy(dp=mesh.num_devices)
+            allocations[call.name] = Allocation(mesh=mesh, strategy=function_dp)
+            continue
+        # Two micro-batches a stage keep a pipeline three quarters full or better.
+        most = max(1, largest_dp(problem, call.name) // strategy.dp)
+        wanted = 1 if strategy.pp == 1 else 2 * strategy.pp
+        own = strategy if call.kind is CallKind.TRAIN else replace(strategy, zero=0)
+        allocations[call.name] = Allocation(
+            mesh=mesh, strategy=own, num_micro_batches=min(wanted, most)
+        )
+    plan = ExecutionPlan(problem=problem, allocations=allocations, seed=seed)
+    validate_plan(plan)
+    return plan
+
+
+def versions() -> dict[str, str]:
+    """Versions that a run's record names."""
+    return {"realplan": importlib.metadata.version("realplan"), "torch": torch.__version__}
+
+
+def require_stop_tokens(stop: tuple[int, ...], *, where: str) -> tuple[int, ...]:
+    """``stop`` itself; ``ConfigError`` where a real tokenizer names no end token."""
+    if not stop:
+        raise ConfigError("the model names no end-of-sequence token", where=where)
+    return stop

@@ -1,0 +1,158 @@
+"""A worker's whole life in a run: set up, steps, metrics, saved models.
+
+``run_worker`` is the one entry of every launcher: the process group exists, the run is resolved.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from executor.dataset import MockPrompts, PromptDataset, Prompts
+from executor.metrics import MetricsWriter
+from executor.run import Run, functions_of
+from executor.text import TextCodec
+from executor.trace import TraceWriter
+from executor.worker import Worker
+from planner.graph import CallKind
+from planner.program import compile_plan
+
+# What a line about a step shows, where the algorithm reports it.
+_SHOWN = ("rewards", "approx_kl", "response_tokens", "loss", "grad_norm")
+
+
+class StepDisplay:
+    """Rank 0's progress: a live bar with the instruction under way, a line for every step."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.console = Console(stderr=True, file=sys.stderr)
+        self.progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.total_steps = total_steps
+        self.task = self.progress.add_task("loading", total=total_steps)
+        self.progress.start()
+
+    def instruction(self, label: str) -> None:
+        self.progress.update(self.task, description=label)
+
+    def step_done(self) -> None:
+        self.progress.advance(self.task)
+
+    def line(self, step: int, values: dict[str, float]) -> None:
+        parts = [
+            f"{name} {value:.4g}"
+            for name, value in values.items()
+            if name.rpartition("/")[2] in _SHOWN
+        ]
+        self.console.print(
+            f"step {step + 1}/{self.total_steps}  {values['step_s']:.1f} s  " + "  ".join(parts),
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def model_folder(run: Run) -> Path | None:
+    """The folder whose tokenizer the run uses: that of the first generating or first role."""
+    graph = run.plan.problem.graph
+    generating = [c.role for c in graph.calls if c.kind is CallKind.GENERATE]
+    role = generating[0] if generating else graph.roles[0]
+    path = run.model_path(role) if role else None
+    return Path(path) if path else None
+
+
+def open_data(run: Run, text: TextCodec) -> Prompts:
+    """The run's prompts, checked; random ones for a benchmark without data."""
+    config, problem = run.config, run.plan.problem
+    if not config.data.path and text.tokenizer is None:
+        vocab = min(spec.vocab for spec in problem.models.values())
+        return MockPrompts(vocab=vocab, prompt_len=config.prompt_len, seed=config.seed)
+    return PromptDataset(
+        Path(config.data.path),
+        seed=config.seed,
+        chat_template=config.data.chat_template,
+        tokenizer=text.tokenizer,
+        max_prompt_tokens=config.prompt_len,
+    )
+
+
+def checkpoint_name(step: int) -> str:
+    """The prior system's name of a saved model; steps count from one, epochs are not tracked."""
+    return f"epoch1epochstep{step}globalstep{step}"
+
+
+def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) -> None:
+    """All steps of a run on one rank."""
+    text = TextCodec(model_folder(run))
+    data = open_data(run, text)
+    graph = run.plan.problem.graph
+    display = StepDisplay(run.config.total_steps) if rank == 0 else None
+    parts = {
+        call.name: run.plan.allocations[call.name].strategy.dp
+        if call.kind is CallKind.FUNCTION
+        else 1
+        for call in graph.calls
+    }
+    metrics = MetricsWriter(run.output, store, parts) if rank == 0 else None
+    with TraceWriter(run.output / "trace", rank) as trace:
+        worker = Worker(
+            run,
+            compile_plan(run.plan),
+            rank=rank,
+            device=device,
+            functions=functions_of(run),
+            data=data,
+            text=text,
+            store=store,
+            trace=trace,
+            on_instruction=display.instruction if display else lambda label: None,
+        )
+        try:
+            worker.setup()
+            _steps(run, worker, metrics, display)
+        finally:
+            if display:
+                display.close()
+            if metrics:
+                metrics.close()
+
+
+def _steps(
+    run: Run, worker: Worker, metrics: MetricsWriter | None, display: StepDisplay | None
+) -> None:
+    """Rank 0 writes a step's numbers after the next step, so that it never waits for a peer."""
+    total, waiting = run.config.total_steps, list[tuple[int, float]]()
+
+    def write(until: int) -> None:
+        while metrics and display and waiting and waiting[0][0] < until:
+            step, seconds = waiting.pop(0)
+            display.line(step, metrics.collect(step, seconds))
+
+    for step in range(total):
+        start_s = time.time()
+        worker.run_step(step)
+        waiting.append((step, time.time() - start_s))
+        if display:
+            display.step_done()
+        write(step)
+        every = run.config.save_every
+        if step + 1 == total or (every and (step + 1) % every == 0):
+            if display:
+                display.instruction("saving")
+            worker.save(Path(checkpoint_name(step + 1)))
+    write(total)

@@ -1,0 +1,423 @@
+"""``Worker``: one rank's interpreter of its program.
+
+``setup`` loads the weights, then ``run_step`` carries out the rank's instructions of a step, one
+short method for each kind of instruction. Nothing is decided here: what, where and in which
+order is the program's; the mathematics of a call is the algorithm's (``calls.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from executor.batch import SequenceBatch, balanced_parts
+from executor.buffers import ParameterBuffer
+from executor.context import RankContext, build_contexts
+from executor.dataset import Prompts
+from executor.generate.engine import generate
+from executor.metrics import post
+from executor.model import hf_weights
+from executor.model.transformer import DecoderStage
+from executor.parallel.optimizer import Adam, AdamConfig
+from executor.parallel.pipeline import forward_only, train_1f1b
+from executor.reallocate import execute
+from executor.run import Run
+from executor.text import TextCodec
+from executor.trace import TraceWriter
+from executor.transfer import Exchange, SampleStore
+from planner.graph import ModelFunctionCall
+from planner.layout import Layout
+from planner.plan import Allocation
+from planner.program import (
+    Free,
+    Function,
+    Generate,
+    Infer,
+    Instruction,
+    Load,
+    Program,
+    Reallocate,
+    Train,
+    Transfer,
+    assign_samples,
+    call_layout,
+    producing_ranks,
+    samples_of,
+)
+from planner.reallocation import reallocate
+
+
+@dataclass(slots=True)
+class Trainer:
+    """A trained role's gradients and optimizer on this rank."""
+
+    gradients: Tensor
+    stage: DecoderStage
+    optimizer: Adam
+
+
+class Worker:
+    """The state of one rank over a run: buffers by (role, layout), trainers by role, samples."""
+
+    def __init__(
+        self,
+        run: Run,
+        program: Program,
+        *,
+        rank: int,
+        device: torch.device,
+        functions: Mapping[str, Any],
+        data: Prompts,
+        text: TextCodec,
+        store: dist.Store,
+        trace: TraceWriter,
+        on_instruction: Callable[[str], None] = lambda label: None,
+    ) -> None:
+        self.run = run
+        self.plan = run.plan
+        self.problem = run.plan.problem
+        self.program = program
+        self.rank = rank
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.functions = functions
+        self.data = data
+        self.text = text
+        self.store = store
+        self.trace = trace
+        self.on_instruction = on_instruction
+        self.step = 0
+        layouts = dict.fromkeys(layout for _, layout in program.layouts)
+        self.contexts = build_contexts(layouts, rank=rank, device=device)
+        self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
+        self.stages: dict[tuple[str, Layout], DecoderStage] = {}
+        self.trainers: dict[str, Trainer] = {}
+        self.samples = SampleStore(self.problem.graph, device)
+        self.exchange = Exchange(self.samples)
+        self.handlers: dict[type, Callable[[Any, dict[str, int]], None]] = {
+            Load: self._load,
+            Generate: self._generate,
+            Infer: self._infer,
+            Train: self._train,
+            Function: self._function,
+            Transfer: self._transfer,
+            Reallocate: self._reallocate,
+            Free: self._free,
+        }
+
+    # ---- the interpreter ----------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Read the weights of every layout that stays."""
+        for instruction in self.program.setup.get(self.rank, ()):
+            self._carry_out(instruction)
+
+    def run_step(self, step: int) -> None:
+        """Carry out this rank's instructions of a step."""
+        self.step = step
+        for instruction in self.program.step.get(self.rank, ()):
+            self._carry_out(instruction)
+        self.exchange.finish()
+        self.samples.clear()
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        label = label_of(instruction)
+        self.on_instruction(label)
+        kind = type(instruction).__name__.lower()
+        with self.trace.span(
+            step=self.step, index=instruction.index, kind=kind, label=label
+        ) as counts:
+            self.handlers[type(instruction)](instruction, counts)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    # ---- weights ------------------------------------------------------------------------------
+
+    def _buffer(self, role: str, layout: Layout, *, multiple: int = 1) -> ParameterBuffer:
+        buffer = ParameterBuffer.for_rank(
+            layout, self.rank, dtype=self.dtype, device=self.device, multiple=multiple
+        )
+        self.buffers[(role, layout)] = buffer
+        return buffer
+
+    def _load(self, load: Load, counts: dict[str, int]) -> None:
+        zero_multiple = load.layout.dp if load.trained else 1
+        buffer = self._buffer(load.role, load.layout, multiple=zero_multiple)
+        spec, path = self.problem.models[load.role], self.run.model_path(load.role)
+        if path is None:
+            hf_weights.init_random(buffer, spec, seed=self.run.config.seed)
+        else:
+            hf_weights.load(buffer, Path(path), spec, seed=self.run.config.seed)
+        counts["num_bytes"] = buffer.flat.numel() * buffer.flat.element_size()
+        if load.trained:
+            self.trainers[load.role] = self._trainer(load.role, load.layout, buffer)
+
+    def _trainer(self, role: str, layout: Layout, buffer: ParameterBuffer) -> Trainer:
+        call = self.problem.graph.train_call(role)
+        assert call is not None, role
+        strategy = self.plan.allocations[call.name].strategy
+        context = self.contexts[layout]
+        gradients = torch.zeros(buffer.flat.numel(), dtype=torch.float32, device=self.device)
+        stage = DecoderStage(context, buffer, gradients=gradients, recompute=strategy.recompute)
+        model = self.run.config.models()[role]
+        config = AdamConfig(
+            lr=model.lr,
+            betas=(model.beta1, model.beta2),
+            eps=model.eps,
+            weight_decay=model.weight_decay,
+            warmup_steps=model.warmup_steps,
+            total_steps=self.run.config.total_steps * call.num_mini_batches,
+            schedule=model.schedule,
+            max_grad_norm=model.max_grad_norm,
+        )
+        optimizer = Adam(context, buffer, gradients, config, zero=strategy.zero)
+        return Trainer(gradients=gradients, stage=stage, optimizer=optimizer)
+
+    def _reallocate(self, instruction: Reallocate, counts: dict[str, int]) -> None:
+        role, destination = instruction.role, instruction.destination
+        plan = reallocate(
+            instruction.source,
+            destination,
+            devices_per_node=self.problem.cluster.devices_per_node,
+        )
+        target = self._buffer(role, destination) if self.rank in destination.mesh else None
+        source = self.buffers.get((role, instruction.source))
+        counts["num_bytes"] = execute(plan, source, target, rank=self.rank)
+
+    def _free(self, free: Free, counts: dict[str, int]) -> None:
+        del self.buffers[(free.role, free.layout)]
+        self.stages.pop((free.role, free.layout), None)
+
+    def _stage(self, role: str, layout: Layout) -> DecoderStage:
+        """The model without gradients in a layout whose weights are here."""
+        key = (role, layout)
+        if key not in self.stages:
+            self.stages[key] = DecoderStage(self.contexts[layout], self.buffers[key])
+        return self.stages[key]
+
+    # ---- data ---------------------------------------------------------------------------------
+
+    def _transfer(self, transfer: Transfer, counts: dict[str, int]) -> None:
+        counts["num_bytes"] = self.exchange.run(transfer)
+
+    def _place(self, name: str) -> tuple[ModelFunctionCall, Allocation, int]:
+        """A call, its allocation and this rank's data-parallel rank in it."""
+        allocation = self.plan.allocations[name]
+        _, dp_rank, _ = allocation.strategy.coordinates(self.rank - allocation.mesh.first)
+        return self.problem.graph.call(name), allocation, dp_rank
+
+    def _share(
+        self, call: ModelFunctionCall, allocation: Allocation, dp_rank: int
+    ) -> Sequence[int]:
+        return samples_of(self.problem, call, allocation.strategy.dp)[dp_rank]
+
+    def _inputs(self, call: ModelFunctionCall) -> list[str]:
+        """The call's keys that come from other calls."""
+        sources = self.problem.graph.source_keys
+        return [key for key in call.inputs if key not in sources]
+
+    def _context_of(self, name: str) -> tuple[RankContext, Layout]:
+        layout = call_layout(self.plan, name)
+        assert layout is not None, name
+        return self.contexts[layout], layout
+
+    # ---- calls --------------------------------------------------------------------------------
+
+    def _generate(self, instruction: Generate, counts: dict[str, int]) -> None:
+        call, allocation, dp_rank = self._place(instruction.call)
+        assert call.role is not None
+        _, layout = self._context_of(call.name)
+        samples = self._share(call, allocation, dp_rank)
+        prompts, _ = self.data.batch(self.step, self.problem.workload.batch_size)
+        batch = generate(
+            self._stage(call.role, layout),
+            [prompts[sample].to(self.device) for sample in samples],
+            samples=samples,
+            params=self.functions[call.name].sampling(self.text.stop_token_ids),
+            seed=self.run.config.seed,
+            step=self.step,
+            num_groups=allocation.num_micro_batches,
+        )
+        self.samples.put(batch, call.outputs)
+        counts["num_tokens"] = batch.num_tokens
+        self._report(call, self._generation_statistics(batch, self.contexts[layout]))
+
+    def _generation_statistics(
+        self, batch: SequenceBatch, context: RankContext
+    ) -> dict[str, float]:
+        answers = batch.num_tokens - float(batch.get("prompt_lengths").sum())
+        sums = torch.tensor(
+            [batch.num_sequences, answers, float(batch.get("finished").sum())],
+            dtype=torch.float64,
+        )
+        count, tokens, finished = self._sum_over_dp(context)(sums).tolist()
+        return {"response_tokens": tokens / count, "finished": finished / count}
+
+    def _infer(self, instruction: Infer, counts: dict[str, int]) -> None:
+        call, allocation, dp_rank = self._place(instruction.call)
+        assert call.role is not None
+        context, layout = self._context_of(call.name)
+        stage, function = self._stage(call.role, layout), self.functions[call.name]
+        batch = self.samples.gather(self._share(call, allocation, dp_rank), self._inputs(call))
+        micro_batches = [
+            batch.select(part)
+            for part in balanced_parts(batch.lengths, allocation.num_micro_batches)
+        ]
+
+        def read(hidden: Tensor, micro_batch: SequenceBatch) -> Mapping[str, Tensor]:
+            found: Mapping[str, Tensor] = function.read(stage.head, hidden, micro_batch, context)
+            return found
+
+        results = forward_only(stage, micro_batches, read=read)
+        counts["num_tokens"] = batch.num_tokens
+        means: dict[str, float] = {}
+        if results is not None:
+            for micro_batch, values in zip(micro_batches, results, strict=True):
+                self.samples.put(self._with_outputs(micro_batch, values), call.outputs)
+            means = self._mean_outputs(call, results, context)
+        self._report(call, means)
+
+    def _with_outputs(self, batch: SequenceBatch, values: Mapping[str, Tensor]) -> SequenceBatch:
+        graph = self.problem.graph
+        return batch.with_values(
+            per_token={k: v for k, v in values.items() if graph.key(k).per == "token"},
+            per_sequence={k: v for k, v in values.items() if graph.key(k).per == "sequence"},
+        )
+
+    def _mean_outputs(
+        self, call: ModelFunctionCall, results: Sequence[Mapping[str, Tensor]], context: RankContext
+    ) -> dict[str, float]:
+        """Mean of each per-sequence output over the whole batch."""
+        means = {}
+        for key in call.outputs:
+            if self.problem.graph.key(key).per == "sequence":
+                values = torch.cat([result[key] for result in results]).double()
+                sums = torch.stack([values.sum(), torch.tensor(float(len(values)))])
+                total, count = self._sum_over_dp(context)(sums).tolist()
+                means[key] = total / count
+        return means
+
+    def _function(self, instruction: Function, counts: dict[str, int]) -> None:
+        call, allocation, dp_rank = self._place(instruction.call)
+        batch = self.samples.gather(self._share(call, allocation, dp_rank), self._inputs(call))
+        _, records = self.data.batch(self.step, self.problem.workload.batch_size)
+        own = self.text.with_answers([records[sample] for sample in batch.samples], batch)
+        values = self.functions[call.name].run(batch, own)
+        self.samples.put(self._with_outputs(batch, values), call.outputs)
+        counts["num_tokens"] = batch.num_tokens
+        means = {key: float(value.double().mean()) for key, value in values.items()}
+        # Ranks of a function never wait for each other: each tells its own share.
+        post(self.store, self.step, call.name, means, part=dp_rank, weight=batch.num_sequences)
+
+    def _train(self, instruction: Train, counts: dict[str, int]) -> None:
+        call, allocation, dp_rank = self._place(instruction.call)
+        assert call.role is not None
+        context, _ = self._context_of(call.name)
+        trainer, function = self.trainers[call.role], self.functions[call.name]
+        sum_over_dp = self._sum_over_dp(context)
+        strategy = allocation.strategy
+        runs = assign_samples(self.problem.workload.batch_size, strategy.dp, call.num_mini_batches)[
+            dp_rank
+        ]
+        own = self.samples.gather([s for run in runs for s in run], self._inputs(call))
+        batch = function.prepare(own, sum_over_dp)
+        totals: dict[str, float] = {}
+        start = 0
+        for mini in runs:
+            mini_batch = batch.select(range(start, start + len(mini)))
+            start += len(mini)
+            statistics = self._optimizer_step(
+                trainer, function, mini_batch, allocation.num_micro_batches, sum_over_dp, context
+            )
+            for name, value in statistics.items():
+                totals[name] = totals.get(name, 0.0) + value / call.num_mini_batches
+        counts["num_tokens"] = batch.num_tokens
+        self._report(call, totals)
+
+    def _optimizer_step(
+        self,
+        trainer: Trainer,
+        function: Any,
+        mini_batch: SequenceBatch,
+        num_micro_batches: int,
+        sum_over_dp: Callable[[Tensor], Tensor],
+        context: RankContext,
+    ) -> dict[str, float]:
+        """One optimizer step on a mini-batch; its statistics, on the last stage also the loss's."""
+        denominator = sum_over_dp(function.count(mini_batch))
+        parts = balanced_parts(mini_batch.lengths, num_micro_batches)
+        micro_batches = [mini_batch.select(part) for part in parts]
+        stage = trainer.stage
+
+        def loss(hidden: Tensor, micro: SequenceBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+            found: tuple[Tensor, Mapping[str, Tensor]] = function.loss(
+                stage.head, hidden, micro, denominator, context
+            )
+            return found
+
+        trainer.gradients.zero_()
+        results = train_1f1b(stage, micro_batches, loss=loss)
+        statistics = dict(trainer.optimizer.step())
+        if results is not None:
+            names = sorted(results[0])
+            sums = torch.stack(
+                [torch.stack([r[name].detach().double() for r in results]).sum() for name in names]
+            )
+            statistics.update(zip(names, sum_over_dp(sums).tolist(), strict=True))
+        return statistics
+
+    def _sum_over_dp(self, context: RankContext) -> Callable[[Tensor], Tensor]:
+        def total(value: Tensor) -> Tensor:
+            if context.dp_group is None:
+                return value
+            summed = value.detach().clone().to(self.device)
+            dist.all_reduce(summed, group=context.dp_group)
+            return summed.to(value.device)
+
+        return total
+
+    # ---- results ------------------------------------------------------------------------------
+
+    def _report(self, call: ModelFunctionCall, values: Mapping[str, float]) -> None:
+        """The first rank that holds the call's results tells them."""
+        if self.rank == reporting_rank(self.plan.allocations[call.name], call):
+            post(self.store, self.step, call.name, values)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write every trained role as a Hugging Face folder ``<role>/<folder>``; all ranks."""
+        written = []
+        for role in self.problem.graph.roles:
+            for (name, layout), buffer in list(self.buffers.items()):
+                train = self.problem.graph.train_call(role)
+                if name != role or train is None or layout != call_layout(self.plan, train.name):
+                    continue
+                target = self.run.output / role / folder
+                path = self.run.model_path(role)
+                hf_weights.save(
+                    self.contexts[layout], buffer, target, self.problem.models[role],
+                    source_folder=Path(path) if path else None,
+                )  # fmt: skip
+                written.append(target)
+        return written
+
+
+def reporting_rank(allocation: Allocation, call: ModelFunctionCall) -> int:
+    """The first rank of the last stage of the first replica."""
+    s = allocation.strategy
+    return producing_ranks(call, s, allocation.mesh.first)[0][-1] - (s.tp - 1)
+
+
+def label_of(instruction: Instruction) -> str:
+    """What people call an instruction: ``actor_gen``, ``reallocate actor``."""
+    if isinstance(instruction, Generate | Infer | Train | Function):
+        return instruction.call
+    if isinstance(instruction, Transfer):
+        half = "send" if instruction.sends else "receive"
+        return f"{half} {instruction.producer} to {instruction.consumer}"
+    return f"{type(instruction).__name__.lower()} {instruction.role}"
