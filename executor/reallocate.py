@@ -1,0 +1,210 @@
+"""Carries out a ``planner.reallocation.Reallocation``: from one set of flat buffers to another.
+
+Read ``execute`` first. Who sends what is the planner's; here the slices between two ranks are
+laid end to end into one stream, the stream is cut into chunks that fit a staging buffer, and
+chunk ``r`` of every pair crosses in round ``r``. While a round is under way the previous one is
+unpacked and the next one packed.
+
+No deadlock: a rank posts all sends and receives of a round at once and waits for them before it
+posts the round after the next; both ends cut a stream alike, so every round's operations match.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from executor.buffers import ParameterBuffer
+from planner.layout import ParameterSlice
+from planner.reallocation import Reallocation
+from profiles.units import MIB
+
+Pair = tuple[int, int]  # (sender, receiver), world ranks
+Chunk = tuple[ParameterSlice, ...]  # boxes that cross together, laid end to end
+
+
+def execute(
+    plan: Reallocation,
+    source: ParameterBuffer | None,
+    destination: ParameterBuffer | None,
+    *,
+    rank: int,
+    staging_bytes: int = 256 * MIB,
+    wire_dtype: torch.dtype | None = None,
+) -> int:
+    """Fills ``destination`` with this rank's part of ``plan.dst``; returns the bytes received.
+
+    Every rank of the two meshes calls it, with the buffer of each layout that it belongs to and
+    None for the other. All values cross as ``wire_dtype`` and are converted at the ends, so that
+    the two layouts may have unlike types; None: the type that the buffers share. Copies inside
+    this rank are not counted. Memory beyond the buffers: at most ``staging_bytes`` (but at least
+    two values for each partner).
+
+    With NCCL the world's communicator must exist: let all ranks pass a barrier once before.
+    """
+    buffers = [buffer for buffer in (source, destination) if buffer is not None]
+    assert buffers, f"rank {rank} holds nothing of {plan.src.key} or {plan.dst.key}"
+    dtype = wire_dtype or buffers[0].flat.dtype
+    assert wire_dtype or all(buffer.flat.dtype == dtype for buffer in buffers), (
+        "the layouts differ in dtype: say which crosses"
+    )
+    with torch.no_grad():
+        work = _Exchange(
+            chunk_streams(plan, rank, staging_bytes // dtype.itemsize), source, destination, rank,
+            torch.empty(0, dtype=dtype, device=buffers[0].flat.device),
+        )  # fmt: skip
+        work.start(0)
+        for copy in plan.copies:  # under the first round
+            if copy.dst == rank:
+                assert source is not None, copy
+                assert destination is not None, copy
+                destination.box(copy.slice).copy_(source.box(copy.slice))
+        return work.finish() * dtype.itemsize
+
+
+def chunk_streams(
+    plan: Reallocation, rank: int, staging_values: int
+) -> Mapping[Pair, tuple[Chunk, ...]]:
+    """The chunks of every pair that ``rank`` belongs to, in the plan's order.
+
+    A chunk holds at most ``staging_values / (2 * partners)`` values (at least one), where
+    ``partners`` are the pairs of the busiest rank: all of a rank's chunks of two rounds fit.
+    """
+    streams: dict[Pair, list[ParameterSlice]] = defaultdict(list)
+    for message in plan.messages:
+        streams[message.src, message.dst].append(message.slice)
+    partners: dict[int, int] = defaultdict(int)
+    for src, dst in streams:
+        partners[src] += 1
+        partners[dst] += 1
+    limit = max(1, staging_values // (2 * max(partners.values(), default=1)))
+    return {
+        pair: tuple(_chunks(boxes, limit)) for pair, boxes in streams.items() if rank in pair
+    }  # fmt: skip
+
+
+def _chunks(boxes: Sequence[ParameterSlice], limit: int) -> list[Chunk]:
+    """``boxes`` end to end, cut after every ``limit`` values."""
+    done: list[Chunk] = []
+    chunk: list[ParameterSlice] = []
+    room = limit
+    for box in boxes:
+        start = 0
+        while start < box.num_values:
+            stop = min(box.num_values, start + room)
+            chunk.extend(cut(box, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                done.append(tuple(chunk))
+                chunk, room = [], limit
+    return [*done, tuple(chunk)] if chunk else done
+
+
+def cut(box: ParameterSlice, start: int, stop: int) -> tuple[ParameterSlice, ...]:
+    """Values ``start`` … ``stop`` of a box in row-major order, as at most three boxes.
+
+    The end of a row, whole rows, the beginning of a row; a vector is one row.
+    """
+    if (start, stop) == (0, box.num_values):
+        return (box,)
+    columns = box.length[-1]
+    assert len(box.length) <= 2, box
+    rows = sorted({start, min(-(-start // columns) * columns, stop),
+                   max(stop // columns * columns, start), stop})  # fmt: skip
+    found = []
+    for lo, hi in pairwise(rows):
+        offset, length = list(box.offset), list(box.length)
+        offset[-1] += lo % columns
+        length[-1] = columns if (hi - lo) % columns == 0 else hi - lo
+        if len(length) == 2:
+            offset[0] += lo // columns
+            length[0] = max(1, (hi - lo) // columns)
+        found.append(ParameterSlice(name=box.name, offset=tuple(offset), length=tuple(length)))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Round:
+    """What is under way: requests, and the chunks that they bring with their place."""
+
+    requests: Sequence[dist.Work]
+    incoming: Sequence[tuple[Chunk, Tensor]]
+
+
+class _Exchange:
+    """The rounds of one rank over a staging buffer of two halves, one segment a pair in each."""
+
+    def __init__(
+        self,
+        streams: Mapping[Pair, tuple[Chunk, ...]],
+        source: ParameterBuffer | None,
+        destination: ParameterBuffer | None,
+        rank: int,
+        like: Tensor,
+    ) -> None:
+        self.streams, self.rank = streams, rank
+        self.source, self.destination = source, destination
+        self.num_rounds = max((len(chunks) for chunks in streams.values()), default=0)
+        halves = min(2, self.num_rounds)
+        # The first chunk of a stream is its largest.
+        self.sizes = {pair: _num_values(chunks[0]) for pair, chunks in streams.items()}
+        self.staging = like.new_empty(halves, sum(self.sizes.values()))
+        self.under_way: dict[int, _Round] = {}
+
+    def start(self, index: int) -> None:
+        """Packs and posts round ``index``."""
+        if index >= self.num_rounds:
+            return
+        operations: list[dist.P2POp] = []
+        incoming: list[tuple[Chunk, Tensor]] = []
+        segments = self.staging[index % 2].split(list(self.sizes.values()))
+        for ((src, dst), chunks), segment in zip(self.streams.items(), segments):
+            if index >= len(chunks):
+                continue
+            part = segment[: _num_values(chunks[index])]
+            if dst == self.rank:
+                operations.append(dist.P2POp(dist.irecv, part, src))
+                incoming.append((chunks[index], part))
+            else:
+                _pack(self.source, chunks[index], part)
+                operations.append(dist.P2POp(dist.isend, part, dst))
+        self.under_way[index] = _Round(
+            requests=dist.batch_isend_irecv(operations), incoming=incoming
+        )
+
+    def finish(self) -> int:
+        """Runs what ``start(0)`` began to its end; returns the values received."""
+        received = 0
+        for index in range(self.num_rounds):
+            self.start(index + 1)
+            current = self.under_way.pop(index)
+            for request in current.requests:
+                request.wait()
+            for chunk, part in current.incoming:
+                _unpack(self.destination, chunk, part)
+                received += part.numel()
+        return received
+
+
+def _num_values(chunk: Chunk) -> int:
+    return sum(box.num_values for box in chunk)
+
+
+def _pack(buffer: ParameterBuffer | None, chunk: Chunk, flat: Tensor) -> None:
+    """Boxes of ``buffer`` into ``flat``, end to end."""
+    assert buffer is not None, "a sender has the source's buffer"
+    for box, part in zip(chunk, flat.split([box.num_values for box in chunk])):
+        part.view(box.length).copy_(buffer.box(box))
+
+
+def _unpack(buffer: ParameterBuffer | None, chunk: Chunk, flat: Tensor) -> None:
+    assert buffer is not None, "a receiver has the destination's buffer"
+    for box, part in zip(chunk, flat.split([box.num_values for box in chunk])):
+        buffer.box(box).copy_(part.view(box.length))
