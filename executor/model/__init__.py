@@ -1,1 +1,1 @@
-"""."""
+"""The decoder: its stages and shards (``transformer``), attention, and Hugging Face's files."""

@@ -1,1 +1,1 @@
-"""."""
+"""How one model is split: tensor shards, pipeline stages, data-parallel replicas, optimizer."""

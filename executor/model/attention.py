@@ -1,0 +1,192 @@
+"""Causal attention over packed sequences, and over a KV cache.
+
+Read ``pack`` and ``packed_attention`` first. A packed batch has no padding: the tokens of all
+sequences stand in one row, and ``PackedLengths`` says where each begins. On CUDA one
+variable-length kernel does the whole batch; elsewhere sequences of equal length share a call.
+Where keys and values are kept while generating is ``executor.generate.kv_cache``'s.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLengths:
+    """Where the sequences of a packed batch lie; ``pack`` makes it.
+
+    ``positions`` [tokens] int64: place of every token in its sequence, for the rotary angles.
+    ``cu_seqlens`` [num_sequences + 1] int32: start of every sequence, and the end of the last.
+    """
+
+    lengths: tuple[int, ...]
+    positions: Tensor
+    cu_seqlens: Tensor
+    max_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def pack(
+    lengths: Sequence[int], device: torch.device | str = "cpu", *, positions: Tensor | None = None
+) -> PackedLengths:
+    """The ``PackedLengths`` of sequences of ``lengths`` tokens each.
+
+    ``positions`` [tokens] for tokens that continue a sequence: in a decode step every length is
+    1 and the position is the number of tokens before it. Without it every sequence starts at 0.
+    """
+    lengths = tuple(lengths)
+    cu_seqlens = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
+    if positions is None:
+        parts = [torch.arange(length) for length in lengths]
+        positions = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+    assert positions.shape == (sum(lengths),), (positions.shape, lengths)
+    return PackedLengths(
+        lengths=lengths,
+        positions=positions.to(device),
+        cu_seqlens=cu_seqlens,
+        max_length=max(lengths, default=0),
+    )
+
+
+class KVCacheLike(Protocol):
+    """What a stage asks of a cache: to keep k and v of these tokens, and to attend."""
+
+    def attend(
+        self, layer_index: int, q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths
+    ) -> Tensor:
+        """Attention of ``q`` over what the cache holds of its sequences and ``k``, ``v``.
+
+        ``layer_index`` counts from 0 within the stage. q [tokens, heads / tp, head_dim], k and v
+        [tokens, kv_heads / tp, head_dim], all after the rotary embedding; returns q's shape.
+        ``packed.positions`` are the places of the tokens in their sequences.
+        """
+        ...
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v within every sequence, causal; differentiable.
+
+    q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim].
+    ``packed`` holds whole sequences, or their first parts: positions start at 0.
+    """
+    if q.is_cuda:
+        return _cuda_attention(q, k, v, packed)
+    if len(set(packed.lengths)) <= 1:
+        return _equal_lengths(q, k, v, len(packed.lengths))
+    return _grouped_by_length(q, k, v, packed.lengths)
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, max_length: int | None = None
+) -> Tensor:
+    """Attention of one new token of each of n sequences over the tokens it may see.
+
+    q [n, heads, head_dim]; caches [n, max_len, kv_heads, head_dim], the new token's key and value
+    included; ``lengths`` [n] counts the valid tokens of each row, the new one included. Returns
+    [n, heads, head_dim]. ``max_length``: a bound of ``lengths`` known without asking the device,
+    so that the rest of the cache is not read.
+
+    The heads that share a kv head become rows of one small matrix: no copy of keys or values.
+    """
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    if max_length is not None:
+        k_cache, v_cache = k_cache[:, :max_length], v_cache[:, :max_length]
+    places = torch.arange(k_cache.shape[1], device=q.device)
+    mask = places < lengths[:, None]  # [n, max_length]
+    out = F.scaled_dot_product_attention(
+        q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim),
+        k_cache.transpose(1, 2),  # [n, kv_heads, max_length, head_dim]
+        v_cache.transpose(1, 2),
+        attn_mask=mask[:, None, None, :],
+    )
+    return out.reshape(num_rows, num_heads, head_dim)
+
+
+# ---- CPU, and anything else without a variable-length kernel ----------------------------------
+
+
+def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, num_sequences: int) -> Tensor:
+    """All sequences have one length: the packed row is already a batch."""
+
+    def batch(x: Tensor) -> Tensor:
+        # [tokens, heads, head_dim] -> [n, heads, length, head_dim], without a copy
+        return x.view(num_sequences, -1, *x.shape[1:]).transpose(1, 2)
+
+    if q.shape[0] == 0:
+        return torch.zeros_like(q)
+    out = F.scaled_dot_product_attention(
+        batch(q), batch(k), batch(v), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).reshape(q.shape)
+
+
+def _grouped_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """One call for every distinct length; split and cat move each value once, both ways."""
+    parts = [x.split(lengths) for x in (q, k, v)]
+    found: dict[int, Tensor] = {}
+    for length in set(lengths) - {0}:
+        indices = [i for i, other in enumerate(lengths) if other == length]
+        together = [
+            part[indices[0]] if len(indices) == 1 else torch.cat([part[i] for i in indices])
+            for part in parts
+        ]
+        out = _equal_lengths(together[0], together[1], together[2], len(indices))
+        found.update(zip(indices, out.split(length), strict=True))
+    return torch.cat([found[i] for i in sorted(found)])
+
+
+# ---- CUDA -----------------------------------------------------------------------------------
+
+
+@cache
+def _flash_attention() -> Any | None:
+    """flash-attn's packed kernel, or None where it is not installed (extra ``cuda``)."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@cache
+def _torch_varlen() -> Any | None:
+    """torch's own packed kernel (torch 2.10 and later), causal, or None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    options = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in options else {"is_causal": True}
+    )
+    return partial(varlen_attn, **causal)
+
+
+def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths) -> Tensor:
+    """The first of flash-attn, torch's packed kernel and SDPA by segments that can run this."""
+    if q.dtype in (torch.bfloat16, torch.float16):
+        ends, longest = packed.cu_seqlens, packed.max_length
+        if (flash := _flash_attention()) is not None:
+            return flash(q, k, v, ends, ends, longest, longest, causal=True)
+        if (varlen := _torch_varlen()) is not None:
+            # Not every version shares kv heads among query heads: give each its own.
+            group = q.shape[1] // k.shape[1]
+            if group > 1:
+                k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            return varlen(q, k, v, ends, ends, longest, longest)
+    if len(set(packed.lengths)) <= 1:
+        return _equal_lengths(q, k, v, len(packed.lengths))
+    return _grouped_by_length(q, k, v, packed.lengths)

@@ -1,0 +1,183 @@
+"""Tensor parallelism: the few places where the shards of one model speak to each other.
+
+A block is entered through ``copy_to_tp`` and left through ``reduce_from_tp`` (Shoeybi et al.
+2019, Megatron-LM, section 3: f and g). The vocabulary is split over the same ranks; functions of
+whole rows of logits exchange one number a row instead of the rows. With tp 1 nothing is sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from executor.context import RankContext
+
+# Values of one block of rows in fp32 work space: 16 MiB, so that no second copy of the logits
+# is ever made while the blocks stay large enough to be fast.
+BLOCK_VALUES = 4 * 2**20
+
+
+def copy_to_tp(x: Tensor, ctx: RankContext) -> Tensor:
+    """The same ``x`` on every shard; backward adds the shards' gradients."""
+    return x if ctx.tp_group is None else _CopyToTp.apply(x, ctx.tp_group)
+
+
+def reduce_from_tp(x: Tensor, ctx: RankContext) -> Tensor:
+    """The sum of every shard's ``x`` on all of them; backward passes the gradient on."""
+    return x if ctx.tp_group is None else _ReduceFromTp.apply(x, ctx.tp_group)
+
+
+class _CopyToTp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _ReduceFromTp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def vocab_parallel_embedding(ids: Tensor, weight: Tensor, ctx: RankContext) -> Tensor:
+    """Rows of the whole embedding for ``ids`` [tokens] -> [tokens, hidden].
+
+    ``weight`` [vocab / tp, hidden]: a shard gives the rows it holds and zeros for the others.
+    """
+    if ctx.tp_group is None:
+        return F.embedding(ids, weight)
+    local, here = _local_ids(ids, weight.shape[0], ctx)
+    return reduce_from_tp(F.embedding(local, weight) * here[:, None], ctx)
+
+
+def _local_ids(ids: Tensor, num_rows: int, ctx: RankContext) -> tuple[Tensor, Tensor]:
+    """(ids counted from this shard's first row, 0 where held elsewhere; whether held here)."""
+    local = ids - num_rows * ctx.tp_rank
+    here = (local >= 0) & (local < num_rows)
+    return torch.where(here, local, 0), here
+
+
+def vocab_parallel_log_probs(logits: Tensor, targets: Tensor, ctx: RankContext) -> Tensor:
+    """log softmax(logits)[target] of every row -> [rows], fp32; differentiable.
+
+    ``logits`` [rows, vocab / tp] of this shard, ``targets`` [rows] of the whole vocabulary.
+    Backward: grad * (onehot - softmax), made in one new tensor of the shard's size.
+    """
+    return _LogProbs.apply(logits, targets, ctx)
+
+
+def vocab_parallel_entropy(logits: Tensor, ctx: RankContext) -> Tensor:
+    """- sum p log p of softmax(logits) of every row, in nats -> [rows], fp32; differentiable.
+
+    ``logits`` [rows, vocab / tp] of this shard. Backward: - grad * p * (log p + entropy).
+    """
+    return _Entropy.apply(logits, ctx)
+
+
+def gather_vocab(logits: Tensor, ctx: RankContext) -> Tensor:
+    """[rows, vocab / tp] of every shard -> [rows, vocab] on all of them; no gradient."""
+    if ctx.tp_group is None:
+        return logits.detach()
+    local = logits.detach().contiguous()
+    parts = [torch.empty_like(local) for _ in range(ctx.layout.tp)]
+    dist.all_gather(parts, local, group=ctx.tp_group)
+    return torch.cat(parts, dim=-1)
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows in blocks of at most BLOCK_VALUES values."""
+    num_rows = logits.shape[0]
+    step = max(1, BLOCK_VALUES // max(1, logits.shape[1]))
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _log_sum_exp(logits: Tensor, ctx: RankContext) -> Tensor:
+    """log sum exp of whole rows, [rows] fp32."""
+    total = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    for rows in _blocks(logits):
+        torch.logsumexp(logits[rows].float(), dim=-1, out=total[rows])
+    if ctx.tp_group is not None:
+        largest = total.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ctx.tp_group)
+        total = torch.exp(total - largest)
+        dist.all_reduce(total, group=ctx.tp_group)
+        total = total.log_().add_(largest)
+    return total
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, place: RankContext) -> Tensor:
+        total = _log_sum_exp(logits, place)
+        local, here = _local_ids(targets, logits.shape[1], place)
+        chosen = logits.gather(1, local[:, None])[:, 0].float()
+        chosen = torch.where(here, chosen, 0.0)
+        if place.tp_group is not None:
+            dist.all_reduce(chosen, group=place.tp_group)
+        ctx.save_for_backward(logits, total, local, here)
+        return chosen - total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, total, local, here = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            work = _softmax_into(out[rows], logits[rows], total[rows])
+            work.mul_(-grad[rows, None])
+            work.scatter_add_(1, local[rows, None], (grad[rows] * here[rows])[:, None])
+            if work.dtype != out.dtype:
+                out[rows] = work
+        return out, None, None
+
+
+def _softmax_into(out: Tensor, logits: Tensor, total: Tensor) -> Tensor:
+    """softmax in fp32: written to ``out`` where that is fp32, else to a new block."""
+    if out.dtype == torch.float32:
+        return torch.sub(logits, total[:, None], out=out).exp_()
+    return torch.sub(logits.float(), total[:, None]).exp_()
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, place: RankContext) -> Tensor:
+        total = _log_sum_exp(logits, place)
+        entropy = torch.empty_like(total)
+        for rows in _blocks(logits):
+            log_p = _log_p(logits[rows], total[rows])
+            entropy[rows] = -(log_p.exp() * log_p).sum(-1)
+        if place.tp_group is not None:
+            dist.all_reduce(entropy, group=place.tp_group)
+        ctx.save_for_backward(logits, total, entropy)
+        return entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, total, entropy = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            log_p = _log_p(logits[rows], total[rows])
+            slope = log_p.exp().mul_(log_p.add_(entropy[rows, None]))
+            out[rows] = slope.mul_(-grad[rows, None])
+        return out, None
+
+
+def _log_p(logits: Tensor, total: Tensor) -> Tensor:
+    """log softmax, fp32; finite even where a logit is -inf, so that p log p is 0 there."""
+    return (logits.float() - total[:, None]).clamp_(min=torch.finfo(torch.float32).min)
