@@ -22,11 +22,11 @@ from planner.algorithm import (
     make_config,
 )
 from planner.graph import CallKind
+from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem, largest_dp, validate_plan
 from planner.program import compile_plan
 from planner.program_check import check_program
 from planner.strategy import ParallelStrategy, tensor_parallel_problem
-from planner.mesh import DeviceMesh
 from profiles.errors import CheckpointError, ConfigError, PlanError
 from profiles.models import ModelSpec, read_hf_config
 

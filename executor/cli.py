@@ -1,0 +1,166 @@
+"""``realexec``: runs plans and measures devices.
+
+realexec run plan.json actor.path=models/sft data.path=prompts.jsonl
+realexec profile --model models/sft --device cpu --workers 2 -o profile.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from executor import profiler
+from executor.launch import local
+from executor.run import Run, one_layout_plan, resolve
+from executor.summary import compare, print_comparison, saved_models, write_summary
+from planner.algorithm import find_algorithm, make_config, make_problem
+from planner.arguments import parse_with_words
+from planner.plan import ExecutionPlan
+from planner.plan_schema import load_plan
+from planner.strategy import parse_strategy
+from profiles.catalogue import local_cluster, make_cluster, resolve_model
+from profiles.errors import ConfigError, UserError
+
+_RUN_EXAMPLES = """examples:
+  realexec run plan.json actor.path=models/sft data.path=prompts.jsonl total_steps=100
+  realexec run plan.json init=random                       # a benchmark: random weights, mock prompts
+  realexec run --layout d2p1m1 --model models/sft data.path=prompts.jsonl    # without a search
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="realexec", description="Run RLHF plans and measure what layers cost."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    run = verbs.add_parser(
+        "run",
+        help="run a plan",
+        description="Run a plan on this machine: GPUs over NCCL, CPU workers over gloo.",
+        epilog=_RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument(
+        "words", nargs="*", metavar="plan.json | key=value",
+        help="the plan, then options of the run (see the algorithm's config)",
+    )  # fmt: skip
+    run.add_argument("-o", "--output", metavar="FOLDER", help="where results go (default runs/…)")
+    run.add_argument("--layout", metavar="d2p1m1", help="no plan: one layout for every call")
+    run.add_argument("--model", metavar="NAME|FOLDER", help="with --layout: the actor's model")
+    run.add_argument(
+        "--critic", metavar="NAME|FOLDER", help="with --layout: the critic's (default: as --model)"
+    )
+    run.add_argument(
+        "--device", default="cpu", metavar="NAME", help="with --layout: cpu (default), a100, …"
+    )
+    run.add_argument("--algorithm", default="ppo", help="with --layout (default ppo)")
+    run.add_argument("--json", action="store_true", help="print the summary as JSON")
+    profile = verbs.add_parser("profile", help="measure this machine's costs of a model's layers")
+    profiler.add_arguments(profile)
+    return parser
+
+
+def _split(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The plan's path and the overrides among positional words."""
+    overrides = [word for word in words if "=" in word]
+    paths = [word for word in words if "=" not in word]
+    if len(paths) > 1:
+        raise ConfigError(
+            f"'{paths[1]}' is not an override", where="realexec run", remedy="write key=value"
+        )
+    return (paths[0] if paths else None), overrides
+
+
+def model_paths(model: str, critic: str | None) -> Mapping[str, str]:
+    """Which of the two models given are folders with weights."""
+    paths = {}
+    for source, name in (("model", model), ("critic", critic or model)):
+        if Path(name).is_dir():
+            paths[source] = name
+    return paths
+
+
+def _layout_plan(args: argparse.Namespace, overrides: Sequence[str]) -> ExecutionPlan:
+    if args.model is None:
+        raise ConfigError("missing", where="--model", remedy="--layout needs --model NAME|FOLDER")
+    strategy = parse_strategy(args.layout)
+    algorithm = find_algorithm(args.algorithm)
+    config = make_config(algorithm.config_class, overrides)
+    cluster = (
+        local_cluster(strategy.num_devices)
+        if args.device == "cpu"
+        else make_cluster(args.device, strategy.num_devices)
+    )
+    folders = model_paths(args.model, args.critic)
+    roles = algorithm.roles(config)
+    problem = make_problem(
+        algorithm,
+        config,
+        model=resolve_model(args.model),
+        critic=resolve_model(args.critic or args.model),
+        cluster=cluster,
+        paths={r: folders[spec.source] for r, spec in roles.items() if spec.source in folders},
+    )
+    return one_layout_plan(problem, strategy, seed=config.seed)
+
+
+def _resolve_run(args: argparse.Namespace) -> Run:
+    path, overrides = _split(args.words)
+    if args.output is not None:
+        overrides.append(f"output={args.output}")
+    if (path is None) == (args.layout is None):
+        raise ConfigError(
+            "give a plan.json, or --layout with --model, and not both", where="realexec run"
+        )
+    plan = load_plan(path) if path is not None else _layout_plan(args, overrides)
+    return resolve(plan, overrides)
+
+
+def _run(args: argparse.Namespace) -> int:
+    run = _resolve_run(args)
+    console = Console(stderr=True)
+    console.print(
+        f"{run.plan.problem.graph.name}: {run.config.total_steps} steps of "
+        f"{run.plan.problem.workload.batch_size} sequences on {run.plan.num_devices} "
+        f"{run.plan.problem.cluster.device.name} workers; results in {run.output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    local.launch(run)
+    rows = compare(run)
+    write_summary(rows, run.output)
+    if args.json:
+        print((run.output / "summary.json").read_text(encoding="utf-8"), end="")
+        return 0
+    print_comparison(rows, Console())
+    for folder in saved_models(run.output):
+        print(f"saved {folder}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a mistake in the input, 1 a mistake of ours, 130 interrupted."""
+    parser = build_parser()
+    args = parse_with_words(parser, argv)
+    try:
+        return _run(args) if args.verb == "run" else profiler.run_from_args(args)
+    except UserError as error:
+        if getattr(args, "json", False):
+            print(json.dumps({"error": str(error), "where": error.where}))
+        print(f"realexec: {error}", file=sys.stderr)
+        return 2
+    except local.WorkerError as error:
+        print(f"realexec: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("realexec: interrupted; what was written stays", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
