@@ -1,1 +1,4 @@
-"""."""
+"""Part of the distribution ``realplan``: runs plans on torch.distributed (needs the extra ``executor``).
+
+Read ``worker.py`` first: it interprets a rank's program; ``run.py`` is what comes before it.
+"""

@@ -7,6 +7,7 @@ optimizer update; the views carry the shapes. Which slice lies where is ``planne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class ParameterBuffer:
     def fused(self, names: Sequence[str], *, of: Tensor | None = None) -> Tensor:
         """Neighbouring slices as one tensor [sum of rows, …] without a copy: q, k, v at once."""
         pieces = [self.by_name[name] for name in names]
-        for before, after in zip(names, names[1:], strict=False):
+        for before, after in pairwise(names):
             expected = self.starts[before] + self.by_name[before].num_values
             assert self.starts[after] == expected, f"{before} and {after} are not neighbours"
         rows = sum(piece.length[0] for piece in pieces)

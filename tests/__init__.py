@@ -1,1 +1,1 @@
-"""."""
+"""Tests; ``spawn.py`` starts real processes, ``runs.py`` makes small PPO runs."""

@@ -86,5 +86,7 @@ def spawn(
     failures.sort(key=lambda text: "Connection" in text or "peer" in text)
     assert not failures, failures[0] + f"\n({len(failures)} of {world_size} ranks failed)"
     assert not hung, f"ranks {hung} still ran after {timeout_s} s"
-    assert len(results) == world_size, f"ranks {set(range(world_size)) - set(results)} died silently"
+    assert len(results) == world_size, (
+        f"ranks {set(range(world_size)) - set(results)} died silently"
+    )
     return [results[rank][1] for rank in range(world_size)]

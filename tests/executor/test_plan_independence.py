@@ -1,0 +1,91 @@
+"""Protects the executor's master property: results do not depend on the plan.
+
+One and the same PPO step of a small model runs under plans that differ in everything that a plan
+may choose; tokens must be identical, losses and parameters after the step equal to 1e-4. Every
+layout is an oracle for every other, and the one-process plan for all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs import Outcome, make_plan, run_plan
+
+PLANS = {
+    "one process": make_plan(1, "0:d1p1m1:1"),
+    "micro-batches": make_plan(1, "0:d1p1m1:3", actor_train="0:d1p1m1:4:recompute"),
+    "dp 2": make_plan(2, "0:d2p1m1:1"),
+    "tp 2": make_plan(2, "0:d1p1m2:2"),
+    "pp 2": make_plan(2, "0:d1p2m1:2"),
+    "dp 2 trained, tp 2 generating": make_plan(
+        2, "0:d2p1m1:2", actor_gen="0:d1p1m2:1", critic_inf="0:d1p2m1:2"
+    ),
+    "disjoint meshes": make_plan(
+        2, "0:d1p1m1:1", critic_inf="1:d1p1m1:1", critic_train="1:d1p1m1:2", ref_inf="1:d1p1m1:1"
+    ),
+    "everything differs": make_plan(
+        4,
+        "0:d4p1m1:1",
+        actor_gen="0:d2p1m2:1",
+        rew_inf="2:d1p2m1:2",
+        ref_inf="0:d1p1m2:2",
+        critic_inf="2:d1p1m2:1",
+        actor_train="0:d1p2m2:2:recompute",
+        critic_train="0:d2p2m1:2:zero",
+    ),
+    "zero 1": make_plan(
+        4, "0:d2p1m2:1", actor_train="0:d2p1m2:2:zero", critic_train="2:d2p1m1:1:zero"
+    ),
+    "trained beside, generated on all": make_plan(
+        4,
+        "0:d4p1m1:1",
+        actor_gen="0:d2p2m1:3",
+        actor_train="0:d1p2m1:4",
+        critic_train="2:d1p1m2:1",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return run_plan(PLANS["one process"], tmp_path_factory.mktemp("reference"))[0]
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if name != "one process"])
+def test_every_plan_gives_the_tokens_losses_and_weights_of_one_process(
+    name: str, reference: Outcome, tmp_path: Path
+) -> None:
+    outcomes = run_plan(PLANS[name], tmp_path)
+    seen: set[tuple[int, int]] = set()
+    for outcome in outcomes:
+        for key, ids in outcome.tokens.items():
+            assert ids == reference.tokens[key], (name, key)
+            seen.add(key)
+        for call, values in reference.metrics.items():
+            for metric, value in values.items():
+                assert outcome.metrics[call][metric] == pytest.approx(value, abs=1e-4, rel=1e-4), (
+                    name, call, metric,
+                )  # fmt: skip
+    assert seen == set(reference.tokens)
+    for role, whole in reference.slices.items():
+        parameters = {parameter: tensor for (parameter, _), tensor in whole.items()}
+        covered = dict.fromkeys(parameters, 0)
+        for outcome in outcomes:
+            for (parameter, offset), tensor in outcome.slices.get(role, {}).items():
+                index = tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape, strict=True))
+                expected = parameters[parameter][index]
+                assert (tensor - expected).abs().max() <= 1e-4, (name, role, parameter)
+                covered[parameter] += tensor.numel()
+        for parameter, tensor in parameters.items():
+            assert covered[parameter] >= tensor.numel(), (name, role, parameter)
+
+
+def test_the_steps_changed_the_weights(reference: Outcome) -> None:
+    """Guards the comparison above against comparing what never moved."""
+    assert len(reference.tokens) == 8 * 2
+    assert len({tuple(ids) for ids in reference.tokens.values()}) > 8
+    norms = [values["grad_norm"] for call, values in reference.metrics.items() if "train" in call]
+    assert norms
+    assert all(norm > 0 for norm in norms)

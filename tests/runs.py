@@ -1,0 +1,134 @@
+"""Small PPO runs for tests: plans written in one line a call, carried out by real workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from executor.dataset import MockPrompts
+from executor.run import Run, functions_of
+from executor.text import TextCodec
+from executor.trace import TraceWriter
+from executor.worker import Worker
+from experiments.ppo.graph import ALGORITHM
+from planner.algorithm import make_config, make_problem
+from planner.mesh import DeviceMesh
+from planner.plan import Allocation, ExecutionPlan, Problem, validate_plan
+from planner.program import compile_plan
+from planner.program_check import check_program
+from planner.strategy import parse_strategy
+from profiles.hardware import ClusterSpec, DeviceSpec, LinkSpec
+from profiles.models import ModelSpec
+from tests.spawn import spawn
+
+SMALL = ModelSpec(
+    name="small", num_layers=4, hidden=32, num_heads=4, num_kv_heads=2, head_dim=8, ffn=64,
+    vocab=96, tied_embedding=True, max_positions=64,
+)  # fmt: skip
+OVERRIDES = [
+    "batch_size=8", "prompt_len=8", "response_len=10", "ppo.num_mini_batches=2", "init=random",
+    "total_steps=2",
+    "actor.lr=1e-3", "critic.lr=1e-3", "generation.top_p=0.9", "generation.top_k=40",
+]  # fmt: skip
+
+
+def cluster(num_devices: int) -> ClusterSpec:
+    link = LinkSpec(bytes_per_s=1e9, latency_s=1e-5)
+    device = DeviceSpec(
+        name="cpu", kind="cpu", peak_flops=1e11, memory_bytes=1 << 33, memory_bytes_per_s=1e10,
+        launch_s=1e-6,
+    )  # fmt: skip
+    return ClusterSpec(
+        name="test", device=device, num_nodes=1, devices_per_node=num_devices, intra_link=link,
+        inter_link=link, host_link=link,
+    )  # fmt: skip
+
+
+def ppo_problem(num_devices: int, overrides: Sequence[str], spec: ModelSpec = SMALL) -> Problem:
+    """PPO with a critic of one layer less than the actor."""
+    config = make_config(ALGORITHM.config_class, overrides)
+    return make_problem(
+        ALGORITHM, config, model=spec, critic=replace(spec, num_layers=spec.num_layers - 1),
+        cluster=cluster(num_devices),
+    )  # fmt: skip
+
+
+def make_plan(
+    num_devices: int,
+    default: str,
+    *,
+    overrides: Sequence[str] = tuple(OVERRIDES),
+    spec: ModelSpec = SMALL,
+    **calls: str,
+) -> ExecutionPlan:
+    """``default`` and ``calls``: "first:d1p2m1:micro-batches[:zero][:recompute]" for each call."""
+    problem = ppo_problem(num_devices, overrides, spec)
+
+    def allocation(text: str) -> Allocation:
+        first, layout, micro, *flags = text.split(":")
+        strategy = replace(
+            parse_strategy(layout), zero=int("zero" in flags), recompute="recompute" in flags
+        )
+        mesh = DeviceMesh(int(first), strategy.num_devices)
+        return Allocation(mesh=mesh, strategy=strategy, num_micro_batches=int(micro))
+
+    allocations = {c.name: allocation(calls.get(c.name, default)) for c in problem.graph.calls}
+    plan = ExecutionPlan(problem=problem, allocations=allocations)
+    validate_plan(plan)
+    check_program(plan, compile_plan(plan))
+    return plan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw: its samples' tokens, its metrics, its slices of the trained weights."""
+
+    tokens: dict[tuple[int, int], list[int]]
+    metrics: dict[str, dict[str, float]]
+    slices: dict[str, dict[tuple[str, tuple[int, ...]], torch.Tensor]]
+
+
+def run_rank(rank: int, world_size: int, plan: ExecutionPlan, folder: str) -> Outcome:
+    config = make_config(ALGORITHM.config_class, [], base=plan.problem.config)
+    run = Run(plan=plan, algorithm=ALGORITHM, config=config)
+    store = dist.FileStore(str(Path(folder) / "store"), world_size)
+    tokens: dict[tuple[int, int], list[int]] = {}
+    with TraceWriter(Path(folder) / "trace", rank) as trace:
+        worker = Worker(
+            run, compile_plan(plan), rank=rank, device=torch.device("cpu"),
+            functions=functions_of(run), store=store, trace=trace, text=TextCodec(None),
+            data=MockPrompts(
+                vocab=plan.problem.models["actor"].vocab, prompt_len=config.prompt_len,
+                seed=config.seed,
+            ),
+        )  # fmt: skip
+        worker.setup()
+        for step in range(config.total_steps):
+            keep = worker.samples.clear
+            worker.samples.clear = lambda: None  # type: ignore[method-assign]
+            worker.run_step(step)
+            for sample, ids in worker.samples.values.get("sequences", {}).items():
+                tokens[(step, sample)] = ids.tolist()
+            keep()
+        dist.barrier()
+    metrics = {}
+    for step in range(config.total_steps):
+        for call in plan.problem.graph.calls:
+            _, values = json.loads(store.get(f"metrics/{step}/{call.name}/0"))
+            metrics[f"{step}/{call.name}"] = values
+    slices: dict[str, dict[tuple[str, tuple[int, ...]], torch.Tensor]] = {}
+    for role, trainer in worker.trainers.items():
+        buffer = trainer.stage.buffer
+        slices[role] = {
+            (piece.name, piece.offset): buffer.view(piece.name).clone() for piece in buffer.slices
+        }
+    return Outcome(tokens=tokens, metrics=metrics, slices=slices)
+
+
+def run_plan(plan: ExecutionPlan, folder: Path) -> list[Outcome]:
+    return spawn(plan.num_devices, run_rank, plan, str(folder))
