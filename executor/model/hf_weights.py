@@ -1,0 +1,399 @@
+"""Weights from and to Hugging Face folders: every rank reads its own slices only.
+
+Read ``load`` and ``save`` first. The names are ``families``'s tables; which slice a rank holds
+is ``planner.layout``'s. Safetensors files are mapped, not read whole, and written one bounded
+file at a time, so that no rank ever holds the model. Random ones are ``random_weights``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from executor.buffers import ParameterBuffer
+from executor.context import RankContext
+from executor.model.families import FAMILIES, head_config, hf_config, hf_name
+from executor.model.random_weights import init_random, init_scalar_head
+from planner.layout import Layout, ParameterShape, ParameterSlice, parameters
+from profiles.errors import CheckpointError
+from profiles.models import ModelSpec
+from profiles.units import GIB
+
+__all__ = ["WeightFile", "init_random", "load", "save", "weight_files"]
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# Copied from the source folder where they are: everything but config and weights.
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def load(buffer: ParameterBuffer, folder: str | Path, spec: ModelSpec, *, seed: int = 0) -> None:
+    """Fill ``buffer`` from the safetensors of a Hugging Face folder, reading its slices only.
+
+    A scalar head that the checkpoint lacks (an LM's) is drawn from N(0, 1 / (hidden + 1)) by
+    ``seed``, the same on every rank and under every layout. A tied checkpoint may lack the head.
+
+    Raises:
+        CheckpointError: no such folder or file, no safetensors, a tensor missing, unknown or of
+            another shape.
+    """
+    folder = Path(folder)
+    files = _tensor_files(folder)
+    _refuse_unknown(files, spec, folder)
+    wholes = {parameter.name: parameter for parameter in parameters(spec)}
+    wanted: dict[Path, list[tuple[str, ParameterSlice]]] = defaultdict(list)
+    for piece in buffer.slices:
+        stored = _stored_name(hf_name(piece.name, spec), files, folder)
+        if stored is None and piece.name == "head.weight" and spec.head == "scalar":
+            init_scalar_head(buffer, spec, seed)
+        elif stored is None:
+            raise CheckpointError(
+                f"no tensor {hf_name(piece.name, spec)}",
+                where=str(folder),
+                remedy=f"the checkpoint is not of {spec.name} or is incomplete",
+            )
+        else:
+            wanted[files[stored]].append((stored, piece))
+    for file, pieces in wanted.items():
+        with _opened(file) as tensors:
+            for stored, piece in pieces:
+                _read(tensors, stored, piece, wholes[piece.name], buffer, file)
+
+
+def _read(
+    tensors: Any, stored: str, piece: ParameterSlice, whole: ParameterShape,
+    buffer: ParameterBuffer, file: Path,
+) -> None:  # fmt: skip
+    """One slice of one tensor from the mapped file into the buffer."""
+    try:
+        part = tensors.get_slice(stored)
+    except SafetensorError:
+        raise CheckpointError(
+            f"no tensor {stored}, which the index says is here", where=str(file)
+        ) from None
+    shape = tuple(part.get_shape())
+    if shape != whole.shape:
+        raise CheckpointError(
+            f"{stored} is {list(shape)}, but the model needs {list(whole.shape)}",
+            where=str(file),
+            remedy="use the config.json of this checkpoint",
+        )
+    box = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.length, strict=True))
+    buffer.view(piece.name).copy_(part[box])
+
+
+def _opened(file: Path) -> Any:
+    """A context manager over the mapped file."""
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise CheckpointError(
+            "no such file, but the index names it", where=str(file), remedy="download it again"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"not a whole safetensors file ({error})", where=str(file), remedy="download it again"
+        ) from None
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of a checkpoint, by Hugging Face's name."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            "no such folder", where=str(folder), remedy="give a Hugging Face folder"
+        )
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / file for name, file in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"not an index of safetensors ({error!r})", where=str(index)
+            ) from None
+    if (folder / SINGLE_FILE).is_file():
+        with _opened(folder / SINGLE_FILE) as tensors:
+            return dict.fromkeys(tensors.keys(), folder / SINGLE_FILE)
+    if any(folder.glob("*.bin")):
+        raise CheckpointError(
+            "holds weights as .bin only",
+            where=str(folder),
+            remedy="convert them: open with transformers and save_pretrained, "
+            "which writes safetensors",
+        )
+    raise CheckpointError(
+        f"holds neither {SINGLE_FILE} nor {INDEX_FILE}",
+        where=str(folder),
+        remedy="give a folder with safetensors",
+    )
+
+
+def _stored_name(name: str, files: Mapping[str, Path], folder: Path) -> str | None:
+    """What the checkpoint calls ``name``: bare decoders lack ``model.``, tied ones the head."""
+    for stored in (name, name.removeprefix("model.")):
+        if stored in files:
+            return stored
+    if name == "lm_head.weight" and _read_config(folder).get("tie_word_embeddings"):
+        return _stored_name("model.embed_tokens.weight", files, folder)
+    return None
+
+
+def _refuse_unknown(files: Mapping[str, Path], spec: ModelSpec, folder: Path) -> None:
+    """Raise where the decoder of the checkpoint has more than ours: it would compute otherwise."""
+    ours = {hf_name(parameter.name, spec) for parameter in parameters(spec)}
+    for stored in files:
+        name = stored if stored.startswith(("model.", "lm_head.", "score.")) else f"model.{stored}"
+        if name.startswith("model.") and name not in ours and "rotary_emb" not in name:
+            raise CheckpointError(
+                f"tensor {stored} has no place in {spec.name} "
+                f"({spec.family}, {spec.num_layers} layers)",
+                where=str(folder),
+                remedy="the checkpoint is of another model, or quantised",
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, empty where there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"not JSON ({error})", where=str(file)) from None
+    return config if isinstance(config, dict) else {}
+
+
+# ---- writing ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFile:
+    """One file of a checkpoint: whole parameters of one pipeline stage."""
+
+    name: str
+    pp_rank: int
+    parameters: tuple[ParameterShape, ...]
+
+    @property
+    def num_values(self) -> int:
+        return sum(prod(parameter.shape) for parameter in self.parameters)
+
+
+def weight_files(
+    layout: Layout, *, bytes_per_value: int, max_bytes: int = 4 * GIB
+) -> tuple[WeightFile, ...]:
+    """Which file holds which parameter: stage by stage, each at most ``max_bytes`` or one tensor.
+
+    A tied embedding that the last stage copies is written once, by the first.
+    """
+    parts: list[tuple[int, list[ParameterShape]]] = []
+    for pp_rank in range(layout.pp):
+        num_bytes = max_bytes  # a stage begins a new file
+        for parameter in layout.stage_parameters(pp_rank):
+            if parameter.name == "embedding.weight" and pp_rank > 0:
+                continue
+            size_bytes = prod(parameter.shape) * bytes_per_value
+            if num_bytes + size_bytes > max_bytes or parts[-1][0] != pp_rank:
+                parts.append((pp_rank, []))
+                num_bytes = 0
+            parts[-1][1].append(parameter)
+            num_bytes += size_bytes
+    if len(parts) == 1:
+        names = [SINGLE_FILE]
+    else:
+        names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    return tuple(
+        WeightFile(name=name, pp_rank=pp_rank, parameters=tuple(found))
+        for name, (pp_rank, found) in zip(names, parts, strict=True)
+    )
+
+
+def save(
+    ctx: RankContext,
+    buffer: ParameterBuffer,
+    folder: str | Path,
+    spec: ModelSpec,
+    *,
+    source_folder: str | Path | None = None,
+    max_file_bytes: int = 4 * GIB,
+) -> None:
+    """Write the model as a Hugging Face folder that transformers opens; called by all its ranks.
+
+    The first shard of every stage of dp rank 0 gathers its stage's parameters one at a time and
+    writes them in files of at most ``max_file_bytes``, which is all it holds at once. The folder
+    must be on a file system that these ranks share; it is written under another name, the index
+    last, and renamed when every rank is done, so it is complete or absent. An older folder of
+    that name is replaced. ``source_folder``: config and tokenizer are taken from there.
+
+    A scalar head is written as a sequence classifier with one label, whose score transformers
+    reads at the last token that is not ``pad_token_id``.
+
+    Raises:
+        CheckpointError: a family that transformers' tables lack, or a rank could not write; on
+            every rank.
+    """
+    folder = Path(folder)
+    if spec.family not in FAMILIES:
+        raise CheckpointError(
+            f"family {spec.family} cannot be written", where=str(folder),
+            remedy=f"supported: {', '.join(FAMILIES)}",
+        )  # fmt: skip
+    work = folder.parent / f".{folder.name}.partial"
+    files = weight_files(
+        ctx.layout, bytes_per_value=buffer.flat.element_size(), max_bytes=max_file_bytes
+    )
+    leads = ctx.rank == ctx.layout.mesh.first
+    _together(ctx, folder, _make_empty(work) if leads else None)
+    _together(ctx, folder, _write_stage(ctx, buffer, work, spec, files))
+    problem = None
+    if leads:
+        source = None if source_folder is None else Path(source_folder)
+        problem = _finish(work, folder, spec, files, buffer.flat.dtype, source)
+    _together(ctx, folder, problem)
+
+
+def _together(ctx: RankContext, folder: Path, problem: OSError | None) -> None:
+    """Wait for every rank of the mesh; raise on all of them where one has a problem."""
+    failed = torch.tensor([0 if problem is None else 1], device=ctx.device)
+    if ctx.mesh_group is not None:
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=ctx.mesh_group)
+    if failed.item():
+        raise CheckpointError(
+            f"could not be written ({problem or 'by another rank'})",
+            where=str(folder),
+            remedy="check the room and the rights on that file system",
+        ) from problem
+
+
+def _make_empty(folder: Path) -> OSError | None:
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def _write_stage(
+    ctx: RankContext, buffer: ParameterBuffer, work: Path, spec: ModelSpec,
+    files: tuple[WeightFile, ...],
+) -> OSError | None:  # fmt: skip
+    """The files of this rank's stage. A rank that cannot write still takes part in gathering."""
+    problem: OSError | None = None
+    if ctx.dp_rank != 0:
+        return None
+    for file in files:
+        if file.pp_rank != ctx.pp_rank:
+            continue
+        tensors: dict[str, Tensor] = {}
+        for parameter in file.parameters:
+            whole = _gathered(ctx, buffer.view(parameter.name), parameter)
+            if whole is not None:
+                tensors[hf_name(parameter.name, spec)] = whole.cpu()
+        if ctx.tp_rank == 0 and problem is None:
+            try:
+                save_file(tensors, str(work / file.name), metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                problem = OSError(str(error))
+    return problem
+
+
+def _gathered(ctx: RankContext, local: Tensor, parameter: ParameterShape) -> Tensor | None:
+    """The whole parameter on the first shard's rank, None on the others."""
+    local = local.detach().contiguous()
+    if ctx.tp_group is None or parameter.shard_dim is None:
+        return local if ctx.tp_rank == 0 else None
+    first = ctx.layout.device(ctx.pp_rank, ctx.dp_rank, 0)
+    parts = [torch.empty_like(local) for _ in range(ctx.layout.tp)] if ctx.rank == first else None
+    dist.gather(local, parts, dst=first, group=ctx.tp_group)
+    return None if parts is None else torch.cat(parts, dim=parameter.shard_dim)
+
+
+def _finish(
+    work: Path, folder: Path, spec: ModelSpec, files: tuple[WeightFile, ...],
+    dtype: torch.dtype, source: Path | None,
+) -> OSError | None:  # fmt: skip
+    """Config, tokenizer, index, and the rename."""
+    try:
+        config = _config_to_save(spec, dtype, {} if source is None else _read_config(source))
+        _write_json(work / "config.json", config)
+        if source is not None:
+            _copy_files(source, work, spec)
+        if len(files) > 1:
+            places = {hf_name(p.name, spec): file.name for file in files for p in file.parameters}
+            total_bytes = sum(file.num_values for file in files) * dtype.itemsize
+            _write_json(
+                work / INDEX_FILE,
+                {"metadata": {"total_size": total_bytes}, "weight_map": places},
+            )
+        _replace(work, folder)
+    except OSError as error:
+        return error
+    return None
+
+
+def _copy_files(source: Path, work: Path, spec: ModelSpec) -> None:
+    for name in COPIED_FILES:
+        # How to sample says nothing about a model that gives scores.
+        wanted = spec.head == "lm" or name != "generation_config.json"
+        if wanted and (source / name).is_file():
+            shutil.copyfile(source / name, work / name)
+
+
+def _config_to_save(spec: ModelSpec, dtype: torch.dtype, source: dict[str, Any]) -> dict[str, Any]:
+    """The source's fields win over the shape's, and the head's over both."""
+    config = {**hf_config(spec), **source, **head_config(spec)}
+    config.pop("torch_dtype", None)  # the older name of dtype
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if spec.head == "lm":
+        for name in ("num_labels", "id2label", "label2id"):
+            config.pop(name, None)
+    elif config.get("pad_token_id") is None:
+        end = config.get("eos_token_id")
+        end = end[0] if isinstance(end, list) and end else end
+        config["pad_token_id"] = end if isinstance(end, int) else 0
+    return config
+
+
+def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace(work: Path, folder: Path) -> None:
+    """Rename ``work`` to ``folder``; what stood there goes last."""
+    old = folder.parent / f".{folder.name}.old"
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        folder.rename(old)
+    work.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)
