@@ -1,4 +1,4 @@
-"""Part of the distribution ``realplan``: runs plans on torch.distributed (needs the extra ``executor``).
+"""Part of the distribution ``realplan``: runs plans on torch.distributed (extra ``executor``).
 
 Read ``worker.py`` first: it interprets a rank's program; ``run.py`` is what comes before it.
 """
