@@ -23,7 +23,7 @@ MODEL=models/smollm2-135m
 DATA=experiments/data/prompts.jsonl
 OUT=runs/demo
 
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1
 export TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY:-error}"
 
 step=0

@@ -115,9 +115,6 @@ def load_model(folder: Path, file_name: str | None = None) -> PreTrainedModel:
 
 def save(folder: Path) -> None:
     """Writes the Hugging Face folder; `folder` exists and is empty."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     source = gguf_file()
     tokenizer = load_tokenizer(source.parent, source.name)
     model = load_model(source.parent, source.name)
@@ -184,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if all((path / name).is_file() for name in FILES):
         print(f"{path}: complete, nothing to do")
         return 0
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    # Both are read when transformers is imported, which is later.
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     start_s = time.monotonic()
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
