@@ -1,0 +1,263 @@
+"""AdamW over a rank's flat buffer: one clipped, fused update for all parameters of a rank.
+
+Read ``Adam.step`` first. Weights that are not fp32 have fp32 masters here. ZeRO 0 keeps the
+state of every parameter of the rank, ZeRO 1 that of the rank's shard of the flat buffer over dp.
+Sums over replicas are ``data.py``'s; what fills the gradients is ``pipeline.py``'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from executor.buffers import ParameterBuffer
+from executor.context import RankContext
+from executor.parallel import data
+from profiles.errors import CheckpointError, ConfigError
+
+EMBEDDING = "embedding.weight"
+# Gradients of another type than fp32 are converted this many values at a time (64 MiB).
+CONVERTED_VALUES = 1 << 24
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamConfig:
+    """AdamW's numbers. ``total_steps`` counts optimizer steps, warm-up included.
+
+    ``max_grad_norm`` bounds the 2-norm of the whole model's gradient; 0: no bound.
+    Source: Loshchilov and Hutter 2019 (decoupled weight decay).
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    total_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ConfigError(
+                f"'{self.schedule}' is not a schedule", where="schedule",
+                remedy="use constant, linear or cosine",
+            )  # fmt: skip
+        if self.schedule != "constant" and self.total_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"{self.total_steps} optimizer steps leave none after {self.warmup_steps} of "
+                "warm-up", where="warmup_steps", remedy="lower it",
+            )  # fmt: skip
+        for name, value in (("beta1", self.betas[0]), ("beta2", self.betas[1])):
+            if not 0 <= value < 1:
+                raise ConfigError(f"{value} is not in [0, 1)", where=name)
+        for name in ("lr", "eps", "weight_decay", "warmup_steps", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{getattr(self, name)} is not at least 0", where=name)
+
+
+def learning_rate(config: AdamConfig, step: int) -> float:
+    """The rate of optimizer step ``step``, counted from 0.
+
+    lr (step + 1) / warmup_steps while warming up, so that no step is lost; then with p the done
+    share of the remaining steps: lr, lr (1 - p), or lr (1 + cos(pi p)) / 2.
+
+    >>> [learning_rate(AdamConfig(lr=1.0, warmup_steps=2, total_steps=6, schedule="linear"), s)
+    ...  for s in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = min(1.0, (step - config.warmup_steps) / (config.total_steps - config.warmup_steps))
+    if config.schedule == "linear":
+        return config.lr * (1.0 - done)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+class Adam:
+    """The optimizer of one rank. ``gradients``: flat, in ``buffer.flat``'s order and padding.
+
+    Collective: all ranks of the layout make one and call the same methods. Masters are taken
+    from the buffer when it is made; after a later change of the weights call ``take_weights``.
+    Bytes: 8 a value of the own range (all of it, or with ZeRO 1 a dp-th), and 4 more for masters.
+    """
+
+    def __init__(
+        self, ctx: RankContext, buffer: ParameterBuffer, gradients: Tensor, config: AdamConfig, *,
+        zero: int,
+    ) -> None:  # fmt: skip
+        assert gradients.shape == buffer.flat.shape, (gradients.shape, buffer.flat.shape)
+        assert zero in (0, 1), zero
+        self.ctx, self.buffer, self.gradients, self.config = ctx, buffer, gradients, config
+        self.shard_group = ctx.dp_group if zero == 1 else None
+        # The own range: what this rank keeps state for, views.
+        self.weights = data.shard(buffer.flat, self.shard_group)
+        start = self.weights.numel() * (ctx.dp_rank if self.shard_group else 0)
+        self.own: Range = (start, start + self.weights.numel())
+        assert self.shard_group is None or buffer.flat.numel() == (
+            self.weights.numel() * dist.get_world_size(self.shard_group)
+        ), "ZeRO 1 needs ParameterBuffer(multiple=dp)"
+        masters_are_weights = buffer.flat.dtype == torch.float32
+        self.masters = self.weights if masters_are_weights else self.weights.float()
+        self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
+        self.count = torch.zeros((), dtype=torch.float32, device=buffer.flat.device)
+        self.steps = 0
+        self.decayed = [len(piece.length) > 1 for piece in buffer.slices]
+        self.counted = _ranges(buffer, self._is_counted(), self.own)[True]
+
+    def _is_counted(self) -> list[bool]:
+        """Per slice: is its gradient this rank's to count in the norm, once over tp and pp."""
+        ctx, layout = self.ctx, self.ctx.layout
+        shapes = {shape.name: shape for shape in layout.stage_parameters(ctx.pp_rank)}
+        second_copy = layout.spec.tied_embedding and not ctx.is_first_stage
+        return [
+            (shapes[piece.name].shard_dim is not None or ctx.tp_rank == 0)
+            and not (piece.name == EMBEDDING and second_copy)
+            for piece in self.buffer.slices
+        ]
+
+    def step(self) -> Mapping[str, float]:
+        """One update from the gradients as the backward passes left them, summed here over dp.
+
+        Returns ``grad_norm`` (before clipping), ``lr`` and ``skipped``: 1.0 where the norm was
+        not finite, and then the weights did not change. The gradients are undefined afterwards:
+        set them to zero before the next backward pass.
+        """
+        lr = learning_rate(self.config, self.steps)
+        with torch.no_grad():
+            self._reduce_gradients()
+            norm = self._gradient_norm()
+            finite = math.isfinite(norm)
+            if finite:
+                bound = self.config.max_grad_norm
+                # The + 1e-6 is torch.nn.utils.clip_grad_norm_'s.
+                self._update(lr, divisor=(norm + 1e-6) / bound if bound > 0 else 0.0)
+                data.all_gather(self.buffer.flat, self.shard_group)
+        self.steps += 1
+        return {"grad_norm": norm, "lr": lr, "skipped": 0.0 if finite else 1.0}
+
+    def _reduce_gradients(self) -> None:
+        if self.ctx.embedding_group is not None and EMBEDDING in self.buffer.by_name:
+            embedding = self.buffer.view(EMBEDDING, of=self.gradients)
+            data.all_reduce(embedding.flatten(), self.ctx.embedding_group)
+        if self.shard_group is not None:
+            data.reduce_scatter(self.gradients, self.shard_group)
+        else:
+            data.all_reduce(self.gradients, self.ctx.dp_group)
+
+    def _gradient_norm(self) -> float:
+        """2-norm of the whole model's gradient: squares of every value once, over the mesh."""
+        parts = [self.gradients[a:b] for a, b in self.counted]
+        replica = self.shard_group is None and self.ctx.dp_rank > 0
+        square = torch.zeros((), dtype=torch.float64, device=self.gradients.device)
+        if parts and not replica:
+            norms = torch._foreach_norm(parts, 2, dtype=torch.float32)
+            square = torch.stack(norms).double().square().sum()
+        if self.ctx.mesh_group is not None:
+            dist.all_reduce(square, group=self.ctx.mesh_group)
+        return math.sqrt(square.item()) if square.isfinite() else float(square.item())
+
+    def _update(self, lr: float, *, divisor: float) -> None:
+        """Gradients / max(1, ``divisor``) into moments, masters and weights."""
+        self.count += 1
+        scale = None
+        if divisor > 1.0:
+            scale = torch.full_like(self.count, divisor)
+        first, last = self.own
+        whole = self.gradients.dtype == torch.float32
+        stride = max(1, last - first) if whole else CONVERTED_VALUES
+        for start in range(first, last, stride):
+            chunk = (start, min(last, start + stride))
+            gradient = self.gradients[chunk[0] : chunk[1]].float()  # a view where it is fp32
+            for decayed, ranges in _ranges(self.buffer, self.decayed, chunk).items():
+                mine = [(a - first, b - first) for a, b in ranges]
+                if not mine:
+                    continue
+                beta1, beta2 = self.config.betas
+                torch._fused_adamw_(
+                    [self.masters[a:b] for a, b in mine],
+                    [gradient[a - start : b - start] for a, b in ranges],
+                    [self.moments[0][a:b] for a, b in mine],
+                    [self.moments[1][a:b] for a, b in mine],
+                    [],
+                    [self.count] * len(mine),
+                    amsgrad=False,
+                    maximize=False,
+                    lr=lr,
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=self.config.eps,
+                    weight_decay=self.config.weight_decay if decayed else 0.0,
+                    grad_scale=scale,
+                )
+        if self.masters is not self.weights:
+            self.weights.copy_(self.masters)
+
+    def take_weights(self) -> None:
+        """Masters from the buffer's weights, after these were filled from elsewhere."""
+        if self.masters is not self.weights:
+            self.masters.copy_(self.weights)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's state, fp32: ``step`` [2], ``exp_avg`` and ``exp_avg_sq`` [own values], and
+        ``master`` [own values] where the weights are not fp32. Tensors are shared, not copied."""
+        state = {
+            "step": torch.tensor([float(self.steps), float(self.count)]),
+            "exp_avg": self.moments[0],
+            "exp_avg_sq": self.moments[1],
+        }
+        if self.masters is not self.weights:
+            state["master"] = self.masters
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse, for the same layout and ZeRO stage; the weights themselves are the
+        buffer's, except that they are set from ``master`` where there is one.
+
+        Raises:
+            CheckpointError: an entry is missing or of another size.
+        """
+        mine = self.state_dict()
+        for name, tensor in mine.items():
+            if name not in state or state[name].shape != tensor.shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise CheckpointError(
+                    f"optimizer state '{name}' has {found}, not {tuple(tensor.shape)}",
+                    remedy="resume under the plan that wrote the checkpoint",
+                )
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(state[name])
+            self.steps = int(mine["step"][0])
+            self.count.fill_(float(mine["step"][1]))
+            if self.masters is not self.weights:
+                self.weights.copy_(self.masters)
+                data.all_gather(self.buffer.flat, self.shard_group)
+
+
+def _ranges(buffer: ParameterBuffer, flags: list[bool], within: Range) -> dict[bool, list[Range]]:
+    """Runs of slices with equal flags, as ranges of the flat buffer cut to ``within``.
+
+    The padding belongs to none. A tied embedding is a run by itself on both of its stages (a norm
+    follows), so that both copies are updated by the same arithmetic.
+    """
+    found: dict[bool, list[Range]] = {True: [], False: []}
+    for flag, group in groupby(zip(flags, buffer.slices), key=lambda pair: pair[0]):
+        pieces = [piece for _, piece in group]
+        start = buffer.starts[pieces[0].name]
+        stop = buffer.starts[pieces[-1].name] + pieces[-1].num_values
+        lo, hi = max(start, within[0]), min(stop, within[1])
+        if lo < hi:
+            found[flag].append((lo, hi))
+    return found
