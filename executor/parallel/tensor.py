@@ -108,76 +108,78 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-def _log_sum_exp(logits: Tensor, ctx: RankContext) -> Tensor:
-    """log sum exp of whole rows, [rows] fp32."""
-    total = logits.new_empty(logits.shape[0], dtype=torch.float32)
+def _max_and_sum(logits: Tensor, ctx: RankContext) -> tuple[Tensor, Tensor]:
+    """(largest logit, sum of exp(logit - largest)) of whole rows, [rows] fp32 each.
+
+    Kept apart: their union log sum exp would round to the largest logit's last place.
+    """
+    largest = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    total = torch.empty_like(largest)
     for rows in _blocks(logits):
-        torch.logsumexp(logits[rows].float(), dim=-1, out=total[rows])
+        work = logits[rows].float()
+        largest[rows] = work.amax(-1)
+        total[rows] = torch.sub(work, largest[rows, None]).exp_().sum(-1)
     if ctx.tp_group is not None:
-        largest = total.clone()
+        local = largest.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ctx.tp_group)
-        total = torch.exp(total - largest)
+        total *= torch.exp(local - largest)
         dist.all_reduce(total, group=ctx.tp_group)
-        total = total.log_().add_(largest)
-    return total
+    return largest, total
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, place: RankContext) -> Tensor:
-        total = _log_sum_exp(logits, place)
+        largest, total = _max_and_sum(logits, place)
         local, here = _local_ids(targets, logits.shape[1], place)
         chosen = logits.gather(1, local[:, None])[:, 0].float()
         chosen = torch.where(here, chosen, 0.0)
         if place.tp_group is not None:
             dist.all_reduce(chosen, group=place.tp_group)
-        ctx.save_for_backward(logits, total, local, here)
-        return chosen - total
+        ctx.save_for_backward(logits, largest, total, local, here)
+        return (chosen - largest) - total.log()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, total, local, here = ctx.saved_tensors
+        logits, largest, total, local, here = ctx.saved_tensors
         out = torch.empty_like(logits)
+        in_place = out.dtype == torch.float32
+        factor = (-grad / total)[:, None]
+        onehot = (grad * here)[:, None]
         for rows in _blocks(logits):
-            work = _softmax_into(out[rows], logits[rows], total[rows])
-            work.mul_(-grad[rows, None])
-            work.scatter_add_(1, local[rows, None], (grad[rows] * here[rows])[:, None])
-            if work.dtype != out.dtype:
+            work = out[rows] if in_place else torch.empty_like(out[rows], dtype=torch.float32)
+            torch.sub(logits[rows], largest[rows, None], out=work)
+            work.exp_().mul_(factor[rows]).scatter_add_(1, local[rows, None], onehot[rows])
+            if not in_place:
                 out[rows] = work
         return out, None, None
-
-
-def _softmax_into(out: Tensor, logits: Tensor, total: Tensor) -> Tensor:
-    """softmax in fp32: written to ``out`` where that is fp32, else to a new block."""
-    if out.dtype == torch.float32:
-        return torch.sub(logits, total[:, None], out=out).exp_()
-    return torch.sub(logits.float(), total[:, None]).exp_()
 
 
 class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, place: RankContext) -> Tensor:
-        total = _log_sum_exp(logits, place)
+        largest, total = _max_and_sum(logits, place)
         entropy = torch.empty_like(total)
         for rows in _blocks(logits):
-            log_p = _log_p(logits[rows], total[rows])
+            log_p = _log_p(logits[rows], largest[rows], total[rows])
             entropy[rows] = -(log_p.exp() * log_p).sum(-1)
         if place.tp_group is not None:
             dist.all_reduce(entropy, group=place.tp_group)
-        ctx.save_for_backward(logits, total, entropy)
+        ctx.save_for_backward(logits, largest, total, entropy)
         return entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, total, entropy = ctx.saved_tensors
+        logits, largest, total, entropy = ctx.saved_tensors
         out = torch.empty_like(logits)
         for rows in _blocks(logits):
-            log_p = _log_p(logits[rows], total[rows])
+            log_p = _log_p(logits[rows], largest[rows], total[rows])
             slope = log_p.exp().mul_(log_p.add_(entropy[rows, None]))
             out[rows] = slope.mul_(-grad[rows, None])
         return out, None
 
 
-def _log_p(logits: Tensor, total: Tensor) -> Tensor:
+def _log_p(logits: Tensor, largest: Tensor, total: Tensor) -> Tensor:
     """log softmax, fp32; finite even where a logit is -inf, so that p log p is 0 there."""
-    return (logits.float() - total[:, None]).clamp_(min=torch.finfo(torch.float32).min)
+    log_p = logits.float() - largest[:, None]
+    return log_p.sub_(total.log()[:, None]).clamp_(min=torch.finfo(torch.float32).min)
