@@ -1,1 +1,1 @@
-"""."""
+"""Generation: ``engine.generate`` samples answers; the cache and the sampler are its two parts."""

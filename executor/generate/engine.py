@@ -1,0 +1,367 @@
+"""Generation: prompts in, prompts with sampled answers out.
+
+Read ``generate`` first. Sequences stand in rows of a cache and get one token a turn; those that
+end leave at once and waiting prompts take their places (continuous batching, Yu et al. 2022,
+Orca), so a turn's forward pass holds one token of old rows and whole prompts of new ones.
+
+With pipeline stages, sequences are in groups, and every stage works on another group. All
+stages keep the same books, tick by tick: in a tick every stage runs the turn that it holds, then
+turns move one stage on and the last stage tells everybody its tokens. For pp 2 and 2 groups:
+
+    tick         0     1     2     3     4
+    stage 0      g0    g1    g0'   g1'   g0''
+    stage 1            g0    g1    g0'   g1'
+
+Which token is chosen is ``sampling.py``'s, where keys and values lie ``kv_cache.py``'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from executor.batch import SequenceBatch
+from executor.generate.kv_cache import KVCache, Turn
+from executor.generate.sampling import SamplingParams, sample, uniform
+from executor.model.transformer import DecoderStage
+from executor.parallel.tensor import gather_vocab
+from profiles.errors import ConfigError
+
+# Prompt tokens that enter in one turn at most (but always one prompt): bounds the activations.
+MAX_PROMPT_TOKENS = 8192
+
+
+def generate(
+    stage: DecoderStage,
+    prompts: Sequence[Tensor],
+    *,
+    samples: Sequence[int],
+    params: SamplingParams,
+    seed: int,
+    step: int,
+    num_groups: int = 1,
+    max_rows: int | None = None,
+    max_prompt_tokens: int = MAX_PROMPT_TOKENS,
+) -> SequenceBatch:
+    """Answers to ``prompts`` (int64 token ids [length] each), in their order.
+
+    All ranks of a data-parallel replica call it with the same arguments and get the same batch,
+    on the stage's device. A token depends on the weights and on (``seed``, ``step``, its sample,
+    its position), and not on layout, groups, rows or the other prompts, up to rounding.
+
+    Args:
+        samples: places of the prompts in the step's whole batch.
+        num_groups: groups under way at once; the number of pipeline stages keeps all busy.
+        max_rows: sequences under way at once over all groups; None: all.
+        max_prompt_tokens: prompt tokens of one turn, unless a single prompt has more.
+
+    Returns:
+        per token: ``sequences`` (prompt and answer with its stop token) and ``log_probs`` fp32
+        (of each answer token given those before it, as ``sampling.sample`` defines it; 0 in the
+        prompt). Per sequence: ``prompt_lengths`` int64 and ``finished`` fp32 (1: a stop token
+        ended it; 0: cut off by ``max_new_tokens`` or the model's ``max_positions``).
+
+    Raises:
+        ConfigError: an empty or too long prompt, a token outside the vocabulary, no row.
+        FloatingPointError: a logit is not finite; names the sample.
+    """
+    sequences = [
+        _Sequence(sample=sample, prompt=prompt, limit=_limit(stage, prompt, params))
+        for sample, prompt in zip(samples, prompts, strict=True)
+    ]
+    _check(stage, sequences, params, num_groups, max_rows)
+    num_rows = min(len(sequences), max_rows or len(sequences))
+    groups = [
+        _Group(cache=_cache(stage, sequences, capacity))
+        for capacity in _shares(num_rows, min(num_groups, num_rows))
+    ]
+    waiting = deque(sequences)
+    with torch.no_grad():
+        _Ticks(stage, groups, waiting, params, (seed, step), max_prompt_tokens).run()
+    return _batch(sequences, stage.ctx.device)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sequence:
+    """A prompt [length] and its answer so far; ``limit``: tokens of both together at most."""
+
+    sample: int
+    prompt: Tensor
+    limit: int
+    answer: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Group:
+    """Sequences that take their turns together, in the rows of one cache."""
+
+    cache: KVCache
+    sequences: list[_Sequence] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Flight:
+    """A group's turn on its way through the stages; ``inputs`` [tokens] on the first, or None."""
+
+    group: _Group
+    turn: Turn
+    inputs: Tensor | None
+
+
+class _Ticks:
+    """The loop. ``flights[s]`` is the turn that stage s runs in this tick; all ranks agree."""
+
+    def __init__(
+        self,
+        stage: DecoderStage,
+        groups: Sequence[_Group],
+        waiting: deque[_Sequence],
+        params: SamplingParams,
+        noise_key: tuple[int, int],  # (seed, step)
+        max_prompt_tokens: int,
+    ) -> None:
+        self.stage = stage
+        self.ctx = stage.ctx
+        self.waiting = waiting
+        self.params = params
+        self.noise_key = noise_key
+        self.max_prompt_tokens = max_prompt_tokens
+        self.stops = frozenset(params.stop_token_ids)
+        self.idle = deque(groups)  # groups without a turn under way, longest idle first
+        self.flights: deque[_Flight | None] = deque([None] * self.ctx.layout.pp)
+        self.sent: list[tuple[dist.Work, Tensor]] = []  # the last tick's, and what they read
+
+    def run(self) -> None:
+        """Ticks until nobody waits and no row is left."""
+        hidden: Tensor | None = None  # [tokens, hidden] from the stage before
+        while True:
+            self.flights.pop()
+            self.flights.appendleft(self._next_flight())
+            if all(flight is None for flight in self.flights):
+                break
+            mine = self.flights[self.ctx.pp_rank]
+            result = None if mine is None else self._compute(mine, hidden)
+            hidden, chosen = self._exchange(result)
+            last = self.flights[-1]
+            if last is not None:
+                assert chosen is not None
+                self._append(last.group, chosen)
+                self.idle.append(last.group)
+        for work, _ in self.sent:
+            work.wait()
+
+    # ---- books, the same on every stage ---------------------------------------------------------
+
+    def _next_flight(self) -> _Flight | None:
+        """The next turn of the group that has been idle longest, if it has rows to run."""
+        for _ in range(len(self.idle)):
+            group = self.idle.popleft()
+            old = group.sequences
+            new = self._admit(group.cache.max_rows - len(old))
+            if old or new:
+                group.sequences = [*old, *new]
+                inputs = _input_ids(old, new).to(self.ctx.device) if self._is_first else None
+                turn = group.cache.turn([len(sequence.prompt) for sequence in new])
+                return _Flight(group=group, turn=turn, inputs=inputs)
+            # Without rows and with nobody waiting, the group has nothing to do ever again.
+        return None
+
+    def _admit(self, free_rows: int) -> list[_Sequence]:
+        """Waiting sequences for free rows, as many as may enter in one turn."""
+        new: list[_Sequence] = []
+        num_tokens = 0
+        while self.waiting and len(new) < free_rows:
+            num_tokens += len(self.waiting[0].prompt)
+            if new and num_tokens > self.max_prompt_tokens:
+                break
+            new.append(self.waiting.popleft())
+        return new
+
+    def _append(self, group: _Group, chosen: Tensor) -> None:
+        """``chosen`` [2, rows]: token and log-probability of every row; rows that end leave."""
+        kept = []
+        tokens, log_probs = chosen.tolist()
+        for row, sequence in enumerate(group.sequences):
+            if not math.isfinite(log_probs[row]):
+                raise FloatingPointError(
+                    f"logits of sample {sequence.sample} at position {sequence.length} are not "
+                    "finite: the model's weights have diverged or are damaged"
+                )
+            sequence.answer.append(int(tokens[row]))
+            sequence.log_probs.append(log_probs[row])
+            sequence.finished = sequence.answer[-1] in self.stops
+            if not sequence.finished and sequence.length < sequence.limit:
+                kept.append(row)
+        if len(kept) < len(group.sequences):
+            order = group.cache.compact(kept)
+            group.sequences = [group.sequences[row] for row in order]
+
+    # ---- work of one stage ----------------------------------------------------------------------
+
+    @property
+    def _is_first(self) -> bool:
+        return self.ctx.is_first_stage
+
+    def _compute(self, flight: _Flight, hidden: Tensor | None) -> Tensor:
+        """Hidden states [tokens, hidden] for the next stage; what was chosen on the last."""
+        turn = flight.turn
+        inputs = flight.inputs if self._is_first else hidden
+        assert inputs is not None
+        hidden = self.stage.forward(inputs, turn.packed, turn)
+        if not self.ctx.is_last_stage:
+            return hidden
+        last_tokens = turn.last_tokens
+        return self._choose(flight.group, hidden if last_tokens is None else hidden[last_tokens])
+
+    def _choose(self, group: _Group, hidden: Tensor) -> Tensor:
+        """Token and log-probability of every row, [2, rows] float64: both are exact in it.
+
+        ``hidden`` [rows, hidden]. Every tensor shard sees the same logits and chooses the same.
+        """
+        logits = gather_vocab(self.stage.head(hidden), self.ctx)  # [rows, vocab]
+        keys = [[sequence.sample, sequence.length] for sequence in group.sequences]
+        samples, positions = torch.tensor(keys, device=logits.device).T
+        u = uniform(*self.noise_key, samples, positions)
+        allow_stop = None
+        answers = [len(sequence.answer) for sequence in group.sequences]
+        if min(answers) < self.params.min_new_tokens:
+            allow = [length >= self.params.min_new_tokens for length in answers]
+            allow_stop = torch.tensor(allow, device=logits.device)
+        tokens, log_probs = sample(logits, u, self.params, allow_stop)
+        return torch.stack((tokens.double(), log_probs.double()))
+
+    def _exchange(self, result: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Ends a tick: (hidden states for this stage's next turn, what the last stage chose).
+
+        One batch of messages, of which no two between a pair of ranks go the same way; a rank
+        waits for its receipts only, which depend on no later tick. Sizes are known to all.
+        """
+        ctx, flights = self.ctx, self.flights
+        stage, last = ctx.pp_rank, ctx.layout.pp - 1
+        if last == 0:
+            return None, result
+        sends: list[dist.P2POp] = []
+        receives: list[dist.P2POp] = []
+        hidden, chosen = None, result if stage == last else None
+        if result is not None and stage < last:
+            sends.append(dist.P2POp(dist.isend, result.contiguous(), ctx.stage_rank(stage + 1)))
+        if stage > 0 and (coming := flights[stage - 1]) is not None:
+            shape = (coming.turn.packed.num_tokens, self.stage.spec.hidden)
+            hidden = torch.empty(shape, dtype=self.stage.buffer.flat.dtype, device=ctx.device)
+            receives.append(dist.P2POp(dist.irecv, hidden, ctx.stage_rank(stage - 1)))
+        if (ending := flights[last]) is not None:
+            if chosen is not None:
+                sends += [dist.P2POp(dist.isend, chosen, ctx.stage_rank(s)) for s in range(last)]
+            else:
+                shape = (2, len(ending.group.sequences))
+                chosen = torch.empty(shape, dtype=torch.float64, device=ctx.device)
+                receives.append(dist.P2POp(dist.irecv, chosen, ctx.stage_rank(last)))
+        self._post(sends, receives)
+        return hidden, chosen
+
+    def _post(self, sends: list[dist.P2POp], receives: list[dist.P2POp]) -> None:
+        """All at once; waits for this tick's receipts and for the last tick's sends."""
+        works = dist.batch_isend_irecv([*sends, *receives]) if sends or receives else []
+        waits_for = [work for work, _ in self.sent]
+        if len(works) == len(sends) + len(receives):
+            self.sent = [(work, send.tensor) for work, send in zip(works, sends)]
+            waits_for += works[len(sends) :]
+        else:  # NCCL: one handle for all; waiting for it orders the streams and blocks nobody
+            self.sent = []
+            waits_for += works
+        for work in waits_for:
+            work.wait()
+
+
+# ---- before and after -------------------------------------------------------------------------
+
+
+def _limit(stage: DecoderStage, prompt: Tensor, params: SamplingParams) -> int:
+    return min(len(prompt) + params.max_new_tokens, stage.spec.max_positions)
+
+
+def _check(
+    stage: DecoderStage,
+    sequences: Sequence[_Sequence],
+    params: SamplingParams,
+    num_groups: int,
+    max_rows: int | None,
+) -> None:
+    spec = stage.spec
+    assert spec.head == "lm", spec.head
+    for name, count in (("num_groups", num_groups), ("max_rows", max_rows)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} is {count}, not at least 1", where="generation")
+    for sequence in sequences:
+        where, length = f"prompt of sample {sequence.sample}", len(sequence.prompt)
+        if length == 0:
+            raise ConfigError("no token", where=where, remedy="begin it with a start token")
+        if length >= spec.max_positions:
+            raise ConfigError(
+                f"{length} tokens leave no room for an answer",
+                where=where,
+                remedy=f"{spec.name} has {spec.max_positions} positions",
+            )
+    ids = torch.cat([s.prompt for s in sequences]) if sequences else torch.zeros(0)
+    largest = max([*params.stop_token_ids, int(ids.max()) if len(ids) else 0])
+    if largest >= spec.vocab:
+        raise ConfigError(
+            f"token {largest} is outside the vocabulary of {spec.vocab} of {spec.name}",
+            where="generation",
+            remedy="use the tokenizer of this model",
+        )
+
+
+def _shares(count: int, parts: int) -> list[int]:
+    """``count`` in ``parts`` nearly equal shares."""
+    return [count // parts + (index < count % parts) for index in range(parts)]
+
+
+def _cache(stage: DecoderStage, sequences: Sequence[_Sequence], max_rows: int) -> KVCache:
+    spec = stage.spec
+    return KVCache(
+        num_layers=len(stage.layers),
+        num_kv_heads=spec.num_kv_heads // stage.ctx.layout.tp,
+        head_dim=spec.head_dim,
+        max_rows=max_rows,
+        max_columns=max(sequence.limit for sequence in sequences),
+        dtype=stage.buffer.flat.dtype,
+        device=stage.ctx.device,
+    )
+
+
+def _input_ids(old: Sequence[_Sequence], new: Sequence[_Sequence]) -> Tensor:
+    """The last token of each old sequence, then the new prompts: [tokens] int64."""
+    last = torch.tensor([sequence.answer[-1] for sequence in old], dtype=torch.long)
+    return torch.cat([last, *(sequence.prompt.cpu() for sequence in new)])
+
+
+def _batch(sequences: Sequence[_Sequence], device: torch.device) -> SequenceBatch:
+    """All sequences, ended, as one batch."""
+    ids: list[Tensor] = [torch.zeros(0, dtype=torch.long)]
+    log_probs: list[Tensor] = [torch.zeros(0)]
+    for sequence in sequences:
+        ids += [sequence.prompt.cpu(), torch.tensor(sequence.answer)]
+        log_probs += [torch.zeros(len(sequence.prompt)), torch.tensor(sequence.log_probs)]
+    batch = SequenceBatch(
+        samples=tuple(sequence.sample for sequence in sequences),
+        lengths=tuple(sequence.length for sequence in sequences),
+        per_token={"sequences": torch.cat(ids), "log_probs": torch.cat(log_probs)},
+        per_sequence={
+            "prompt_lengths": torch.tensor([len(s.prompt) for s in sequences], dtype=torch.long),
+            "finished": torch.tensor([float(s.finished) for s in sequences]),
+        },
+    )
+    return batch.to(device)
