@@ -117,7 +117,8 @@ def _max_and_sum(logits: Tensor, ctx: RankContext) -> tuple[Tensor, Tensor]:
     total = torch.empty_like(largest)
     for rows in _blocks(logits):
         work = logits[rows].float()
-        largest[rows] = work.amax(-1)
+        # A shard may hold ruled-out tokens only: -inf - -inf is no number.
+        largest[rows] = work.amax(-1).clamp_(min=torch.finfo(torch.float32).min)
         total[rows] = torch.sub(work, largest[rows, None]).exp_().sum(-1)
     if ctx.tp_group is not None:
         local = largest.clone()

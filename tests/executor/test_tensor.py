@@ -56,7 +56,9 @@ def logits_and_targets() -> tuple[Tensor, Tensor]:
     logits[0] += 1e4  # exp would overflow without the maximum
     logits[1] = -1e4
     logits[1, 40] = 1e4  # the whole mass on one shard
+    logits[5, VOCAB // 2 :] = float("-inf")  # one shard ruled out
     targets = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    targets[5] = 3
     targets[:4] = torch.tensor([0, 40, VOCAB // 2 - 1, VOCAB // 2])  # the shards' edges
     return logits, targets
 
@@ -64,7 +66,8 @@ def logits_and_targets() -> tuple[Tensor, Tensor]:
 def expected_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies by torch's softmax."""
     log_p = logits.float().log_softmax(-1)
-    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    terms = log_p.exp() * log_p.clamp(min=-1e30)  # 0 where the logit is -inf
+    return log_p.gather(1, targets[:, None])[:, 0], -terms.sum(-1)
 
 
 def objective(values: Tensor) -> Tensor:
