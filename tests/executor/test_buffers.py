@@ -1,0 +1,82 @@
+"""Protects flat buffers: views and fused views are the same memory, in the layout's order.
+
+Oracle: the offsets counted by hand over the layout's slices, and torch.cat of single views.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from executor.buffers import ParameterBuffer
+from planner.layout import Layout, ParameterSlice
+from planner.mesh import DeviceMesh
+from tests.executor.small_models import small_spec
+
+SPEC = small_spec(qkv_bias=True, family="qwen2")
+LAYOUTS = [
+    (Layout(spec=SPEC, mesh=DeviceMesh(0, 4), pp=2, tp=2), rank) for rank in range(4)
+] + [(Layout(spec=SPEC, mesh=DeviceMesh(0, 1)), 0)]  # fmt: skip
+
+
+@pytest.fixture(params=LAYOUTS, ids=[f"{layout.key} rank {rank}" for layout, rank in LAYOUTS])
+def buffer(request: pytest.FixtureRequest) -> ParameterBuffer:
+    layout, rank = request.param
+    found = ParameterBuffer.for_rank(layout, rank, dtype=torch.float32, device="cpu", multiple=64)
+    assert found.flat.eq(0).all()
+    found.flat.copy_(torch.arange(found.flat.numel()))  # every value is its own address
+    return found
+
+
+def test_views_tile_the_buffer_in_order(buffer):
+    address = 0
+    for piece in buffer.slices:
+        view = buffer.view(piece.name)
+        assert view.shape == piece.length
+        assert view.flatten().tolist() == list(range(address, address + piece.num_values))
+        address += piece.num_values
+    assert buffer.num_values == address
+    assert buffer.flat.numel() % 64 == 0
+    assert 0 <= buffer.flat.numel() - address < 64
+
+
+def test_fused_views_are_the_single_ones_one_after_the_other(buffer):
+    layer = next(name.split(".")[1] for name in buffer.by_name if name.startswith("layers."))
+    for group in (("q.weight", "k.weight", "v.weight"), ("gate.weight", "up.weight"),
+                  ("q.bias", "k.bias", "v.bias"), ("o.weight",)):  # fmt: skip
+        names = [f"layers.{layer}.{name}" for name in group]
+        fused = buffer.fused(names)
+        assert torch.equal(fused, torch.cat([buffer.view(name) for name in names]))
+        fused[-1].fill_(-1)
+        assert buffer.view(names[-1])[-1].eq(-1).all()  # the same memory
+
+
+def test_fused_refuses_parameters_that_are_not_neighbours(buffer):
+    names = [name for name in buffer.by_name if name.endswith("q.weight")]
+    with pytest.raises(AssertionError, match="not neighbours"):
+        buffer.fused([names[0], names[0].replace("q.", "v.")])
+
+
+def test_views_of_another_flat_tensor_have_the_same_places(buffer):
+    gradients = buffer.flat * 2
+    for piece in buffer.slices:
+        assert torch.equal(buffer.view(piece.name, of=gradients), 2 * buffer.view(piece.name))
+    name = next(name for name in buffer.by_name if name.endswith("gate.weight"))
+    names = [name, name.replace("gate", "up")]
+    assert torch.equal(buffer.fused(names, of=gradients), 2 * buffer.fused(names))
+
+
+def test_a_box_is_the_part_of_the_whole_parameter_that_was_asked_for(buffer):
+    name = next(name for name in buffer.by_name if name.endswith("o.weight"))
+    held = buffer.by_name[name]
+    offset = (held.offset[0] + 2, held.offset[1] + 1)
+    box = buffer.box(ParameterSlice(name=name, offset=offset, length=(3, 4)))
+    assert torch.equal(box, buffer.view(name)[2:5, 1:5])
+    box.fill_(-7)
+    assert buffer.flat.eq(-7).sum() == 12
+
+
+def test_one_slice_of_a_parameter_on_a_rank():
+    piece = ParameterSlice(name="a", offset=(0,), length=(2,))
+    with pytest.raises(AssertionError, match="one slice of a parameter"):
+        ParameterBuffer([piece, piece], dtype=torch.float32, device="cpu")
