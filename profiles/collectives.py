@@ -1,0 +1,152 @@
+"""Seconds of an all-reduce, all-gather, reduce-scatter and point-to-point message.
+
+A group of devices is a Python ``range`` (first, stop, stride): consecutive devices for tensor
+parallelism, ``stride = tp`` for data parallelism, ``stride = dp * tp`` for neighbouring pipeline
+stages. So whether a group spans nodes is exact. Inside a node a table's measured rows are used
+where there are any; otherwise and between nodes the alpha-beta formulas below.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Literal
+
+from profiles.costs import Cost, Provenance
+from profiles.hardware import ClusterSpec, LinkSpec
+from profiles.interpolate import Point, Surface
+from profiles.table import CostTable
+
+CollectiveOperation = Literal["all_reduce", "all_gather", "reduce_scatter"]
+
+
+def ring_all_reduce_s(
+    num_bytes: float, count: int, link: LinkSpec, *, efficiency: float = 1.0
+) -> float:
+    """Seconds of a ring all-reduce of ``num_bytes`` over ``count`` devices; zero for one.
+
+    2 (n - 1) / n * bytes / bandwidth + 2 (n - 1) * latency.
+    Source: Thakur, Rabenseifner and Gropp 2005 (MPICH collectives); Patarasuk and Yuan 2009.
+
+    >>> link = LinkSpec(bytes_per_s=100.0, latency_s=1.0)
+    >>> ring_all_reduce_s(1000, 2, link)
+    12.0
+    """
+    steps = 2 * (count - 1)
+    return steps / count * num_bytes / (link.bytes_per_s * efficiency) + steps * link.latency_s
+
+
+def ring_gather_s(
+    num_bytes: float, count: int, link: LinkSpec, *, efficiency: float = 1.0
+) -> float:
+    """Seconds of a ring all-gather to, or reduce-scatter of, ``num_bytes``; zero for one device.
+
+    (n - 1) / n * bytes / bandwidth + (n - 1) * latency. ``num_bytes`` are the whole tensor's.
+    Source: as ``ring_all_reduce_s``, of which this is one half.
+    """
+    steps = count - 1
+    return steps / count * num_bytes / (link.bytes_per_s * efficiency) + steps * link.latency_s
+
+
+class Collectives:
+    """Collectives on ``cluster``; ``table`` gives measured rows inside a node.
+
+    ``bandwidth_efficiency``: share of a link's datasheet rate that messages get. 0.8: NCCL's own
+    model (graph/tuning.cc) bounds an A100 node's bus bandwidth by 235 of 300 GB/s; it sustains
+    360 of 450 GB/s in an H100 node. Not applied to links that are measured.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterSpec,
+        table: CostTable | None = None,
+        *,
+        bandwidth_efficiency: float = 0.8,
+    ) -> None:
+        self.cluster = cluster
+        self.efficiency = bandwidth_efficiency
+        points: dict[str, dict[Point, float]] = defaultdict(dict)
+        for row in table.rows if table is not None else ():
+            if row.component == "collective":
+                points[row.operation][(row.size, row.workers)] = row.seconds
+        # A surface over (bytes, devices); a single number of devices says nothing of others.
+        self._measured = {name: Surface(found) for name, found in points.items()}
+        self._counts = {name: {c for _, c in found} for name, found in points.items()}
+        self._answers: dict[tuple[str, int, int, int], Cost] = {}
+
+    def all_reduce(self, num_bytes: float, devices: range) -> Cost:
+        """Every device gets the sum of all devices' ``num_bytes``."""
+        return self._collective("all_reduce", num_bytes, devices)
+
+    def all_gather(self, num_bytes: float, devices: range) -> Cost:
+        """Every device gets all of ``num_bytes``, of which each holds 1 / n."""
+        return self._collective("all_gather", num_bytes, devices)
+
+    def reduce_scatter(self, num_bytes: float, devices: range) -> Cost:
+        """Every device gets 1 / n of the sum of all devices' ``num_bytes``."""
+        return self._collective("reduce_scatter", num_bytes, devices)
+
+    def p2p(self, num_bytes: float, src: int, dst: int) -> Cost:
+        """One message: bytes / bandwidth + latency; nothing to itself."""
+        if src == dst or num_bytes <= 0:
+            return Cost(0.0, Provenance.ROOFLINE)
+        inside = self.cluster.node_of(src) == self.cluster.node_of(dst)
+        if inside and "p2p" in self._measured:
+            return self._measured["p2p"].at(max(1, round(num_bytes)), 2)
+        link = self.cluster.link_between(src, dst)
+        seconds = num_bytes / (link.bytes_per_s * self.efficiency) + link.latency_s
+        return Cost(seconds, Provenance.ROOFLINE)
+
+    # ---- groups -------------------------------------------------------------------------------
+
+    def _collective(self, operation: CollectiveOperation, num_bytes: float, devices: range) -> Cost:
+        per_node, num_nodes = self.spread(devices)
+        question = (operation, round(num_bytes), per_node, num_nodes)
+        answer = self._answers.get(question)
+        if answer is None:
+            answer = self._answers[question] = self._hierarchical(*question)
+        return answer
+
+    def spread(self, devices: range) -> tuple[int, int]:
+        """(most devices of the group on one node, nodes that it touches)."""
+        cluster = self.cluster
+        if not devices or cluster.node_of(devices[0]) == cluster.node_of(devices[-1]):
+            return len(devices), 1
+        nodes = Counter(cluster.node_of(device) for device in devices)
+        return max(nodes.values()), len(nodes)
+
+    def _hierarchical(self, operation: str, num_bytes: int, per_node: int, num_nodes: int) -> Cost:
+        """Within nodes, and between them for the share of each device.
+
+        With l devices on each of k nodes an all-reduce is a reduce-scatter over the l, an
+        all-reduce of bytes / l over the k at the network's rate of one device, and an all-gather
+        over the l. Source: NCCL's and Horovod's hierarchical all-reduce; Cho et al. 2019
+        (BlueConnect), of which this is the case of two levels.
+        """
+        if num_bytes <= 0:
+            return Cost(0.0, Provenance.ROOFLINE)
+        if num_nodes == 1:
+            return self._in_node(operation, num_bytes, per_node)
+        between = ring_all_reduce_s if operation == "all_reduce" else ring_gather_s
+        outer_s = between(
+            num_bytes / per_node, num_nodes, self.cluster.inter_link, efficiency=self.efficiency
+        )
+        halves = ("reduce_scatter", "all_gather") if operation == "all_reduce" else (operation,)
+        inner = [self._in_node(half, num_bytes, per_node) for half in halves if per_node > 1]
+        return Cost(outer_s + sum(cost.seconds for cost in inner), Provenance.ROOFLINE)
+
+    def _in_node(self, operation: str, num_bytes: int, count: int) -> Cost:
+        if count <= 1:
+            return Cost(0.0, Provenance.ROOFLINE)
+        ring = ring_all_reduce_s if operation == "all_reduce" else ring_gather_s
+        model_s = ring(num_bytes, count, self.cluster.intra_link, efficiency=self.efficiency)
+        counts = self._counts.get(operation)
+        if not counts:
+            return Cost(model_s, Provenance.ROOFLINE)
+        surface = self._measured[operation]
+        if min(counts) <= count <= max(counts):
+            return surface.at(num_bytes, count)
+        # Another number of devices than any measured: the formula, at the measured level.
+        near = min(counts, key=lambda c: abs(c - count))
+        near_s = ring(num_bytes, near, self.cluster.intra_link, efficiency=self.efficiency)
+        measured_s = surface.at(num_bytes, near).seconds
+        return Cost(model_s * measured_s / near_s, Provenance.EXTRAPOLATED)

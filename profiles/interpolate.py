@@ -1,0 +1,110 @@
+"""Between measured points: ``Surface``, the seconds of one operation over size and length.
+
+Seconds per unit of size (the inverse of efficiency) are far smoother than seconds: they are
+interpolated linearly in the logarithms of size and length. Every answer says whether it was
+measured, lies between measurements, or lies beyond them. ``table.TableCosts`` holds one surface
+for each component, operation, width and tp.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping
+
+from profiles.costs import Cost, Provenance
+
+Point = tuple[int, int]  # (size, length)
+
+
+def _between(x: float, x0: float, x1: float, y0: float, y1: float) -> float:
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+class _Line:
+    """Seconds over length at one size."""
+
+    def __init__(self, points: Mapping[int, float]) -> None:
+        self.lengths = sorted(points)
+        self.seconds = [points[length] for length in self.lengths]
+
+    def covers(self, length: int) -> bool:
+        """A line of one length says that length does not matter, or was not varied."""
+        return self.lengths[0] <= length <= self.lengths[-1] or len(self.lengths) == 1
+
+    def at(self, length: int) -> float:
+        """Seconds; log-log inside, constant below, and beyond along the last two points.
+
+        Attention makes a token's cost a + b * length, so it goes on as a straight line.
+        """
+        lengths, seconds = self.lengths, self.seconds
+        if length <= lengths[0] or len(lengths) == 1:
+            return seconds[0]
+        if length > lengths[-1]:
+            slope = (seconds[-1] - seconds[-2]) / (lengths[-1] - lengths[-2])
+            return seconds[-1] + max(0.0, slope) * (length - lengths[-1])
+        i = bisect_left(lengths, length)
+        if lengths[i] == length:
+            return seconds[i]
+        low, high = max(lengths[i - 1], 1), lengths[i]
+        return math.exp(
+            _between(
+                math.log(length), math.log(low), math.log(high),
+                math.log(seconds[i - 1]), math.log(seconds[i]),
+            )
+        ) if low < high else seconds[i]  # fmt: skip
+
+
+class Surface:
+    """Seconds over (size, length), from points that need not form a rectangle."""
+
+    def __init__(self, points: Mapping[Point, float]) -> None:
+        by_size: dict[int, dict[int, float]] = defaultdict(dict)
+        for (size, length), seconds in points.items():
+            by_size[size][length] = seconds
+        self.sizes = sorted(by_size)
+        self.lines = [_Line(by_size[size]) for size in self.sizes]
+
+    def at(self, size: int, length: int) -> Cost:
+        """Seconds at a point.
+
+        Inside: log(seconds / size) is linear in log(size), and on the neighbouring sizes in
+        log(length). Beyond the largest size: its seconds per unit. Below the smallest: its
+        seconds, since launching dominates there.
+        """
+        sizes = self.sizes
+        if size <= sizes[0] or size >= sizes[-1]:
+            line, edge = (self.lines[0], sizes[0]) if size <= sizes[0] else (
+                self.lines[-1], sizes[-1])  # fmt: skip
+            seconds = line.at(length) * max(1.0, size / edge)
+            if size == edge:
+                return Cost(seconds, self._provenance(line, length))
+            return Cost(seconds, Provenance.EXTRAPOLATED)
+        i = bisect_left(sizes, size)
+        high = self.lines[i]
+        if sizes[i] == size and high.covers(length):
+            return Cost(high.at(length), self._provenance(high, length))
+        below, low, above = sizes[i - 1], self.lines[i - 1], sizes[i]
+        log_unit_s = _between(
+            math.log(size), math.log(below), math.log(above),
+            math.log(low.at(length) / below), math.log(high.at(length) / above),
+        )  # fmt: skip
+        inside = low.covers(length) or high.covers(length)
+        return Cost(
+            math.exp(log_unit_s) * size,
+            Provenance.INTERPOLATED if inside else Provenance.EXTRAPOLATED,
+        )
+
+    @staticmethod
+    def _provenance(line: _Line, length: int) -> Provenance:
+        if length in line.lengths or len(line.lengths) == 1:
+            return Provenance.MEASURED
+        return Provenance.INTERPOLATED if line.covers(length) else Provenance.EXTRAPOLATED
+
+    @property
+    def range_text(self) -> str:
+        lengths = [length for line in self.lines for length in line.lengths]
+        return (
+            f"sizes {self.sizes[0]} to {self.sizes[-1]}, lengths {min(lengths)} to {max(lengths)}"
+        )

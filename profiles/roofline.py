@@ -1,0 +1,176 @@
+"""``RooflineCosts``: seconds of a layer from peak rates, where nothing was measured.
+
+A kernel takes max(FLOPs / sustained FLOP rate, bytes / sustained memory rate, launch): the host
+queues kernels while the device works, so a launch shows only where it is the longest of the
+three. A layer is the sum of its kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from profiles.costs import Component, Cost, Operation, Provenance
+from profiles.hardware import DeviceSpec
+from profiles.models import ModelSpec
+
+# Bytes of one value of weights and activations, by device kind (bf16, fp32).
+VALUE_BYTES = {"cuda": 2, "cpu": 4}
+
+
+class RooflineCosts:
+    """``LayerCosts`` of ``device``.
+
+    ``matmul_efficiency``: share of the peak that large matrix products sustain. 0.75 lies between
+    the 0.8 to 0.85 of an A100 (250 to 265 of 312 TFLOP/s) and the 0.65 to 0.75 of an H100 (650 to
+    740 of 989 TFLOP/s) that cuBLAS reaches in bf16. Source: FlashAttention-3 (Shah et al. 2024),
+    whose figures of cuBLAS-class kernels end at 740 TFLOP/s; Megatron-LM (Narayanan et al. 2021)
+    runs whole layers at 0.52 with the elementwise work that is counted apart here.
+
+    ``attention_efficiency``: of the fused attention kernel. 0.5: FlashAttention-2 reaches 0.5 to
+    0.73 on an A100 and 0.35 to 0.4 on an H100 (Dao 2023).
+
+    ``memory_efficiency``: share of the peak memory rate that streaming kernels reach. 0.85 is
+    what STREAM-like copies reach on A100 and H100 (1.7 of 2.0 and 2.9 of 3.35 TB/s).
+    """
+
+    def __init__(
+        self,
+        device: DeviceSpec,
+        *,
+        matmul_efficiency: float = 0.75,
+        attention_efficiency: float = 0.5,
+        memory_efficiency: float = 0.85,
+    ) -> None:
+        self.device = device
+        self.matmul_flops_per_s = device.peak_flops * matmul_efficiency
+        self.attention_flops_per_s = device.peak_flops * attention_efficiency
+        self.memory_bytes_per_s = device.memory_bytes_per_s * memory_efficiency
+        self.value_bytes = VALUE_BYTES[device.kind]
+        self._answers: dict[tuple[object, ...], Cost] = {}
+
+    # ---- kernels ------------------------------------------------------------------------------
+
+    def matmul_s(self, rows: int, inner: int, columns: int, *, value_bytes: int = 0) -> float:
+        """[rows, inner] x [inner, columns]: 2 * rows * inner * columns FLOPs, each matrix once."""
+        num_bytes = (value_bytes or self.value_bytes) * (
+            rows * inner + inner * columns + rows * columns
+        )
+        return max(
+            2.0 * rows * inner * columns / self.matmul_flops_per_s,
+            num_bytes / self.memory_bytes_per_s,
+            self.device.launch_s,
+        )
+
+    def stream_s(self, num_bytes: float) -> float:
+        """An elementwise kernel that reads and writes ``num_bytes`` in all."""
+        return max(num_bytes / self.memory_bytes_per_s, self.device.launch_s)
+
+    def attention_s(self, flops: float, num_bytes: float) -> float:
+        return max(
+            flops / self.attention_flops_per_s,
+            num_bytes / self.memory_bytes_per_s,
+            self.device.launch_s,
+        )
+
+    # ---- layers -------------------------------------------------------------------------------
+
+    def layer(
+        self, spec: ModelSpec, component: Component, operation: Operation, *, tp: int, size: int,
+        length: int,
+    ) -> Cost:  # fmt: skip
+        """See ``costs.LayerCosts``. Provenance is always ROOFLINE."""
+        question = (spec, component, operation, tp, size, length)
+        answer = self._answers.get(question)
+        if answer is None:
+            if component == "block":
+                seconds = self._block_s(spec, operation, tp, size, length)
+            elif component == "embedding":
+                seconds = self._embedding_s(spec, operation, size)
+            else:
+                seconds = self._head_s(spec, operation, tp, size)
+            answer = self._answers[question] = Cost(seconds, Provenance.ROOFLINE)
+        return answer
+
+    def _block_s(
+        self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int
+    ) -> float:
+        passes = 2 if operation == "backward" else 1
+        matmul_s = sum(
+            self.matmul_s(size, inner, columns) for inner, columns in _block_products(spec, tp)
+        )
+        # backward: the gradient of the input and of the weight, one product each.
+        return passes * (matmul_s + self._elementwise_s(spec, tp, size)) + self._attention(
+            spec, operation, tp, size, length
+        )
+
+    def _attention(
+        self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int
+    ) -> float:
+        """Causal attention of ``size`` tokens, or of ``size`` sequences' one new token.
+
+        Scores and their product with v: 4 * heads * head_dim FLOPs for each pair of positions,
+        length / 2 pairs for each token when causal; backward 2.5 times as many (five products
+        instead of two). Source: Dao 2023, FlashAttention-2, section 4.1.
+        """
+        width, kv_width = spec.num_heads // tp * spec.head_dim, (
+            2 * spec.num_kv_heads * spec.head_dim // tp
+        )  # fmt: skip
+        if operation == "decode":
+            flops = 4.0 * width * length * size
+            return self.attention_s(flops, self.value_bytes * kv_width * float(length) * size)
+        flops = 2.0 * width * length * size
+        num_bytes = self.value_bytes * (2 * width + kv_width) * float(size)
+        factor = 2.5 if operation == "backward" else 1.0
+        return self.attention_s(factor * flops, factor * num_bytes)
+
+    def _elementwise_s(self, spec: ModelSpec, tp: int, size: int) -> float:
+        """Two norms, two residual sums, rotary embedding, silu and its product, as eager kernels.
+
+        Values read and written for each token: norms 2 * 2 hidden, sums 2 * 3 hidden, rotary
+        4 (q + k), silu 2 ffn, product 3 ffn.
+        """
+        qk = (spec.num_heads + spec.num_kv_heads) * spec.head_dim // tp
+        ffn = spec.ffn // tp
+        values = (2 * spec.hidden,) * 2 + (3 * spec.hidden,) * 2 + (4 * qk, 2 * ffn, 3 * ffn)
+        return sum(self.stream_s(self.value_bytes * v * float(size)) for v in values)
+
+    def _embedding_s(self, spec: ModelSpec, operation: Operation, size: int) -> float:
+        """Rows read and written; backward adds rows of fp32 gradients."""
+        row_bytes = 3 * 4 if operation == "backward" else 2 * self.value_bytes
+        return self.stream_s(row_bytes * spec.hidden * float(size))
+
+    def _head_s(self, spec: ModelSpec, operation: Operation, tp: int, size: int) -> float:
+        """Final norm, product with the head, and three fp32 passes over the logits: largest,
+
+        sum of exponentials, and (backward) the gradient. Decode wants the logits only.
+        """
+        norm_s = self.stream_s(2 * self.value_bytes * spec.hidden * float(size))
+        passes = 2 if operation == "backward" else 1
+        if spec.head == "scalar":  # in fp32 on every device
+            return passes * (norm_s + self.matmul_s(size, spec.hidden, 1, value_bytes=4))
+        columns = spec.vocab // tp
+        seconds = passes * (norm_s + self.matmul_s(size, spec.hidden, columns))
+        if operation != "decode":
+            seconds += 3 * self.stream_s(4.0 * columns * size)
+        return seconds
+
+    def optimizer_step(self, num_parameters: int) -> Cost:
+        """Adam, bytes of every state once read and once written.
+
+        A parameter: gradient read twice (norm, update) and cleared, 12; two moments 16; master
+        or fp32 weight 8; and on CUDA the bf16 weight, 2.
+        """
+        per_parameter = 36 + (2 if self.device.kind == "cuda" else 0)
+        return Cost(self.stream_s(float(per_parameter) * num_parameters), Provenance.ROOFLINE)
+
+
+def _block_products(spec: ModelSpec, tp: int) -> Iterable[tuple[int, int]]:
+    """(inner, columns) of a block's matrix products on one shard: qkv, o, gate and up, down."""
+    q, kv = spec.num_heads * spec.head_dim // tp, spec.num_kv_heads * spec.head_dim // tp
+    ffn = spec.ffn // tp
+    return (
+        (spec.hidden, q + 2 * kv),
+        (q, spec.hidden),
+        (spec.hidden, 2 * ffn),
+        (ffn, spec.hidden),
+    )
