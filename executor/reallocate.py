@@ -25,6 +25,11 @@ from planner.layout import ParameterSlice
 from planner.reallocation import Reallocation
 from profiles.units import MIB
 
+# Measured over gloo on one machine, 285 to 570 MB moved: 16 MiB is 1.2 to 1.7 times as fast as
+# 256 MiB (packed chunks stay in the cache) and 2 to 3 times as fast as 1 MiB. Links between
+# GPUs want messages of tens of MiB, and a rank has about ten partners.
+STAGING_BYTES = {"cpu": 16 * MIB, "cuda": 256 * MIB}
+
 Pair = tuple[int, int]  # (sender, receiver), world ranks
 Chunk = tuple[ParameterSlice, ...]  # boxes that cross together, laid end to end
 
@@ -35,7 +40,7 @@ def execute(
     destination: ParameterBuffer | None,
     *,
     rank: int,
-    staging_bytes: int = 256 * MIB,
+    staging_bytes: int | None = None,
     wire_dtype: torch.dtype | None = None,
 ) -> int:
     """Fills ``destination`` with this rank's part of ``plan.dst``; returns the bytes received.
@@ -44,7 +49,7 @@ def execute(
     None for the other. All values cross as ``wire_dtype`` and are converted at the ends, so that
     the two layouts may have unlike types; None: the type that the buffers share. Copies inside
     this rank are not counted. Memory beyond the buffers: at most ``staging_bytes`` (but at least
-    two values for each partner).
+    two values for each partner); None: ``STAGING_BYTES`` of the device.
 
     With NCCL the world's communicator must exist: let all ranks pass a barrier once before.
     """
@@ -54,6 +59,8 @@ def execute(
     assert wire_dtype or all(buffer.flat.dtype == dtype for buffer in buffers), (
         "the layouts differ in dtype: say which crosses"
     )
+    if staging_bytes is None:
+        staging_bytes = STAGING_BYTES[buffers[0].flat.device.type]
     with torch.no_grad():
         work = _Exchange(
             chunk_streams(plan, rank, staging_bytes // dtype.itemsize), source, destination, rank,

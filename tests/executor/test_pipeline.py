@@ -208,7 +208,7 @@ def layout(spec: ModelSpec, pp: int, tp: int, dp: int, first: int = 0) -> Layout
 
 
 def test_gradients_losses_and_results_equal_those_of_one_process() -> None:
-    """Uneven stages, fewer micro-batches than stages, and (dp 2, m 5) empty micro-batches."""
+    """Uneven stages, fewer micro-batches than stages, and (dp 2, m 5; m 8) empty ones."""
     shapes = [
         layout(SPEC, 1, 1, 1, first=2),
         layout(SPEC, 2, 1, 1, first=1),
@@ -219,4 +219,5 @@ def test_gradients_losses_and_results_equal_those_of_one_process() -> None:
         layout(TIED, 2, 1, 2),
     ]
     cases = [(shape, m, m % 2 == i % 2) for i, shape in enumerate(shapes) for m in range(1, 6)]
+    cases += [(shapes[0], 8, True), (shapes[4], 8, True)]
     assert all(spawn(4, compare, cases))
