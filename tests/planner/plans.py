@@ -1,0 +1,85 @@
+"""Random small problems and legal plans for the property tests of the planner."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from experiments.ppo.graph import ALGORITHM
+from planner.algorithm import make_config, make_problem
+from planner.graph import CallKind
+from planner.mesh import DeviceMesh, enumerate_meshes
+from planner.plan import Allocation, ExecutionPlan, Problem, largest_dp, validate_plan
+from planner.strategy import ParallelStrategy, legal_strategies
+from profiles.hardware import ClusterSpec, DeviceSpec, LinkSpec
+from profiles.models import ModelSpec
+
+SPEC = ModelSpec(
+    name="x", num_layers=4, hidden=16, num_heads=4, num_kv_heads=4, head_dim=4, ffn=32, vocab=64
+)
+
+
+def make_test_cluster(
+    num_nodes: int, devices_per_node: int, *, memory_bytes: int = 1 << 34
+) -> ClusterSpec:
+    """CPU workers joined by 1 GB/s inside a node and 0.25 GB/s between nodes."""
+    fast = LinkSpec(bytes_per_s=1e9, latency_s=1e-6)
+    slow = LinkSpec(bytes_per_s=2.5e8, latency_s=1e-5)
+    device = DeviceSpec(
+        name="d", kind="cpu", peak_flops=1e9, memory_bytes=memory_bytes, memory_bytes_per_s=1e9,
+        launch_s=1e-6,
+    )  # fmt: skip
+    return ClusterSpec(
+        name="c", device=device, num_nodes=num_nodes, devices_per_node=devices_per_node,
+        intra_link=fast, inter_link=slow, host_link=slow,
+    )  # fmt: skip
+
+
+def ppo(cluster: ClusterSpec, overrides: Sequence[str] = (), spec: ModelSpec = SPEC) -> Problem:
+    """PPO with a critic of one layer less than the actor."""
+    config = make_config(ALGORITHM.config_class, ["prompt_len=16", "response_len=16", *overrides])
+    critic = replace(spec, num_layers=spec.num_layers - 1)
+    return make_problem(ALGORITHM, config, model=spec, critic=critic, cluster=cluster)
+
+
+def random_problem(rng: random.Random, *, max_nodes: int = 3) -> Problem:
+    """PPO on 1 to 24 devices, with a reward model or a reward function."""
+    cluster = make_test_cluster(rng.randint(1, max_nodes), rng.choice([1, 2, 4, 8]))
+    return ppo(
+        cluster,
+        [
+            f"batch_size={rng.choice([24, 30])}",
+            f"ppo.num_mini_batches={rng.choice([1, 2, 3])}",
+            f"reward.source={rng.choice(['model', 'vader'])}",
+        ],
+    )
+
+
+def random_allocation(rng: random.Random, problem: Problem, call_name: str) -> Allocation:
+    """Any legal allocation of a call."""
+    spec, most = problem.spec_of(call_name), largest_dp(problem, call_name)
+    meshes = list(enumerate_meshes(problem.cluster))
+    while True:
+        mesh: DeviceMesh = rng.choice(meshes)
+        legal = [
+            s
+            for s in legal_strategies(spec, mesh, problem.cluster, max_dp=most)
+            if spec is not None or s.pp == s.tp == 1
+        ]
+        if legal:
+            break
+    strategy: ParallelStrategy = rng.choice(legal)
+    if problem.graph.call(call_name).kind is CallKind.TRAIN:
+        strategy = replace(strategy, zero=rng.choice([0, 1]), recompute=rng.choice([False, True]))
+    num_micro_batches = 1 if spec is None else rng.randint(1, max(1, most // strategy.dp))
+    return Allocation(mesh=mesh, strategy=strategy, num_micro_batches=num_micro_batches)
+
+
+def random_plan(rng: random.Random, problem: Problem | None = None) -> ExecutionPlan:
+    """A legal plan of a random problem; memory is not looked at."""
+    problem = problem or random_problem(rng)
+    allocations = {c.name: random_allocation(rng, problem, c.name) for c in problem.graph.calls}
+    plan = ExecutionPlan(problem=problem, allocations=allocations, seed=rng.randrange(100))
+    validate_plan(plan)
+    return plan
