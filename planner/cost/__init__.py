@@ -1,1 +1,51 @@
-"""."""
+"""Seconds of one call under one allocation: ``call_cost`` is the entry, ``CostModel`` what prices.
+
+``stage.py`` prices a stage, ``pipeline.py`` puts micro-batches through stages, ``train.py`` and
+``generate.py`` build calls from them, ``transfer.py`` prices what moves between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+
+from planner.cost.generate import generate_parts
+from planner.cost.model import CallCost, CostModel
+from planner.cost.stage import Priced
+from planner.cost.train import infer_parts, train_parts
+from planner.graph import CallKind
+from planner.plan import Allocation, Problem
+
+__all__ = ["CallCost", "CostModel", "call_cost"]
+
+
+def call_cost(
+    problem: Problem, call_name: str, allocation: Allocation, model: CostModel
+) -> CallCost:
+    """Seconds of a call alone on its mesh, every sequence at the workload's mean length.
+
+    The busiest data-parallel rank counts. Answers are kept in ``model``. The allocation must be
+    legal (``plan.allocation_problem``).
+    """
+    call = problem.graph.call(call_name)
+    spec = problem.spec_of(call_name)
+    question = (call.kind, call.num_mini_batches, spec, problem.workload, allocation)
+    known = model.known_calls.get(question)
+    if known is not None:
+        return known
+    workload = problem.workload
+    parts: Mapping[str, Priced]
+    if spec is None:
+        num_sequences = ceil(workload.batch_size / allocation.strategy.dp)
+        parts = {"compute": Priced.modelled(model.function_s * num_sequences)}
+    elif call.kind is CallKind.GENERATE:
+        parts = generate_parts(spec, workload, allocation, model)
+    elif call.kind is CallKind.TRAIN:
+        parts = train_parts(
+            spec, workload, allocation, model, num_mini_batches=call.num_mini_batches
+        )
+    else:
+        parts = infer_parts(spec, workload, allocation, model)
+    cost = CallCost.of(parts)
+    model.known_calls[question] = cost
+    return cost

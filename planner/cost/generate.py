@@ -1,0 +1,133 @@
+"""Seconds of a GENERATE call: prefill, then one decode step for every further token.
+
+The sequences of a data-parallel rank go in ``num_micro_batches`` groups, so that several pipeline
+stages have work at once. The first token comes out of prefill. A decode step's context grows by
+one token a step; its seconds are summed by the trapezoid rule over a few contexts, which is exact
+where they are linear in the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+
+from planner.cost.model import CostModel
+from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
+from planner.cost.stage import ZERO, Pass, Priced, StageCost, StageShape, stage_shapes
+from planner.plan import Allocation, Workload
+from profiles.models import ModelSpec
+
+TOKEN_ID_BYTES = 8
+
+
+def generate_parts(
+    spec: ModelSpec,
+    workload: Workload,
+    allocation: Allocation,
+    model: CostModel,
+    *,
+    most_points: int = 9,
+) -> Mapping[str, Priced]:
+    """``prefill`` and ``decode`` of the busiest data-parallel rank.
+
+    ``most_points``: contexts at which a decode step is priced; 9 leave an error far below that
+    of the layers' costs, since those are piecewise smooth in the context.
+    """
+    s = allocation.strategy
+    num_sequences = ceil(workload.batch_size / s.dp)
+    prefill = ZERO
+    for part in _prefill(spec, workload, allocation, model, num_sequences).values():
+        prefill = prefill + part
+    steps = max(0.0, workload.expected_response_tokens - 1.0)
+    decode = ZERO
+    if steps > 0:
+        group = ceil(num_sequences / allocation.num_micro_batches)
+        num_groups = ceil(num_sequences / group)
+        contexts = _contexts(workload.expected_prompt_tokens, steps, most_points)
+        rounds = [
+            _decode_round(spec, allocation, model, num_groups, group, context)
+            for context in contexts
+        ]
+        decode = _mean(contexts, rounds) * steps
+    return {"prefill": prefill, "decode": decode}
+
+
+def _prefill(
+    spec: ModelSpec,
+    workload: Workload,
+    allocation: Allocation,
+    model: CostModel,
+    num_sequences: int,
+) -> Mapping[str, Priced]:
+    """The prompts' forward pass; the head sees each prompt's last token only."""
+    s, tokens = allocation.strategy, workload.expected_prompt_tokens
+    shapes = stage_shapes(spec, s.pp)
+    kinds = []
+    for sequences, count in micro_batch_sizes(num_sequences, allocation.num_micro_batches):
+        size = max(1, round(sequences * tokens))
+        stages = _stages(
+            spec, shapes, model, "prefill", tp=s.tp, size=size, length=max(1, round(tokens)),
+            rows=sequences,
+        )  # fmt: skip
+        hops = model.hops(allocation, float(size) * spec.hidden * model.value_bytes)
+        kinds.append(PipelinePass(stages, hops, count))
+    return pipeline_parts(kinds)
+
+
+def _contexts(prompt: float, steps: float, most_points: int) -> list[int]:
+    """Whole numbers from the first decode step's context to the last one's, evenly spaced."""
+    first, last = prompt + 1.0, prompt + steps
+    count = max(1, most_points - 1)
+    points = (first + (last - first) * i / count for i in range(count + 1))
+    return sorted({max(1, round(point)) for point in points})
+
+
+def _decode_round(
+    spec: ModelSpec, allocation: Allocation, model: CostModel, num_groups: int, group: int,
+    context: int,
+) -> Priced:  # fmt: skip
+    """One token for every group of ``group`` sequences.
+
+    A group passes all stages and its tokens go back to the first, before its next step; a stage
+    serves all groups in turn. The longer of the two is the round: with equal stages
+    max(groups, pp) * stage.
+    """
+    s = allocation.strategy
+    shapes = stage_shapes(spec, s.pp)
+    stages = _stages(spec, shapes, model, "decode", tp=s.tp, size=group, length=context)
+    hops = model.hops(allocation, float(group) * spec.hidden * model.value_bytes)
+    first = allocation.mesh.first
+    back = Priced.of(
+        model.collectives.p2p(TOKEN_ID_BYTES * group, first + s.rank(s.pp - 1, 0, 0), first)
+    )
+    costs = [
+        stage.compute + stage.tensor_parallel + hop
+        for stage, hop in zip(stages, [*hops, back], strict=True)
+    ]
+    through = ZERO
+    for cost in costs:
+        through = through + cost
+    busiest = max(costs, key=lambda cost: cost.seconds) * num_groups
+    return max(through, busiest, key=lambda cost: cost.seconds)
+
+
+def _stages(
+    spec: ModelSpec, shapes: Sequence[StageShape], model: CostModel, what: Pass, *, tp: int,
+    size: int, length: int, rows: int = 0,
+) -> list[StageCost]:  # fmt: skip
+    by_shape = {
+        shape: model.stages.cost(spec, shape, what, tp=tp, size=size, length=length, rows=rows)
+        for shape in set(shapes)
+    }
+    return [by_shape[shape] for shape in shapes]
+
+
+def _mean(contexts: Sequence[int], values: Sequence[Priced]) -> Priced:
+    """Mean over the contexts by the trapezoid rule."""
+    if len(contexts) == 1:
+        return values[0]
+    total, span = ZERO, contexts[-1] - contexts[0]
+    for i in range(len(contexts) - 1):
+        width = contexts[i + 1] - contexts[i]
+        total = total + (values[i] + values[i + 1]) * (width / 2.0 / span)
+    return total

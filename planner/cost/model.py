@@ -1,0 +1,80 @@
+"""``CostModel``: what prices a call (the cluster, layers' seconds, collectives), and ``CallCost``.
+
+A model keeps the answers that it has given; it is one value to pass around, not a global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from planner.cost.stage import ZERO, Priced, StageCosts
+from planner.plan import Allocation
+from profiles.collectives import Collectives
+from profiles.costs import LayerCosts, Provenance
+from profiles.hardware import ClusterSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallCost:
+    """Seconds of one call alone on its mesh.
+
+    ``parts`` sum to ``seconds``: compute, tensor_parallel, pipeline_bubble, pipeline_p2p,
+    data_parallel, optimizer; or prefill and decode. So do the seconds in ``provenance``.
+    """
+
+    seconds: float
+    parts: Mapping[str, float]
+    provenance: Mapping[Provenance, float]
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Priced]) -> CallCost:
+        total = ZERO
+        for priced in parts.values():
+            total = total + priced
+        return cls(
+            seconds=sum(priced.seconds for priced in parts.values()),
+            parts={name: priced.seconds for name, priced in parts.items()},
+            provenance=total.by_provenance(),
+        )
+
+
+class CostModel:
+    """Prices calls, reallocations and transfers on ``cluster``.
+
+    ``function_s``: seconds of one sequence in a FUNCTION call. 1e-4 is ample for rules on an
+    answer's text (tokenizer included); a function that calls out is the user's to declare.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterSpec,
+        layer_costs: LayerCosts,
+        collectives: Collectives,
+        *,
+        function_s: float = 1e-4,
+    ) -> None:
+        self.cluster = cluster
+        self.layer_costs = layer_costs
+        self.collectives = collectives
+        self.function_s = function_s
+        self.stages = StageCosts(cluster.device, layer_costs, collectives)
+        self.known_calls: dict[tuple[object, ...], CallCost] = {}
+        self.known_reallocations: dict[tuple[object, ...], float] = {}
+
+    @property
+    def value_bytes(self) -> int:
+        """Of a weight or an activation."""
+        return self.stages.value_bytes
+
+    def hops(self, allocation: Allocation, num_bytes: float) -> list[Priced]:
+        """Seconds of ``num_bytes`` from each stage to the next, on every lane at once."""
+        s, first = allocation.strategy, allocation.mesh.first
+        width = s.dp * s.tp
+        found = []
+        for stage in range(s.pp - 1):
+            start = first + stage * width
+            lanes = (start, start + width - 1)
+            costs = [self.collectives.p2p(num_bytes, lane, lane + width) for lane in lanes]
+            found.append(Priced.of(max(costs, key=lambda cost: cost.seconds)))
+        return found

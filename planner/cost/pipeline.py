@@ -1,0 +1,76 @@
+"""Micro-batches through the stages of a pipeline: forward only and 1F1B.
+
+The first micro-batch passes every stage; then the slowest stage sets the pace:
+``sum over stages + (m - 1) * slowest``. With equal stages this is the usual
+``(m + pp - 1) * stage``. 1F1B has the same length as all-forward-all-backward, it only holds fewer
+activations. Source: Narayanan et al. 2021 (Megatron-LM), section 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from planner.cost.stage import ZERO, Priced, StageCost
+
+PARTS = (
+    "compute", "tensor_parallel", "pipeline_bubble", "pipeline_p2p", "data_parallel", "optimizer",
+    "prefill", "decode",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePass:
+    """One kind of micro-batch: its cost on each stage, and ``hops`` between neighbours.
+
+    ``hops[s]``: seconds between stages s and s + 1, of one message each way where there is a
+    backward pass. ``count``: micro-batches of this kind.
+    """
+
+    stages: Sequence[StageCost]
+    hops: Sequence[Priced]
+    count: int
+
+
+def pipeline_parts(passes: Sequence[PipelinePass]) -> Mapping[str, Priced]:
+    """Parts of the whole pipeline's seconds: compute, tensor_parallel, bubble and p2p.
+
+    ``passes``: kinds of micro-batches, the longest first. Compute and collectives are the
+    busiest stage's; the bubble is what this stage waits while the others fill and drain. A hop is
+    not overlapped: the executor waits for what it receives before it computes on it.
+    """
+    used = [p for p in passes if p.count > 0]
+    if not used:
+        return {}
+    pace = [stage.seconds + hop.seconds for stage, hop in _with_hops(used[0])]
+    busiest = max(range(len(pace)), key=pace.__getitem__)
+    compute = tensor_parallel = p2p = ZERO
+    for kind in used:
+        stage, hop = list(_with_hops(kind))[busiest]
+        compute = compute + stage.compute * kind.count
+        tensor_parallel = tensor_parallel + stage.tensor_parallel * kind.count
+        p2p = p2p + hop * kind.count
+    bubble = ZERO
+    for index, (stage, hop) in enumerate(_with_hops(used[0])):
+        if index != busiest:
+            bubble = bubble + stage.compute + stage.tensor_parallel
+            p2p = p2p + hop
+    return {
+        "compute": compute, "tensor_parallel": tensor_parallel, "pipeline_bubble": bubble,
+        "pipeline_p2p": p2p,
+    }  # fmt: skip
+
+
+def _with_hops(kind: PipelinePass) -> Sequence[tuple[StageCost, Priced]]:
+    """Stages, each with the hop that its result takes; the last stage's takes none."""
+    return list(zip(kind.stages, [*kind.hops, ZERO], strict=True))
+
+
+def micro_batch_sizes(num_sequences: int, num_micro_batches: int) -> tuple[tuple[int, int], ...]:
+    """(sequences, number of micro-batches of that many), larger ones first.
+
+    >>> micro_batch_sizes(10, 4)
+    ((3, 2), (2, 2))
+    """
+    small, larger = divmod(num_sequences, num_micro_batches)
+    return ((small + 1, larger), (small, num_micro_batches - larger if small else 0))

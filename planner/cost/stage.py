@@ -1,0 +1,198 @@
+"""Seconds of one pipeline stage: its layers, their tensor-parallel collectives, its ends.
+
+Read ``Priced`` (seconds that know their origin), then ``StageCosts``, which answers for every
+call kind and keeps its answers: a search asks the same question many times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.strategy import stage_layers
+from profiles.collectives import Collectives
+from profiles.costs import Component, Cost, LayerCosts, Operation, Provenance
+from profiles.hardware import DeviceSpec
+from profiles.models import ModelSpec
+
+Pass = Literal["forward", "backward", "recompute", "prefill", "decode"]
+
+_ORDER: Mapping[Provenance, int] = {p: i for i, p in enumerate(Provenance)}
+
+# Bytes of one value of weights and activations (bf16, fp32) by device kind.
+VALUE_BYTES = {"cuda": 2, "cpu": 4}
+# Gradients are summed in fp32 on every device.
+GRADIENT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """Seconds, split by where they come from: one entry for each ``Provenance``, in its order."""
+
+    seconds: float = 0.0
+    origin: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    @classmethod
+    def of(cls, cost: Cost, times: float = 1.0) -> Priced:
+        origin = [0.0, 0.0, 0.0, 0.0]
+        origin[_ORDER[cost.provenance]] = cost.seconds * times
+        return cls(cost.seconds * times, (origin[0], origin[1], origin[2], origin[3]))
+
+    @classmethod
+    def modelled(cls, seconds: float) -> Priced:
+        """Seconds of a formula on peak rates."""
+        return cls.of(Cost(seconds, Provenance.ROOFLINE))
+
+    def __add__(self, other: Priced) -> Priced:
+        a, b = self.origin, other.origin
+        return Priced(
+            self.seconds + other.seconds, (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3])
+        )
+
+    def __mul__(self, times: float) -> Priced:
+        a = self.origin
+        return Priced(
+            self.seconds * times, (a[0] * times, a[1] * times, a[2] * times, a[3] * times)
+        )
+
+    def by_provenance(self) -> dict[Provenance, float]:
+        return {p: self.origin[i] for p, i in _ORDER.items() if self.origin[i] > 0}
+
+
+ZERO = Priced()
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """One pass of one micro-batch through a stage: ``compute`` and tensor-parallel collectives."""
+
+    compute: Priced = ZERO
+    tensor_parallel: Priced = ZERO
+
+    @property
+    def seconds(self) -> float:
+        return self.compute.seconds + self.tensor_parallel.seconds
+
+    def __add__(self, other: StageCost) -> StageCost:
+        return StageCost(self.compute + other.compute, self.tensor_parallel + other.tensor_parallel)
+
+
+@dataclass(frozen=True, slots=True)
+class StageShape:
+    """What a stage's cost depends on: its number of blocks, and which ends of the model it has."""
+
+    num_layers: int
+    first: bool
+    last: bool
+
+
+def stage_shapes(spec: ModelSpec, pp: int) -> tuple[StageShape, ...]:
+    """The stages of a pipeline in order; many are equal."""
+    return tuple(
+        StageShape(len(layers), index == 0, index == pp - 1)
+        for index, layers in enumerate(stage_layers(spec.num_layers, pp))
+    )
+
+
+class StageCosts:
+    """Answers ``cost(...)`` from layer costs and collectives, and remembers the answers.
+
+    ``sampling_passes``: fp32 passes over the logits [sequences, vocab] that choosing a token
+    takes, at the memory's rate: temperature, largest, exponentials, sum, filter, cumulative sum,
+    search and log-probability, one read or write each.
+    """
+
+    def __init__(
+        self,
+        device: DeviceSpec,
+        layer_costs: LayerCosts,
+        collectives: Collectives,
+        *,
+        sampling_passes: float = 8.0,
+    ) -> None:
+        self.device = device
+        self.layers = layer_costs
+        self.collectives = collectives
+        self.value_bytes = VALUE_BYTES[device.kind]
+        self.sampling_passes = sampling_passes
+        self._answers: dict[tuple[object, ...], StageCost] = {}
+
+    def cost(
+        self, spec: ModelSpec, stage: StageShape, what: Pass, *, tp: int, size: int, length: int,
+        rows: int = 0,
+    ) -> StageCost:  # fmt: skip
+        """One pass. ``size`` tokens in sequences of ``length``, or in decode ``size`` sequences
+
+        with ``length`` tokens of context. ``rows``: in prefill, the sequences whose last token
+        gets a head. ``recompute`` is the blocks' forward pass again, without the ends.
+        """
+        if size <= 0:
+            return StageCost()
+        question = (spec, stage, what, tp, size, length, rows)
+        answer = self._answers.get(question)
+        if answer is None:
+            answer = self._answers[question] = self._cost(
+                spec, stage, what, tp, size, max(1, length), rows
+            )
+        return answer
+
+    def _cost(
+        self, spec: ModelSpec, stage: StageShape, what: Pass, tp: int, size: int, length: int,
+        rows: int,
+    ) -> StageCost:  # fmt: skip
+        operation: Operation = (
+            "decode" if what == "decode" else "backward" if what == "backward" else "forward"
+        )
+
+        def layer(component: Component, op: Operation, count: int) -> Priced:
+            return Priced.of(
+                self.layers.layer(spec, component, op, tp=tp, size=count, length=length)
+            )
+
+        compute = layer("block", operation, size) * stage.num_layers
+        group = range(tp)  # tensor-parallel groups lie in one node, and nodes are equal
+        hidden_bytes = float(size) * spec.hidden * self.value_bytes
+        # One after the attention and one after the feed-forward, in either direction.
+        reduce = Priced.of(self.collectives.all_reduce(hidden_bytes, group))
+        sums = 2.0 * stage.num_layers
+        extra = ZERO
+        if stage.first and what != "recompute":
+            compute = compute + layer("embedding", operation, size)
+            sums += 0.0 if what == "backward" else 1.0  # parts of the vocabulary are summed
+        if stage.last and what in ("forward", "backward"):
+            compute = compute + layer("head", operation, size)
+            extra = self._head_collectives(spec, what, size, group)
+            sums += 1.0 if what == "backward" and spec.head == "lm" else 0.0
+        if stage.last and what in ("prefill", "decode"):
+            count = rows if what == "prefill" else size
+            compute = compute + layer("head", "decode", count) + self.sampling(spec, count)
+            logits_bytes = float(count) * spec.vocab * self.value_bytes
+            extra = Priced.of(self.collectives.all_gather(logits_bytes, group))
+        return StageCost(compute=compute, tensor_parallel=reduce * sums + extra)
+
+    def _head_collectives(self, spec: ModelSpec, what: Pass, size: int, group: range) -> Priced:
+        """Largest logit, sum of exponentials and the chosen logit: fp32, one value a token."""
+        if spec.head == "scalar" or what == "backward":
+            return ZERO
+        return Priced.of(self.collectives.all_reduce(4.0 * size, group)) * 3.0
+
+    def sampling(self, spec: ModelSpec, rows: int) -> Priced:
+        """Choosing one token of ``rows`` rows of logits."""
+        num_bytes = self.sampling_passes * 4.0 * rows * spec.vocab
+        return Priced.modelled(num_bytes / self.device.memory_bytes_per_s)
+
+
+def stage_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
+    """Parameter values that one device of a stage holds; norms are whole on every shard.
+
+    The same number as ``planner.layout.Layout.num_values``, without listing the slices.
+    """
+    norms = 2 * spec.hidden
+    values = stage.num_layers * ((spec.block_parameters - norms) // tp + norms)
+    if stage.first or (stage.last and spec.tied_embedding):
+        values += spec.embedding_parameters // tp
+    if stage.last:
+        head = spec.head_parameters - spec.hidden
+        values += spec.hidden + (head // tp if spec.head == "lm" else head)
+    return values

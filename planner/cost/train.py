@@ -1,0 +1,128 @@
+"""Seconds of INFER and TRAIN calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import ceil
+
+from planner.cost.model import CostModel
+from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
+from planner.cost.stage import (
+    GRADIENT_BYTES,
+    ZERO,
+    Pass,
+    Priced,
+    StageCost,
+    StageShape,
+    stage_shapes,
+    stage_values,
+)
+from planner.plan import Allocation, Workload
+from profiles.models import ModelSpec
+
+
+def infer_parts(
+    spec: ModelSpec, workload: Workload, allocation: Allocation, model: CostModel
+) -> Mapping[str, Priced]:
+    """One forward pass of every sequence of the busiest data-parallel rank."""
+    num_sequences = ceil(workload.batch_size / allocation.strategy.dp)
+    return _pipeline(spec, workload, allocation, model, num_sequences, passes=("forward",))
+
+
+def train_parts(
+    spec: ModelSpec,
+    workload: Workload,
+    allocation: Allocation,
+    model: CostModel,
+    *,
+    num_mini_batches: int,
+) -> Mapping[str, Priced]:
+    """Of each mini-batch: 1F1B, then the gradients' sum over replicas, then the optimizer.
+
+    The three do not overlap, as the executor runs them.
+    """
+    s = allocation.strategy
+    mini_batch = ceil(workload.batch_size / num_mini_batches)
+    passes: tuple[Pass, ...] = ("forward", "backward")
+    if s.recompute:
+        passes = ("forward", "recompute", "backward")
+    parts = dict(
+        _pipeline(spec, workload, allocation, model, ceil(mini_batch / s.dp), passes=passes)
+    )
+    parts["data_parallel"] = _slowest(
+        _reduction(spec, shape, index, allocation, model)
+        for index, shape in enumerate(stage_shapes(spec, s.pp))
+    )
+    if spec.tied_embedding and s.pp > 1:
+        parts["data_parallel"] = parts["data_parallel"] + _tied_embedding(spec, allocation, model)
+    most_values = max(stage_values(spec, shape, s.tp) for shape in set(stage_shapes(spec, s.pp)))
+    own_values = ceil(most_values / s.dp) if s.zero else most_values
+    parts["optimizer"] = Priced.of(model.layer_costs.optimizer_step(own_values))
+    return {name: priced * num_mini_batches for name, priced in parts.items()}
+
+
+def _pipeline(
+    spec: ModelSpec,
+    workload: Workload,
+    allocation: Allocation,
+    model: CostModel,
+    num_sequences: int,
+    *,
+    passes: tuple[Pass, ...],
+) -> Mapping[str, Priced]:
+    """``num_sequences`` in micro-batches through the stages, ``passes`` on each stage."""
+    s = allocation.strategy
+    length = max(1, round(workload.expected_tokens))
+    shapes = stage_shapes(spec, s.pp)
+    directions = 2.0 if "backward" in passes else 1.0
+    kinds = []
+    for sequences, count in micro_batch_sizes(num_sequences, allocation.num_micro_batches):
+        size = max(1, round(sequences * workload.expected_tokens))
+        by_shape = {
+            shape: _stage(spec, shape, model, passes, tp=s.tp, size=size, length=length)
+            for shape in set(shapes)
+        }
+        hidden_bytes = float(size) * spec.hidden * model.value_bytes
+        hops = [hop * directions for hop in model.hops(allocation, hidden_bytes)]
+        kinds.append(PipelinePass([by_shape[shape] for shape in shapes], hops, count))
+    return pipeline_parts(kinds)
+
+
+def _stage(
+    spec: ModelSpec, shape: StageShape, model: CostModel, passes: tuple[Pass, ...], *, tp: int,
+    size: int, length: int,
+) -> StageCost:  # fmt: skip
+    total = StageCost()
+    for what in passes:
+        total = total + model.stages.cost(spec, shape, what, tp=tp, size=size, length=length)
+    return total
+
+
+def _reduction(
+    spec: ModelSpec, shape: StageShape, stage: int, allocation: Allocation, model: CostModel
+) -> Priced:
+    """Gradients of a stage, fp32, over its replicas: all-reduced, or with ZeRO 1
+
+    reduce-scattered, and the updated weights all-gathered.
+    """
+    s = allocation.strategy
+    first = allocation.mesh.first + s.rank(stage, 0, 0)
+    group = range(first, first + s.dp * s.tp, s.tp)
+    values = stage_values(spec, shape, s.tp)
+    if s.zero == 0:
+        return Priced.of(model.collectives.all_reduce(float(GRADIENT_BYTES) * values, group))
+    scatter = model.collectives.reduce_scatter(float(GRADIENT_BYTES) * values, group)
+    gather = model.collectives.all_gather(float(model.value_bytes) * values, group)
+    return Priced.of(scatter) + Priced.of(gather)
+
+
+def _tied_embedding(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Priced:
+    """The first and the last stage each hold the embedding: their gradients are summed."""
+    s, mesh = allocation.strategy, allocation.mesh
+    pair = range(mesh.first, mesh.first + mesh.num_devices, (s.pp - 1) * s.dp * s.tp)
+    num_bytes = float(GRADIENT_BYTES) * spec.embedding_parameters / s.tp
+    return Priced.of(model.collectives.all_reduce(num_bytes, pair))
+
+
+def _slowest(costs: Iterable[Priced]) -> Priced:
+    return max(costs, key=lambda cost: cost.seconds, default=ZERO)
