@@ -1,0 +1,137 @@
+"""Protects the cache: attention through it, over any coming and going of rows, is attention over
+whole sequences; rows that leave cost one copy each; memory grows with what is generated.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from executor.generate.kv_cache import COLUMN_STEP, KVCache, compaction
+
+HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 8, 2
+
+
+def make_cache(max_rows: int = 5, max_columns: int = 200) -> KVCache:
+    return KVCache(
+        num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_rows=max_rows,
+        max_columns=max_columns, dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+
+
+def whole_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Oracle: causal attention of one sequence, heads repeated; [length, heads, head_dim]."""
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    scores = q @ k.transpose(1, 2) / HEAD_DIM**0.5
+    future = torch.ones(scores.shape[-2:]).triu(1).bool()
+    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+class Story:
+    """Random q, k, v of every token of a sequence, and the outputs that its turns gave."""
+
+    def __init__(self, prompt: int, total: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(LAYERS, total, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        self.q, self.k, self.v = (torch.randn(shape, generator=generator) for shape in shapes)
+        self.prompt, self.total, self.length = prompt, total, 0
+        self.outputs: list[Tensor] = []  # [layers, tokens, heads, head_dim] of each turn
+
+    def next_tokens(self) -> slice:
+        start, self.length = self.length, self.length + 1 if self.length else self.prompt
+        return slice(start, self.length)
+
+
+def play(cache: KVCache, stories: list[Story], seed: int) -> None:
+    """All stories through the cache, entering as rows come free, some turns without entries."""
+    rng = random.Random(seed)
+    waiting, rows = list(stories), []
+    while waiting or rows:
+        free = cache.max_rows - len(rows)
+        count = rng.randint(0 if rows else 1, free) if free else 0
+        new, waiting = waiting[:count], waiting[count:]
+        turn = cache.turn([story.prompt for story in new])
+        rows += new
+        places = [story.next_tokens() for story in rows]
+        assert turn.packed.lengths == tuple(place.stop - place.start for place in places)
+        positions = torch.cat([torch.arange(place.start, place.stop) for place in places])
+        assert torch.equal(turn.packed.positions, positions)
+        outputs = []
+        for layer in range(LAYERS):
+            q, k, v = (
+                torch.cat([getattr(s, name)[layer, place] for s, place in zip(rows, places)])
+                for name in "qkv"
+            )
+            outputs.append(turn.attend(layer, q, k, v, turn.packed))
+        parts = torch.stack(outputs).split(list(turn.packed.lengths), dim=1)
+        for story, part in zip(rows, parts):
+            story.outputs.append(part)
+        last = turn.last_tokens
+        ends = torch.tensor(turn.packed.lengths).cumsum(0) - 1
+        assert torch.equal(ends if last is None else last, ends)
+        order = cache.compact([row for row, s in enumerate(rows) if s.length < s.total])
+        rows = [rows[row] for row in order]
+    assert cache.num_rows == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_attention_through_the_cache_is_attention_over_whole_sequences(seed):
+    rng = random.Random(seed)
+    prompts = [rng.choice((1, 2, 3, 3, 7, 70)) for _ in range(12)]
+    stories = [
+        Story(prompt, prompt + rng.choice((0, 1, 5, 20, 90)), place)
+        for place, prompt in enumerate(prompts)
+    ]
+    cache = make_cache()
+    play(cache, stories, seed)
+    for story in stories:
+        got = torch.cat(story.outputs, dim=1)
+        for layer in range(LAYERS):
+            expected = whole_attention(story.q[layer], story.k[layer], story.v[layer])
+            torch.testing.assert_close(got[layer], expected, atol=1e-5, rtol=0)
+
+
+def test_oracle_is_torchs_attention():
+    story = Story(6, 6, 0)
+    q, k, v = (x[0].transpose(0, 1) for x in (story.q, story.k, story.v))
+    expected = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], is_causal=True, enable_gqa=True
+    )
+    got = whole_attention(story.q[0], story.k[0], story.v[0]).transpose(0, 1)
+    torch.testing.assert_close(got, expected[0], atol=1e-5, rtol=0)
+
+
+def test_columns_grow_in_steps_up_to_the_longest_sequence():
+    cache = make_cache(max_rows=2, max_columns=150)
+    assert cache.num_bytes == 0
+    sizes, story = [], Story(10, 150, 0)
+    bytes_per_column = 2 * LAYERS * 2 * KV_HEADS * HEAD_DIM * 4
+    while story.length < story.total:
+        turn = cache.turn([] if story.length else [story.prompt])
+        place = story.next_tokens()
+        for layer in range(LAYERS):
+            turn.attend(layer, story.q[layer, place], story.k[layer, place],
+                        story.v[layer, place], turn.packed)  # fmt: skip
+        assert cache.num_bytes == bytes_per_column * cache.num_columns
+        sizes.append(cache.num_columns)
+    assert list(dict.fromkeys(sizes)) == [COLUMN_STEP, 2 * COLUMN_STEP, 150]
+    with pytest.raises(AssertionError, match=r"\(151, 150\)"):
+        cache.turn()
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_compaction_keeps_all_that_stay_and_moves_no_more_than_leave(stays):
+    num_rows, kept = len(stays), {row for row, stay in enumerate(stays) if stay}
+    order = compaction(num_rows, sorted(kept))
+    assert sorted(order) == sorted(kept)
+    moves = [(old, new) for new, old in enumerate(order) if old != new]
+    assert len(moves) <= num_rows - len(kept)
+    # Copied at once: what is read is not written.
+    assert not {old for old, _ in moves} & {new for _, new in moves}
