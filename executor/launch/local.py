@@ -97,6 +97,7 @@ def _worker_process(run: Run, num_threads: int) -> None:
             world_size=world_size,
             timeout=timedelta(minutes=30),
         )
+        dist.barrier()  # NCCL makes the world's communicator at its first collective, not at a send
         run_worker(run, rank=rank, device=device, store=dist.PrefixStore("run", store))
         dist.barrier()
         dist.destroy_process_group()
