@@ -98,8 +98,9 @@ def test_a_reallocation_waits_for_both_sides() -> None:
         trained = max(s.end_s for s in found.spans if s.step == step - 1)
         starts = [s.start_s for s in moves if s.step == step]
         assert starts == pytest.approx([trained, trained])
-    # 1 s of moving, all calls, and the other half of the sequences for device 0.
-    assert found.step_s == pytest.approx(sum(SECONDS.values()) + 1.0 + 0.1)
+    # 1 s of moving weights; device 0 fetches the other half of the sequences for rew_inf, and
+    # of their log-probs for actor_train.
+    assert found.step_s == pytest.approx(sum(SECONDS.values()) + 1.0 + 0.1 + 0.1)
 
 
 @pytest.mark.parametrize("seed", range(25))
