@@ -13,7 +13,15 @@ from math import ceil
 
 from planner.cost.model import CostModel
 from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
-from planner.cost.stage import ZERO, Pass, Priced, StageCost, StageShape, stage_shapes
+from planner.cost.stage import (
+    MAX_PROMPT_TOKENS,
+    ZERO,
+    Pass,
+    Priced,
+    StageCost,
+    StageShape,
+    stage_shapes,
+)
 from planner.plan import Allocation, Workload
 from profiles.models import ModelSpec
 
@@ -59,11 +67,16 @@ def _prefill(
     model: CostModel,
     num_sequences: int,
 ) -> Mapping[str, Priced]:
-    """The prompts' forward pass; the head sees each prompt's last token only."""
+    """The prompts' forward pass; the head sees each prompt's last token only.
+
+    Prompts enter in turns of at most ``MAX_PROMPT_TOKENS`` tokens.
+    """
     s, tokens = allocation.strategy, workload.expected_prompt_tokens
     shapes = stage_shapes(spec, s.pp)
+    most_at_once = max(1, int(MAX_PROMPT_TOKENS // tokens))
+    turns = max(allocation.num_micro_batches, ceil(num_sequences / most_at_once))
     kinds = []
-    for sequences, count in micro_batch_sizes(num_sequences, allocation.num_micro_batches):
+    for sequences, count in micro_batch_sizes(num_sequences, turns):
         size = max(1, round(sequences * tokens))
         stages = _stages(
             spec, shapes, model, "prefill", tp=s.tp, size=size, length=max(1, round(tokens)),

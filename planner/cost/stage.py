@@ -24,6 +24,8 @@ _ORDER: Mapping[Provenance, int] = {p: i for i, p in enumerate(Provenance)}
 VALUE_BYTES = {"cuda": 2, "cpu": 4}
 # Gradients are summed in fp32 on every device.
 GRADIENT_BYTES = 4
+# Prompt tokens that enter in one turn of generation (executor/generate/engine.py).
+MAX_PROMPT_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,10 @@ def stage_shapes(spec: ModelSpec, pp: int) -> tuple[StageShape, ...]:
 class StageCosts:
     """Answers ``cost(...)`` from layer costs and collectives, and remembers the answers.
 
-    ``sampling_passes``: fp32 passes over the logits [sequences, vocab] that choosing a token
-    takes, at the memory's rate: temperature, largest, exponentials, sum, filter, cumulative sum,
-    search and log-probability, one read or write each.
+    Choosing tokens is counted as the longer of ``sampling_passes`` fp32 passes over the logits
+    [sequences, vocab] at the memory's rate (temperature, largest, exponentials, sum, filter,
+    cumulative sum, search, log-probability, one read or write each) and ``sampling_launches``
+    operations, most of them on one value a sequence: the hash that makes the noise.
     """
 
     def __init__(
@@ -110,12 +113,14 @@ class StageCosts:
         collectives: Collectives,
         *,
         sampling_passes: float = 8.0,
+        sampling_launches: int = 40,
     ) -> None:
         self.device = device
         self.layers = layer_costs
         self.collectives = collectives
         self.value_bytes = VALUE_BYTES[device.kind]
         self.sampling_passes = sampling_passes
+        self.sampling_launches = sampling_launches
         self._answers: dict[tuple[object, ...], StageCost] = {}
 
     def cost(
@@ -180,7 +185,8 @@ class StageCosts:
     def sampling(self, spec: ModelSpec, rows: int) -> Priced:
         """Choosing one token of ``rows`` rows of logits."""
         num_bytes = self.sampling_passes * 4.0 * rows * spec.vocab
-        return Priced.modelled(num_bytes / self.device.memory_bytes_per_s)
+        launches_s = self.sampling_launches * self.device.launch_s
+        return Priced.modelled(max(num_bytes / self.device.memory_bytes_per_s, launches_s))
 
 
 def stage_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:

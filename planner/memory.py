@@ -1,0 +1,327 @@
+"""Bytes on each device: what stays over the step, and what a call needs while it runs.
+
+Read ``MemoryBreakdown``, then ``call_memory`` (one call alone) and ``plan_memory`` (every device
+of a plan). Sequences are taken at their longest: a plan that fits here fits for every batch.
+
+Bytes of a value: weights 2 on CUDA (bf16) and 4 on CPU (fp32); gradients 4; Adam's moments 8, and
+on CUDA 4 more for the fp32 master.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import ceil
+
+from planner.cost.pipeline import micro_batch_sizes
+from planner.cost.stage import (
+    GRADIENT_BYTES,
+    MAX_PROMPT_TOKENS,
+    VALUE_BYTES,
+    StageShape,
+    stage_shapes,
+    stage_values,
+)
+from planner.graph import CallKind, ModelFunctionCall
+from planner.layout import Layout
+from planner.plan import Allocation, ExecutionPlan, Problem
+from planner.strategy import ParallelStrategy
+from profiles.errors import InfeasibleError
+from profiles.hardware import DeviceKind
+from profiles.models import ModelSpec
+from profiles.units import GIB, MIB, format_bytes
+
+OPTIMIZER_BYTES: Mapping[DeviceKind, int] = {"cuda": 12, "cpu": 8}
+
+# Of the framework, before anything of ours: CUDA context, kernels, NCCL's channels and the
+# allocator's slack on a GPU; the interpreter with torch on a CPU.
+RESERVE_BYTES: Mapping[DeviceKind, int] = {"cuda": 2 * GIB, "cpu": 2 * GIB // 5}
+
+# What a reallocation has under way at most (executor/reallocate.py: STAGING_BYTES).
+STAGING_BYTES: Mapping[DeviceKind, int] = {"cuda": 256 * MIB, "cpu": 16 * MIB}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBreakdown:
+    """Bytes on one device, by what they are for."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    kv_cache: int = 0
+    buffers: int = 0
+    reserve: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.items().values())
+
+    def items(self) -> dict[str, int]:
+        """Bytes by the item's name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __add__(self, other: MemoryBreakdown) -> MemoryBreakdown:
+        mine, others = self.items(), other.items()
+        return MemoryBreakdown(**{name: mine[name] + others[name] for name in mine})
+
+    @property
+    def biggest(self) -> tuple[str, int]:
+        """The largest item's name and bytes."""
+        return max(self.items().items(), key=lambda item: item[1])
+
+
+# ---- activations ------------------------------------------------------------------------------
+
+
+def block_activation_values(spec: ModelSpec, tp: int) -> int:
+    """Values of one token that a block keeps for its backward pass, on one shard.
+
+    4 hidden (input of either half and its norm's output, whole on every shard), and of the
+    shard: q, k, v as projected and q, k rotated, attention's output, gate, up, silu(gate) and
+    their product: (3 q + 3 kv + 4 ffn) / tp. No term in the length squared: the fused kernel
+    keeps no scores.
+    Source: Korthikanti et al. 2022, section 4, with Dao et al. 2022 and a gated feed-forward.
+    """
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    return 4 * spec.hidden + (3 * q + 3 * kv + 4 * spec.ffn) // tp
+
+
+def block_working_values(spec: ModelSpec, tp: int) -> int:
+    """Values of one token that a block holds at once where nothing is kept for later."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    return 3 * spec.hidden + max(3 * (q + kv), 4 * spec.ffn) // tp
+
+
+def _largest_weight_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
+    """Of one weight of a stage, whose gradient exists once beside the flat gradients."""
+    values = max(2 * spec.ffn, spec.num_heads * spec.head_dim) * spec.hidden // tp
+    if stage.first or (stage.last and spec.head == "lm"):
+        values = max(values, spec.embedding_parameters // tp)
+    return values
+
+
+# ---- one call ---------------------------------------------------------------------------------
+
+
+def call_memory(problem: Problem, call_name: str, allocation: Allocation) -> MemoryBreakdown:
+    """What a call alone needs on its fullest device: weights and state of its role included."""
+    call = problem.graph.call(call_name)
+    kind = problem.cluster.device.kind
+    spec = problem.spec_of(call_name)
+    reserve = MemoryBreakdown(reserve=RESERVE_BYTES[kind])
+    if spec is None:
+        return reserve
+    trained = call.kind is CallKind.TRAIN
+    # Stages between the ends hold no more than the first, which has most of everything but head.
+    stages = {0, allocation.strategy.pp - 1}
+    needs = (
+        _held(spec, allocation.strategy, index, kind, trained=trained)
+        + _running(problem, call, allocation, spec, index)
+        for index in stages
+    )
+    return max(needs, key=lambda need: need.total) + reserve
+
+
+def _held(
+    spec: ModelSpec, strategy: ParallelStrategy, stage: int, kind: DeviceKind, *, trained: bool
+) -> MemoryBreakdown:
+    """Weights of a stage's shard, and of a trained role gradients and optimizer state."""
+    values = stage_values(spec, stage_shapes(spec, strategy.pp)[stage], strategy.tp)
+    if not trained:
+        return MemoryBreakdown(weights=values * VALUE_BYTES[kind])
+    own = ceil(values / strategy.dp) if strategy.zero else values
+    return MemoryBreakdown(
+        weights=values * VALUE_BYTES[kind],
+        gradients=values * GRADIENT_BYTES,
+        optimizer=own * OPTIMIZER_BYTES[kind],
+    )
+
+
+def _running(
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec, stage: int
+) -> MemoryBreakdown:
+    """What exists only while the call runs, on a device of ``stage``."""
+    if call.kind is CallKind.GENERATE:
+        return _running_generate(problem, allocation, spec, stage)
+    s, workload = allocation.strategy, problem.workload
+    value_bytes = VALUE_BYTES[problem.cluster.device.kind]
+    shape = stage_shapes(spec, s.pp)[stage]
+    num_sequences = ceil(ceil(workload.batch_size / call.num_mini_batches) / s.dp)
+    largest = micro_batch_sizes(num_sequences, allocation.num_micro_batches)
+    tokens = max(sequences for sequences, count in largest if count) * workload.max_tokens
+    working = tokens * block_working_values(spec, s.tp)
+    logits = tokens * (spec.vocab // s.tp) if shape.last and spec.head == "lm" else tokens
+    buffers = 2 * tokens * spec.hidden if s.pp > 1 else 0
+    kept = 0
+    if call.kind is CallKind.TRAIN:
+        in_flight = min(allocation.num_micro_batches, s.pp - stage)
+        block = spec.hidden if s.recompute else block_activation_values(spec, s.tp)
+        kept = in_flight * shape.num_layers * tokens * block
+        working += tokens * block_activation_values(spec, s.tp) if s.recompute else 0
+        logits *= 2  # and their gradient
+        buffers += _largest_weight_values(spec, shape, s.tp)
+    return MemoryBreakdown(
+        activations=(kept + working) * value_bytes,
+        logits=logits * value_bytes if shape.last else 0,
+        buffers=buffers * value_bytes,
+    )
+
+
+def _running_generate(
+    problem: Problem, allocation: Allocation, spec: ModelSpec, stage: int
+) -> MemoryBreakdown:
+    """Keys and values of all sequences of the replica at their longest, one turn's activations
+
+    (at most ``MAX_PROMPT_TOKENS`` or one prompt), and a group's logits: parts, whole, and three
+    fp32 copies while a token is chosen.
+    """
+    s, workload = allocation.strategy, problem.workload
+    value_bytes = VALUE_BYTES[problem.cluster.device.kind]
+    shape = stage_shapes(spec, s.pp)[stage]
+    num_sequences = ceil(workload.batch_size / s.dp)
+    group = ceil(num_sequences / allocation.num_micro_batches)
+    kv_width = 2 * (spec.num_kv_heads * spec.head_dim // s.tp)
+    rows_bytes = num_sequences * workload.max_tokens * kv_width * value_bytes
+    limit = max(MAX_PROMPT_TOKENS, workload.prompt_tokens)
+    tokens = min(group * workload.prompt_tokens, limit) + group
+    logits = group * spec.vocab * (2 * value_bytes + 3 * 4) if shape.last else 0
+    return MemoryBreakdown(
+        kv_cache=shape.num_layers * rows_bytes,
+        activations=tokens * block_working_values(spec, s.tp) * value_bytes,
+        logits=logits,
+        # A block's keys or values are there twice while they grow.
+        buffers=rows_bytes // 2
+        + (2 * tokens * spec.hidden * value_bytes if s.pp > 1 else 0),
+    )  # fmt: skip
+
+
+# ---- a whole plan -----------------------------------------------------------------------------
+
+
+def home_strategies(plan: ExecutionPlan) -> dict[str, dict[Layout, ParallelStrategy]]:
+    """The layouts in which each role's weights stay over steps, with the strategy of each.
+
+    A trained role lives where it is trained, a frozen one in every layout that reads it: as
+    ``planner.program.home_layouts``.
+    """
+    homes: dict[str, dict[Layout, ParallelStrategy]] = {}
+    for role in plan.problem.graph.roles:
+        train = plan.problem.graph.train_call(role)
+        calls = (train,) if train else plan.problem.graph.calls_of(role)
+        found = homes.setdefault(role, {})
+        for call in calls:
+            allocation = plan.allocations[call.name]
+            layout = Layout.of(plan.problem.models[role], allocation.mesh, allocation.strategy)
+            found.setdefault(layout, allocation.strategy)
+    return homes
+
+
+def plan_memory(plan: ExecutionPlan) -> Mapping[int, MemoryBreakdown]:
+    """The fullest moment of every device of the cluster: what stays, and the worst call."""
+    return {device: need for device, (need, _) in _peaks(plan).items()}
+
+
+def check_memory(plan: ExecutionPlan) -> None:
+    """Raise unless every device of the plan has the memory that it needs.
+
+    Raises:
+        InfeasibleError: names the fullest device, the call, the roles, the bytes and the item
+            that takes most.
+    """
+    had = plan.problem.cluster.device.memory_bytes
+    device, (need, call_name) = max(_peaks(plan).items(), key=lambda item: item[1][0].total)
+    if need.total <= had:
+        return
+    item, num_bytes = need.biggest
+    roles = [
+        role
+        for role, layouts in home_strategies(plan).items()
+        if any(device in layout.mesh for layout in layouts)
+    ]
+    raise InfeasibleError(
+        f"device {device} needs {format_bytes(need.total)} while {call_name} runs and has "
+        f"{format_bytes(had)}; most is {item} with {format_bytes(num_bytes)} "
+        f"(roles that stay there: {', '.join(roles) or 'none'})",
+        where=f"allocations.{call_name}",
+        remedy=_REMEDIES[item],
+    )
+
+
+_REMEDIES: Mapping[str, str] = {
+    "weights": "raise tp or pp, or place roles on different devices",
+    "gradients": "raise tp or pp of the trained roles, or train them on different devices",
+    "optimizer": "use ZeRO 1, or raise tp or pp of the trained roles",
+    "activations": "use more micro-batches, recompute, or raise tp or dp",
+    "logits": "use more micro-batches, or raise tp or dp",
+    "kv_cache": "raise dp, tp or pp of the generating call, or lower the batch",
+    "buffers": "use more micro-batches, or raise tp",
+    "reserve": "use devices with more memory",
+}
+
+
+def _peaks(plan: ExecutionPlan) -> dict[int, tuple[MemoryBreakdown, str]]:
+    """Each device's fullest moment, and the call that runs then (any, on an unused device)."""
+    problem, calls = plan.problem, plan.problem.graph.calls
+    kind = problem.cluster.device.kind
+    homes = home_strategies(plan)
+    resident = _resident(plan, homes)
+    borrowed = _borrowed(plan, homes)
+    peaks = {device: (need, calls[0].name) for device, need in resident.items()}
+    for position, call in enumerate(calls):
+        allocation = plan.allocations[call.name]
+        spec = problem.spec_of(call.name)
+        stages: list[MemoryBreakdown] = [MemoryBreakdown()]
+        if spec is not None:
+            pp = allocation.strategy.pp
+            stages = [_running(problem, call, allocation, spec, stage) for stage in range(pp)]
+        width = allocation.mesh.num_devices // len(stages)
+        for device in allocation.mesh.devices:
+            need = resident[device] + stages[(device - allocation.mesh.first) // width]
+            for (_, layout), (first, last) in borrowed.items():
+                if first <= position <= last and device in layout.mesh:
+                    strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp)
+                    stage = layout.coordinates(device)[0]
+                    need += _held(layout.spec, strategy, stage, kind, trained=False)
+                    need += MemoryBreakdown(buffers=STAGING_BYTES[kind])
+            if need.total > peaks[device][0].total:
+                peaks[device] = (need, call.name)
+    return peaks
+
+
+def _resident(
+    plan: ExecutionPlan, homes: Mapping[str, Mapping[Layout, ParallelStrategy]]
+) -> dict[int, MemoryBreakdown]:
+    """What every device holds at all times."""
+    kind = plan.problem.cluster.device.kind
+    found = {
+        device: MemoryBreakdown(reserve=RESERVE_BYTES[kind])
+        for device in range(plan.problem.cluster.num_devices)
+    }
+    for role, layouts in homes.items():
+        trained = plan.problem.graph.train_call(role) is not None
+        for layout, strategy in layouts.items():
+            held = [
+                _held(layout.spec, strategy, stage, kind, trained=trained)
+                for stage in range(layout.pp)
+            ]
+            for device in layout.mesh.devices:
+                found[device] += held[layout.coordinates(device)[0]]
+    return found
+
+
+def _borrowed(
+    plan: ExecutionPlan, homes: Mapping[str, Mapping[Layout, ParallelStrategy]]
+) -> dict[tuple[str, Layout], tuple[int, int]]:
+    """Layouts that exist for a part of the step: positions of their first and last call."""
+    found: dict[tuple[str, Layout], tuple[int, int]] = {}
+    for position, call in enumerate(plan.problem.graph.calls):
+        if call.role is None:
+            continue
+        allocation = plan.allocations[call.name]
+        layout = Layout.of(plan.problem.models[call.role], allocation.mesh, allocation.strategy)
+        if layout not in homes[call.role]:
+            first, _ = found.get((call.role, layout), (position, position))
+            found[(call.role, layout)] = (first, position)
+    return found
