@@ -396,4 +396,5 @@ def test_a_real_checkpoint_gives_transformers_logits(tmp_path):
     with torch.no_grad():
         expected = hf_logits(model, ids, lengths)
     assert expected.std() > 1
-    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+    # transformers' own fp32 logits, up to 34, are 1e-4 away from its float64 ones.
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
