@@ -41,7 +41,7 @@ class MetricsWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            self.board = SummaryWriter(str(folder / "tensorboard"))
         except ImportError:
             pass  # TensorBoard is an extra; JSONL has the same numbers
 

@@ -50,7 +50,8 @@ class SampleStore:
 
     def gather(self, samples: Sequence[int], keys: Iterable[str]) -> SequenceBatch:
         """The batch of ``samples`` with ``keys``, in that order."""
-        per_token, per_sequence = {}, {}
+        per_token: dict[str, Tensor] = {}
+        per_sequence: dict[str, Tensor] = {}
         for name in keys:
             key = self.graph.key(name)
             parts = [self.values[name][sample] for sample in samples]

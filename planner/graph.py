@@ -140,9 +140,9 @@ class DataflowGraph:
             found += [c for c in self.calls_of(call.role) if c.kind is not CallKind.TRAIN]
         return tuple(dict.fromkeys(found))
 
-    def to_networkx(self) -> nx.DiGraph:
+    def to_networkx(self) -> nx.DiGraph[str]:
         """Calls as nodes; ``keys`` on an edge; parameter-version edges carry ``next_step=True``."""
-        graph = nx.DiGraph(name=self.name)
+        graph: nx.DiGraph[str] = nx.DiGraph(name=self.name)
         for call in self.calls:
             graph.add_node(call.name, call=call)
             for before in self.predecessors(call):

@@ -109,7 +109,7 @@ class Free:
 
 
 Instruction = Generate | Infer | Train | Function | Transfer | Reallocate | Load | Free
-CALL_INSTRUCTIONS = {
+CALL_INSTRUCTIONS: Mapping[CallKind, type[Generate | Infer | Train | Function]] = {
     CallKind.GENERATE: Generate,
     CallKind.INFER: Infer,
     CallKind.TRAIN: Train,

@@ -1,0 +1,113 @@
+"""The mathematics that algorithms share, on packed sequences; every loss is a sum.
+
+A policy's action at position t of a sequence is its token t, taken in the state after token
+t - 1. ``values[t]`` is the value of the state after token t, ``log_probs[t]`` that of token t.
+For a prompt of 2 tokens and an answer of 3 (the last a stop token):
+
+    position      0       1       2       3       4
+    token         p       p       a       a       stop
+    action                        yes     yes     yes
+    its state             v[1]    v[2]    v[3]
+    state after                   v[2]    v[3]    0 (finished) or v[4] (truncated)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from executor.batch import SequenceBatch
+
+
+def response_mask(batch: SequenceBatch) -> Tensor:
+    """[tokens] bool: the token belongs to the answer."""
+    device = batch.token_ids.device
+    lengths = torch.tensor(batch.lengths, device=device, dtype=torch.int64)
+    starts = torch.tensor(batch.offsets[:-1], device=device, dtype=torch.int64)
+    position = torch.arange(batch.num_tokens, device=device) - starts.repeat_interleave(lengths)
+    return position >= batch.get("prompt_lengths").repeat_interleave(lengths)
+
+
+def last_token_index(batch: SequenceBatch) -> Tensor:
+    """[num_sequences] int64: the place of each sequence's last token among the tokens."""
+    return torch.tensor(batch.offsets[1:], device=batch.token_ids.device, dtype=torch.int64) - 1
+
+
+def token_rewards(
+    batch: SequenceBatch, scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, *,
+    kl_coef: float,
+) -> Tensor:  # fmt: skip
+    """[tokens]: -kl_coef (log p - log p_ref) on answer tokens, plus the score at the last one.
+
+    ``scores`` [num_sequences]. Source: Ziegler et al. 2019 (arXiv:1909.08593), equation 2.
+    """
+    rewards = -kl_coef * (log_probs - ref_log_probs) * response_mask(batch)
+    return rewards.index_add(0, last_token_index(batch), scores.to(rewards.dtype))
+
+
+def gae(
+    batch: SequenceBatch, rewards: Tensor, values: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) [tokens] each, 0 outside the answers.
+
+    delta_t = r_t + gamma V(after t) - V(before t); A_t = delta_t + gamma lam A_(t+1);
+    return_t = A_t + V(before t). ``batch`` has ``prompt_lengths`` and ``finished``: after a
+    finished answer the value is 0, after a truncated one that of its last token.
+    Source: Schulman et al. 2016 (arXiv:1506.02438), equations 11, 12 and 16.
+    One scan over the longest answer for all sequences at once.
+    """
+    mask = response_mask(batch)
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    if batch.num_sequences == 0:
+        return advantages, returns
+    device = rewards.device
+    ends = last_token_index(batch)  # [num_sequences]
+    answers = ends + 1 - torch.tensor(batch.offsets[:-1], device=device)
+    answers = answers - batch.get("prompt_lengths")
+    after = values.clone()
+    after[ends] = values[ends] * (1.0 - batch.get("finished").to(values.dtype))
+    before = torch.cat((values[:1], values[:-1]))
+    delta = rewards + gamma * after - before
+    # Answers end in one column: [num_sequences, longest], the last token in the last column.
+    back = torch.arange(int(answers.max()) - 1, -1, -1, device=device)
+    index = ends[:, None] - back[None, :]
+    inside = back[None, :] < answers[:, None]
+    padded = torch.where(
+        inside, delta[index.clamp(min=0)], torch.zeros((), device=device).to(delta)
+    )
+    running = torch.zeros_like(padded[:, 0])
+    columns = []
+    for column in range(padded.shape[1] - 1, -1, -1):
+        running = padded[:, column] + gamma * lam * running
+        columns.append(running)
+    scanned = torch.stack(columns[::-1], dim=1)
+    advantages[index[inside]] = scanned[inside]
+    returns = torch.where(mask, advantages + before, returns)
+    return advantages, returns
+
+
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, clipped) [tokens] each: max(-A rho, -A clip(rho, 1 - c, 1 + c)), and where it bound.
+
+    rho = exp(log p - log p_old). Source: Schulman et al. 2017 (arXiv:1707.06347), equation 7.
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    free = -advantages * ratio
+    bound = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    return torch.maximum(free, bound), bound > free
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, clipped) [tokens] each: 0.5 max((V - R)^2, (V_clip - R)^2), V_clip within old +- c.
+
+    Source: the clipped value objective of OpenAI's baselines (ppo2), as PPO for RLHF uses it.
+    """
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    free, bound = (values - returns) ** 2, (near - returns) ** 2
+    # Where nothing is clipped the two are equal up to rounding, and only up to that.
+    clipped = ((values - old_values).abs() > clip) & (bound > free)
+    return 0.5 * torch.maximum(free, bound), clipped

@@ -1,0 +1,222 @@
+"""PPO's mathematics, call by call (the torch half; ``graph.py`` names the calls)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from executor.batch import SequenceBatch
+from executor.calls import Head, Records, Sum
+from executor.context import RankContext
+from executor.generate.sampling import SamplingParams
+from executor.parallel.tensor import vocab_parallel_log_probs
+from experiments.losses import (
+    gae,
+    last_token_index,
+    policy_loss,
+    response_mask,
+    token_rewards,
+    value_loss,
+)
+from experiments.ppo.config import PPOConfig, PPOExperiment
+from experiments.rewards import RewardFunction, load_reward
+from profiles.errors import ConfigError
+
+Statistics = Mapping[str, Tensor]
+
+
+def make_functions(config: PPOExperiment) -> dict[str, Any]:
+    """One object for each of the six calls; see ``executor.calls``."""
+    temperature = 1.0 if config.generation.greedy else config.generation.temperature
+    from_model = config.reward.source == "model"
+    return {
+        "actor_gen": Generate(config=config),
+        "rew_inf": Score() if from_model else Reward(load_reward(config.reward.source)),
+        "ref_inf": LogProbs(temperature=temperature),
+        "critic_inf": Values(),
+        "actor_train": TrainActor(ppo=config.ppo, temperature=temperature),
+        "critic_train": TrainCritic(ppo=config.ppo),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    config: PPOExperiment
+
+    def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+        options = self.config.generation
+        return SamplingParams(
+            max_new_tokens=self.config.response_len,
+            min_new_tokens=options.min_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            greedy=options.greedy,
+            stop_token_ids=stop_token_ids,
+        )
+
+
+class Score:
+    """The reward model's score of each sequence: its last token's."""
+
+    def read(
+        self, head: Head, hidden: Tensor, batch: SequenceBatch, ctx: RankContext
+    ) -> Statistics:
+        return {"rewards": head(hidden[last_token_index(batch)]).float()}
+
+
+class Reward:
+    """A function's reward of each answer's text."""
+
+    def __init__(self, function: RewardFunction) -> None:
+        self.function = function
+
+    def run(self, batch: SequenceBatch, records: Records) -> Statistics:
+        values = []
+        for record in records:
+            value = float(self.function(record["prompt"], record["answer"], record))
+            if not math.isfinite(value):
+                raise ConfigError(
+                    f"the reward of sample {record.get('id', '?')} is {value}",
+                    where="reward.source", remedy="rewards must be finite numbers",
+                )  # fmt: skip
+            values.append(value)
+        return {"rewards": torch.tensor(values, dtype=torch.float32)}
+
+
+class Values:
+    """The critic's value of the state after each token."""
+
+    def read(
+        self, head: Head, hidden: Tensor, batch: SequenceBatch, ctx: RankContext
+    ) -> Statistics:
+        return {"values": head(hidden).float()}
+
+
+def answer_log_probs(
+    head: Head, hidden: Tensor, batch: SequenceBatch, ctx: RankContext, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, places) of the answers' tokens, [answer tokens] each.
+
+    Only the states before answer tokens go through the head: they alone are asked about.
+    """
+    places = response_mask(batch).nonzero()[:, 0]
+    logits = head(hidden[places - 1])  # [answer tokens, vocab / tp]
+    if temperature != 1.0:
+        logits = logits / temperature
+    return vocab_parallel_log_probs(logits, batch.token_ids[places], ctx), places
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogProbs:
+    """The reference's log-probability of each answer token, at the sampling temperature."""
+
+    temperature: float
+
+    def read(
+        self, head: Head, hidden: Tensor, batch: SequenceBatch, ctx: RankContext
+    ) -> Statistics:
+        found, places = answer_log_probs(head, hidden, batch, ctx, temperature=self.temperature)
+        zeros = torch.zeros(batch.num_tokens, dtype=torch.float32, device=hidden.device)
+        return {"ref_log_probs": zeros.index_copy(0, places, found.float())}
+
+
+def experience(batch: SequenceBatch, ppo: PPOConfig, sum_over_dp: Sum) -> SequenceBatch:
+    """The batch with ``advantages`` and ``returns`` [tokens]."""
+    scores = (batch.get("rewards") - ppo.reward_bias) * ppo.reward_scale
+    scores = scores.clamp(-ppo.reward_clip, ppo.reward_clip)
+    if not ppo.score_truncated:
+        scores = scores * batch.get("finished")
+    rewards = token_rewards(
+        batch, scores, batch.get("log_probs"), batch.get("ref_log_probs"), kl_coef=ppo.kl_coef
+    )
+    advantages, returns = gae(batch, rewards, batch.get("values"), gamma=ppo.gamma, lam=ppo.lam)
+    if ppo.normalize_advantages:
+        advantages = normalized(advantages, response_mask(batch), sum_over_dp)
+    return batch.with_values(per_token={"advantages": advantages, "returns": returns})
+
+
+def normalized(values: Tensor, mask: Tensor, sum_over_dp: Sum) -> Tensor:
+    """(x - mean) / (std + 1e-5) over the masked values of all data-parallel ranks, 0 elsewhere.
+
+    Moments in float64 and in two passes, so that no split of the batch changes them.
+    """
+    wide, mask = values.double(), mask.double()
+    count, total = sum_over_dp(torch.stack([mask.sum(), (wide * mask).sum()]))
+    mean = total / count
+    variance = sum_over_dp((((wide - mean) ** 2) * mask).sum()) / count
+    return (((wide - mean) / (variance.sqrt() + 1e-5)) * mask).to(values.dtype)
+
+
+def answer_tokens(batch: SequenceBatch) -> Tensor:
+    """Number of answer tokens, float64 []."""
+    return response_mask(batch).sum().double()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainActor:
+    ppo: PPOConfig
+    temperature: float
+
+    def prepare(self, batch: SequenceBatch, sum_over_dp: Sum) -> SequenceBatch:
+        return experience(batch, self.ppo, sum_over_dp)
+
+    def count(self, batch: SequenceBatch) -> Tensor:
+        return answer_tokens(batch)
+
+    def loss(
+        self, head: Head, hidden: Tensor, batch: SequenceBatch, denominator: Tensor,
+        ctx: RankContext,
+    ) -> tuple[Tensor, Statistics]:  # fmt: skip
+        log_probs, places = answer_log_probs(head, hidden, batch, ctx, temperature=self.temperature)
+        old = batch.get("log_probs")[places]
+        losses, clipped = policy_loss(
+            log_probs, old, batch.get("advantages")[places], clip=self.ppo.clip
+        )
+        loss = losses.sum() / denominator
+        with torch.no_grad():
+            change = log_probs - old
+            statistics = {
+                "loss": loss.detach(),
+                # k3 of Schulman 2020, "Approximating KL divergence": E[exp(x) - 1 - x] >= 0.
+                "approx_kl": (change.exp() - 1 - change).sum() / denominator,
+                "ref_kl": (old - batch.get("ref_log_probs")[places]).sum() / denominator,
+                "clip_fraction": clipped.sum() / denominator,
+            }
+        return loss, statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainCritic:
+    ppo: PPOConfig
+
+    def prepare(self, batch: SequenceBatch, sum_over_dp: Sum) -> SequenceBatch:
+        return experience(batch, self.ppo, sum_over_dp)
+
+    def count(self, batch: SequenceBatch) -> Tensor:
+        return answer_tokens(batch)
+
+    def loss(
+        self, head: Head, hidden: Tensor, batch: SequenceBatch, denominator: Tensor,
+        ctx: RankContext,
+    ) -> tuple[Tensor, Statistics]:  # fmt: skip
+        places = response_mask(batch).nonzero()[:, 0]
+        states = places - 1  # the state before an answer token
+        losses, clipped = value_loss(
+            head(hidden[states]),
+            batch.get("values")[states],
+            batch.get("returns")[places],
+            clip=self.ppo.value_clip,
+        )
+        loss = losses.sum() / denominator
+        statistics = {
+            "loss": loss.detach(),
+            "clip_fraction": clipped.sum() / denominator,
+            "mean_return": batch.get("returns")[places].sum() / denominator,
+        }
+        return loss, statistics
