@@ -173,10 +173,7 @@ def spec_from_hf(
             where=where,
             remedy=f"supported: {', '.join(sorted(LLAMA_TYPES))}",
         )
-    if config.get("rope_scaling") not in (None, {}):
-        scaling = config["rope_scaling"]
-        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            raise ConfigError("rope_scaling is not supported yet", where=f"{where}: rope_scaling")
+    _refuse_what_changes_attention(config, where)
 
     def need(key: str) -> int:
         value = config.get(key)
@@ -204,6 +201,27 @@ def spec_from_hf(
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         max_positions=need("max_position_embeddings"),
-        qkv_bias=bool(config.get("attention_bias", False)) or family == "qwen2",
+        qkv_bias=family == "qwen2",
         source=where,
     )
+
+
+def _refuse_what_changes_attention(config: Mapping[str, Any], where: str) -> None:
+    """Raise ``ConfigError`` for options that the decoder would silently compute without."""
+    for key in ("rope_scaling", "rope_parameters"):  # transformers 5 writes the second
+        scaling = config.get(key) or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(f"rope type '{kind}' is not supported yet", where=f"{where}: {key}")
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings") or 0
+    uses_window = config.get("use_sliding_window", config.get("model_type") == "mistral")
+    if window is not None and uses_window and window < longest:
+        raise ConfigError(
+            f"a sliding window of {window} tokens is not supported yet",
+            where=f"{where}: sliding_window",
+        )
+    if config.get("attention_bias") and config.get("model_type") != "qwen2":
+        raise ConfigError(
+            "a bias on the attention's output is not supported yet",
+            where=f"{where}: attention_bias",
+        )
