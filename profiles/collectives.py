@@ -50,9 +50,10 @@ def ring_gather_s(
 class Collectives:
     """Collectives on ``cluster``; ``table`` gives measured rows inside a node.
 
-    ``bandwidth_efficiency``: share of a link's datasheet rate that messages get. 0.8: NCCL's own
-    model (graph/tuning.cc) bounds an A100 node's bus bandwidth by 235 of 300 GB/s; it sustains
-    360 of 450 GB/s in an H100 node. Not applied to links that are measured.
+    ``bandwidth_efficiency``: share of a link's datasheet rate that messages get. NCCL's own model
+    (graph/tuning.cc) bounds an A100 node's bus bandwidth by 235 of 300 GB/s, 0.78; Vidur (Agrawal
+    et al. 2024) measures messages of 64 MiB at 228 of 300 GB/s on A100 and 348 of 450 GB/s on
+    H100 nodes: 0.77. Not applied where rows are measured.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Collectives:
         cluster: ClusterSpec,
         table: CostTable | None = None,
         *,
-        bandwidth_efficiency: float = 0.8,
+        bandwidth_efficiency: float = 0.77,
     ) -> None:
         self.cluster = cluster
         self.efficiency = bandwidth_efficiency

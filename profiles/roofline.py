@@ -20,17 +20,16 @@ VALUE_BYTES = {"cuda": 2, "cpu": 4}
 class RooflineCosts:
     """``LayerCosts`` of ``device``.
 
-    ``matmul_efficiency``: share of the peak that large matrix products sustain. 0.75 lies between
-    the 0.8 to 0.85 of an A100 (250 to 265 of 312 TFLOP/s) and the 0.65 to 0.75 of an H100 (650 to
-    740 of 989 TFLOP/s) that cuBLAS reaches in bf16. Source: FlashAttention-3 (Shah et al. 2024),
-    whose figures of cuBLAS-class kernels end at 740 TFLOP/s; Megatron-LM (Narayanan et al. 2021)
-    runs whole layers at 0.52 with the elementwise work that is counted apart here.
+    ``matmul_efficiency``: share of the peak that matrix products sustain in a run. NVIDIA's
+    aiconfigurator measures [4096, 8192] x [8192, 8192] in bf16 alone at 0.80 to 0.89 of the peak
+    on an A100 and 0.79 to 0.83 on an H100; in a run, hot and one after another, products are
+    about a tenth slower: 0.75.
 
-    ``attention_efficiency``: of the fused attention kernel. 0.5: FlashAttention-2 reaches 0.5 to
-    0.73 on an A100 and 0.35 to 0.4 on an H100 (Dao 2023).
+    ``attention_efficiency``: of the fused attention kernel. FlashAttention-2 reaches 0.50 to 0.73
+    on an A100 (Dao 2023) and 0.35 on an H100 (Shah et al. 2024): 0.5.
 
-    ``memory_efficiency``: share of the peak memory rate that streaming kernels reach. 0.85 is
-    what STREAM-like copies reach on A100 and H100 (1.7 of 2.0 and 2.9 of 3.35 TB/s).
+    ``memory_efficiency``: share of the memory's peak rate that kernels reach. 0.8, as
+    aiconfigurator found on A100 and H100 (``mem_bw_empirical_scaling_factor``).
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class RooflineCosts:
         *,
         matmul_efficiency: float = 0.75,
         attention_efficiency: float = 0.5,
-        memory_efficiency: float = 0.85,
+        memory_efficiency: float = 0.8,
     ) -> None:
         self.device = device
         self.matmul_flops_per_s = device.peak_flops * matmul_efficiency

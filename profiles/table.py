@@ -118,6 +118,9 @@ _LEAST = {"tp": 1, "workers": 1, "size": 1, "length": 0, "samples": 1}
 
 def _row_problem(row: CostRow) -> tuple[str, str] | None:
     """(column, what is wrong) of a row, or None."""
+    for column in ("component", "operation", "shape"):
+        if not isinstance(getattr(row, column), str):
+            return column, f"{getattr(row, column)!r} is not text"
     if row.component not in OPERATIONS:
         return "component", f"'{row.component}' is unknown; known: {', '.join(OPERATIONS)}"
     if row.operation not in OPERATIONS[row.component]:

@@ -1,0 +1,122 @@
+"""Protects the seconds of reallocations and transfers: hand counts and laws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.cost import CostModel
+from planner.cost.transfer import reallocation_seconds, transfer_seconds
+from planner.layout import Layout
+from planner.mesh import DeviceMesh
+from planner.reallocation import reallocate
+from profiles.catalogue import MODELS, make_cluster
+from profiles.collectives import Collectives
+from profiles.hardware import ClusterSpec, LinkSpec
+from profiles.roofline import RooflineCosts
+
+SPEC = MODELS["tiny"]
+
+
+def model_on(cluster: ClusterSpec) -> CostModel:
+    return CostModel(
+        cluster,
+        RooflineCosts(cluster.device),
+        Collectives(cluster, bandwidth_efficiency=1.0),
+    )
+
+
+def two_nodes(*, intra: float, inter: float) -> ClusterSpec:
+    """Two nodes of four devices, without latency, copies for free."""
+    base = make_cluster("a100", 8)
+    return replace(
+        base,
+        num_nodes=2,
+        devices_per_node=4,
+        device=replace(base.device, memory_bytes_per_s=1e30),
+        intra_link=LinkSpec(bytes_per_s=intra, latency_s=0.0),
+        inter_link=LinkSpec(bytes_per_s=inter, latency_s=0.0),
+    )
+
+
+def layout(first: int, count: int, **axes: int) -> Layout:
+    return Layout(spec=SPEC, mesh=DeviceMesh(first, count), **axes)
+
+
+def test_a_whole_model_to_a_neighbour_takes_its_bytes() -> None:
+    model = model_on(two_nodes(intra=10.0, inter=1.0))
+    num_bytes = 2 * SPEC.num_parameters
+    near = reallocation_seconds(layout(0, 1), layout(1, 1), bytes_per_value=2, model=model)
+    far = reallocation_seconds(layout(0, 1), layout(4, 1), bytes_per_value=2, model=model)
+    assert near == pytest.approx(num_bytes / 10)
+    assert far == pytest.approx(num_bytes / 1)
+
+
+def test_nothing_moves_between_equal_layouts() -> None:
+    model = model_on(two_nodes(intra=10.0, inter=1.0))
+    same = layout(0, 4, dp=2, tp=2)
+    assert reallocation_seconds(same, same, bytes_per_value=2, model=model) < 1e-12
+
+
+def test_shards_arrive_in_parallel() -> None:
+    """Two halves on two devices to two other devices: half of the time, but for the norms."""
+    model = model_on(two_nodes(intra=10.0, inter=1.0))
+    whole = reallocation_seconds(layout(0, 1), layout(1, 1), bytes_per_value=2, model=model)
+    halves = reallocation_seconds(
+        layout(0, 2, tp=2), layout(2, 2, tp=2), bytes_per_value=2, model=model
+    )
+    assert halves == pytest.approx(whole / 2, rel=0.01)
+
+
+pairs = st.tuples(
+    st.sampled_from([(0, 8), (0, 4), (4, 4), (2, 2), (6, 1)]),
+    st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)]),
+)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    (first, count), (pp, tp) = draw(pairs)
+    pp, tp = (pp, tp) if pp * tp <= count else (1, 1)
+    return layout(first, count, pp=pp, tp=tp, dp=count // (pp * tp))
+
+
+@settings(deadline=None, max_examples=60)
+@given(layouts(), layouts())
+def test_seconds_are_those_of_the_real_messages(src: Layout, dst: Layout) -> None:
+    """Oracle: the bytes of the executor's own message list, counted device by device."""
+    cluster = two_nodes(intra=10.0, inter=1.0)
+    found = reallocation_seconds(src, dst, bytes_per_value=2, model=model_on(cluster))
+    lanes: dict[tuple[int, str, bool], int] = {}
+    for message in reallocate(src, dst, devices_per_node=4).messages:
+        inside = message.src // 4 == message.dst // 4
+        for lane in ((message.src, "out", inside), (message.dst, "in", inside)):
+            lanes[lane] = lanes.get(lane, 0) + 2 * message.num_values
+    expected = max((n / (10.0 if lane[2] else 1.0) for lane, n in lanes.items()), default=0.0)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_large_reallocation_is_priced_fast_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = make_cluster("a100", 128)
+    model = model_on(cluster)
+    spec = MODELS["llama-70b"]
+    src = Layout(spec=spec, mesh=DeviceMesh(0, 128), pp=4, tp=8, dp=4)
+    dst = Layout(spec=spec, mesh=DeviceMesh(0, 128), pp=1, tp=8, dp=16)
+    seconds = reallocation_seconds(src, dst, bytes_per_value=2, model=model)
+    # A device lacks at most its new shard of 1 / 8, at 25 GB/s between nodes.
+    assert 0 < seconds < 2 * spec.num_parameters / 8 / 25e9 * 1.2
+    monkeypatch.setattr("planner.cost.transfer.routes", None)
+    assert reallocation_seconds(src, dst, bytes_per_value=2, model=model) == seconds
+
+
+def test_transfers_use_all_devices_and_the_slower_link() -> None:
+    model = model_on(two_nodes(intra=10.0, inter=1.0))
+    near, far, whole = DeviceMesh(0, 2), DeviceMesh(4, 2), DeviceMesh(0, 4)
+    assert transfer_seconds(40, near, DeviceMesh(2, 2), model) == pytest.approx(2.0)
+    assert transfer_seconds(40, near, far, model) == pytest.approx(20.0)
+    assert transfer_seconds(40, whole, whole, model) == pytest.approx(1.0)
+    assert transfer_seconds(0, near, far, model) == 0
+    assert transfer_seconds(40, DeviceMesh(0, 1), DeviceMesh(0, 1), model) == 0

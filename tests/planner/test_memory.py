@@ -1,0 +1,209 @@
+"""Protects the memory model: hand counts, what borrowed layouts add, and the refusal's sentence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.ppo.graph import ALGORITHM
+from planner.algorithm import make_config, make_problem
+from planner.memory import (
+    RESERVE_BYTES,
+    STAGING_BYTES,
+    MemoryBreakdown,
+    block_activation_values,
+    block_working_values,
+    call_memory,
+    check_memory,
+    home_strategies,
+    plan_memory,
+)
+from planner.mesh import DeviceMesh
+from planner.plan import Allocation, ExecutionPlan, Problem
+from planner.program import home_layouts
+from planner.strategy import ParallelStrategy
+from profiles.catalogue import MODELS, make_cluster, resolve_model
+from profiles.errors import InfeasibleError
+from profiles.hardware import ClusterSpec
+from profiles.units import GIB
+
+BATCH, TOKENS = 64, 256  # sequences; prompt 128 and answer 128
+SPEC = MODELS["llama-7b"]
+CLUSTER = make_cluster("a100", 8)
+
+
+def ppo(cluster: ClusterSpec = CLUSTER, model: str = "llama-7b") -> Problem:
+    overrides = [f"batch_size={BATCH}", "prompt_len=128", "response_len=128"]
+    config = make_config(ALGORITHM.config_class, overrides)
+    spec = resolve_model(model)
+    return make_problem(ALGORITHM, config, model=spec, critic=spec, cluster=cluster)
+
+
+def allocate(
+    pp: int = 1, tp: int = 1, dp: int = 1, m: int = 1, first: int = 0, **options: int
+) -> Allocation:
+    strategy = ParallelStrategy(pp=pp, tp=tp, dp=dp, **options)  # type: ignore[arg-type]
+    return Allocation(
+        mesh=DeviceMesh(first, strategy.num_devices), strategy=strategy, num_micro_batches=m
+    )
+
+
+def plan_of(default: Allocation, *, problem: Problem | None = None, **calls: Allocation):  # type: ignore[no-untyped-def]
+    problem = problem or ppo()
+    names = [call.name for call in problem.graph.calls]
+    return ExecutionPlan(
+        problem=problem, allocations={name: calls.get(name, default) for name in names}
+    )
+
+
+# ---- one call ---------------------------------------------------------------------------------
+
+
+def test_training_state_of_one_gpu_is_18_bytes_a_parameter() -> None:
+    need = call_memory(ppo(), "actor_train", allocate(m=16))
+    n = SPEC.num_parameters
+    # bf16 weights, fp32 gradients, fp32 master and two moments.
+    assert (need.weights, need.gradients, need.optimizer) == (2 * n, 4 * n, 12 * n)
+    assert need.reserve == RESERVE_BYTES["cuda"]
+
+
+def test_training_state_of_a_cpu_is_16_bytes_a_parameter() -> None:
+    device = replace(CLUSTER.device, kind="cpu")
+    need = call_memory(ppo(replace(CLUSTER, device=device)), "actor_train", allocate(m=16))
+    n = SPEC.num_parameters
+    assert (need.weights, need.gradients, need.optimizer) == (4 * n, 4 * n, 8 * n)
+    assert need.reserve == RESERVE_BYTES["cpu"]
+
+
+def test_zero_divides_the_optimizer_over_replicas_only() -> None:
+    plain = call_memory(ppo(), "actor_train", allocate(dp=4))
+    sharded = call_memory(ppo(), "actor_train", allocate(dp=4, zero=1))
+    assert sharded.optimizer == -(-SPEC.num_parameters // 4) * 12
+    assert (sharded.weights, sharded.gradients) == (plain.weights, plain.gradients)
+
+
+def test_activations_of_a_block_by_hand() -> None:
+    """LLaMA-7B: 4 hidden + 3 (q + kv) + 4 ffn values a token; nothing squared in the length."""
+    assert block_activation_values(SPEC, 1) == 4 * 4096 + 3 * (4096 + 4096) + 4 * 11008
+    half = block_activation_values(SPEC, 2)
+    assert half - 4 * 4096 == (block_activation_values(SPEC, 1) - 4 * 4096) // 2
+
+
+def test_training_keeps_all_layers_or_only_their_inputs() -> None:
+    # 4 mini-batches, 16 micro-batches: one sequence of 256 tokens at a time.
+    kept = call_memory(ppo(), "actor_train", allocate(m=16))
+    block, working = block_activation_values(SPEC, 1), block_working_values(SPEC, 1)
+    assert kept.activations == 2 * TOKENS * (32 * block + working)
+    again = call_memory(ppo(), "actor_train", allocate(m=16, recompute=True))
+    assert again.activations == 2 * TOKENS * (32 * 4096 + block + working)
+    # bf16 logits of one micro-batch and their gradient.
+    assert kept.logits == 2 * 2 * TOKENS * 32000
+
+
+def test_the_first_stage_of_1f1b_keeps_as_many_micro_batches_as_stages() -> None:
+    few = call_memory(ppo(), "actor_train", allocate(pp=4, m=16))
+    block, working = block_activation_values(SPEC, 1), block_working_values(SPEC, 1)
+    assert few.activations == 2 * TOKENS * (4 * 8 * block + working)
+
+
+def test_generation_holds_keys_and_values_of_the_whole_replica() -> None:
+    need = call_memory(ppo(), "actor_gen", allocate(dp=2, m=4))
+    assert need.kv_cache == BATCH // 2 * TOKENS * SPEC.kv_bytes_per_token()
+    halves = call_memory(ppo(), "actor_gen", allocate(dp=2, tp=2, m=4))
+    assert halves.kv_cache * 2 == need.kv_cache
+
+
+def test_inference_needs_no_state() -> None:
+    need = call_memory(ppo(), "ref_inf", allocate(m=8))
+    assert (need.gradients, need.optimizer, need.kv_cache) == (0, 0, 0)
+    assert need.weights == 2 * SPEC.num_parameters
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(["actor_gen", "ref_inf", "actor_train"]),
+    st.sampled_from([(1, 1), (2, 1), (1, 2), (4, 2)]),
+    st.sampled_from([1, 2, 4]),
+)
+def test_more_micro_batches_or_shards_never_need_more(
+    call: str, pp_tp: tuple[int, int], m: int
+) -> None:
+    pp, tp = pp_tp
+    need = call_memory(ppo(), call, allocate(pp=pp, tp=tp, m=m))
+    assert call_memory(ppo(), call, allocate(pp=pp, tp=tp, m=2 * m)).total <= need.total
+    assert call_memory(ppo(), call, allocate(pp=pp, tp=2 * tp, m=m)).total <= need.total
+
+
+# ---- plans ------------------------------------------------------------------------------------
+
+
+def test_homes_are_the_programs() -> None:
+    plan = plan_of(allocate(dp=2, tp=4, m=4), actor_gen=allocate(dp=8, m=2))
+    ours = {role: tuple(layouts) for role, layouts in home_strategies(plan).items()}
+    assert ours == home_layouts(plan)
+
+
+def test_every_role_stays_and_the_worst_call_is_added() -> None:
+    allocation = allocate(tp=8, m=16)
+    plan = plan_of(allocation)
+    need = plan_memory(plan)
+    assert set(need) == set(range(8))
+    actor = call_memory(plan.problem, "actor_train", allocation)
+    critic = call_memory(plan.problem, "critic_train", allocation)
+    ref = call_memory(plan.problem, "ref_inf", allocation)
+    reward = call_memory(plan.problem, "rew_inf", allocation)
+    held = sum(c.weights + c.gradients + c.optimizer for c in (actor, critic, ref, reward))
+    calls = ["actor_gen", "rew_inf", "ref_inf", "critic_inf", "actor_train", "critic_train"]
+    running = max(
+        c.activations + c.logits + c.kv_cache + c.buffers
+        for c in (call_memory(plan.problem, name, allocation) for name in calls)
+    )
+    assert need[0].total == held + running + RESERVE_BYTES["cuda"]
+    assert len({n.total for n in need.values()}) == 1
+
+
+def test_an_unused_device_holds_its_reserve() -> None:
+    need = plan_memory(plan_of(allocate(tp=4, m=16)))
+    assert need[7] == MemoryBreakdown(reserve=RESERVE_BYTES["cuda"])
+
+
+def test_a_borrowed_layout_is_there_while_its_call_runs() -> None:
+    home, other = allocate(tp=8, m=16), allocate(tp=4, first=0, m=16)
+    small = replace(
+        ppo(), workload=replace(ppo().workload, prompt_tokens=1, response_tokens=1)
+    )  # so that weights outweigh what runs
+    together = plan_memory(plan_of(home, problem=small))
+    apart = plan_memory(plan_of(home, problem=small, actor_gen=other))
+    weights = call_memory(small, "actor_gen", other).weights
+    assert apart[0].weights == together[0].weights + weights
+    assert apart[0].buffers >= STAGING_BYTES["cuda"]
+    # Devices 4 to 7 do not generate and borrow nothing.
+    assert apart[7].weights == together[7].weights
+
+
+def test_a_plan_that_fits_passes_and_one_that_does_not_is_explained() -> None:
+    plan = plan_of(allocate(tp=8, m=16))
+    check_memory(plan)
+    tight = plan.problem.cluster.with_memory_limit(10 * GIB)
+    with pytest.raises(
+        InfeasibleError,
+        match=r"allocations\.\w+: device 0 needs .* GiB while \w+ runs and has 10\.00 GiB; most is "
+        r"optimizer with .* \(roles that stay there: actor, reward, ref, critic\); use ZeRO 1",
+    ):
+        check_memory(replace(plan, problem=replace(plan.problem, cluster=tight)))
+
+
+def test_the_limit_is_sharp() -> None:
+    plan = plan_of(allocate(tp=8, m=16))
+    need = plan_memory(plan)[0].total
+    for limit, fits in ((need, True), (need - 1, False)):
+        cluster = plan.problem.cluster.with_memory_limit(limit)
+        limited = replace(plan, problem=replace(plan.problem, cluster=cluster))
+        if fits:
+            check_memory(limited)
+        else:
+            with pytest.raises(InfeasibleError):
+                check_memory(limited)

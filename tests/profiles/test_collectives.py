@@ -1,0 +1,125 @@
+"""Protects the collectives' formulas, which links a group takes, and the use of measured rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiles.catalogue import DEVICES, make_cluster
+from profiles.collectives import Collectives, ring_all_reduce_s, ring_gather_s
+from profiles.costs import Provenance
+from profiles.hardware import ClusterSpec, LinkSpec
+from profiles.table import CostRow, CostTable
+
+
+def cluster(intra: float = 100.0, inter: float = 10.0, latency: float = 0.0) -> ClusterSpec:
+    """Four nodes of four devices; rates in bytes per second that a hand can count with."""
+    base = make_cluster("a100", 16)
+    return replace(
+        base,
+        num_nodes=4,
+        devices_per_node=4,
+        intra_link=LinkSpec(bytes_per_s=intra, latency_s=latency),
+        inter_link=LinkSpec(bytes_per_s=inter, latency_s=latency),
+    )
+
+
+def collectives(**links: float) -> Collectives:
+    return Collectives(cluster(**links), bandwidth_efficiency=1.0)
+
+
+def test_in_a_node_the_ring_formulas_hold() -> None:
+    model = collectives(latency=1.0)
+    # 2 * 3 / 4 * 400 bytes / 100 B/s + 2 * 3 steps of 1 s; half of it for either half.
+    assert model.all_reduce(400, range(4)).seconds == pytest.approx(6 + 6)
+    assert model.all_gather(400, range(4)).seconds == pytest.approx(3 + 3)
+    assert model.reduce_scatter(400, range(4)).seconds == pytest.approx(3 + 3)
+    assert model.p2p(400, 1, 2).seconds == pytest.approx(4 + 1)
+
+
+def test_between_nodes_the_share_of_each_device_takes_the_network() -> None:
+    model = collectives()
+    # Groups of 16: scatter and gather 3/4 * 400 / 100 each, ring of 4 nodes over 100 bytes.
+    expected = 3 + 3 + 2 * 3 / 4 * 100 / 10
+    assert model.all_reduce(400, range(16)).seconds == pytest.approx(expected)
+    # One device of each node: the whole tensor crosses.
+    assert model.all_reduce(400, range(0, 16, 4)).seconds == pytest.approx(1.5 * 400 / 10)
+    assert model.p2p(400, 3, 4).seconds == pytest.approx(40)
+
+
+def test_a_strided_group_inside_a_node_stays_inside() -> None:
+    model = collectives()
+    assert model.spread(range(0, 4, 2)) == (2, 1)
+    assert model.spread(range(0, 8, 2)) == (2, 2)
+    assert model.spread(range(4, 8)) == (4, 1)
+    inside, across = model.all_reduce(400, range(0, 4, 2)), model.all_reduce(400, range(2, 6, 2))
+    assert inside.seconds < across.seconds
+
+
+def test_one_device_and_no_bytes_cost_nothing() -> None:
+    model = collectives(latency=1.0)
+    for call in (model.all_reduce, model.all_gather, model.reduce_scatter):
+        assert call(400, range(3, 4)).seconds == 0
+        assert call(0, range(16)).seconds == 0
+    assert model.p2p(400, 5, 5).seconds == 0
+    assert model.p2p(0, 0, 5).seconds == 0
+
+
+@given(st.integers(1, 10**9), st.integers(2, 16))
+def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather(num_bytes: int, count: int) -> None:
+    link = LinkSpec(bytes_per_s=1e9, latency_s=1e-6)
+    assert ring_all_reduce_s(num_bytes, count, link) == pytest.approx(
+        2 * ring_gather_s(num_bytes, count, link)
+    )
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**9), st.floats(1, 100), st.integers(1, 16))
+def test_more_bytes_or_a_slower_link_are_never_faster(
+    a: int, b: int, factor: float, count: int
+) -> None:
+    slow, fast = collectives(), collectives(intra=100 * factor, inter=10 * factor)
+    group = range(count)
+    assert slow.all_reduce(min(a, b), group).seconds <= slow.all_reduce(max(a, b), group).seconds
+    assert fast.all_reduce(a, group).seconds <= slow.all_reduce(a, group).seconds * (1 + 1e-12)
+
+
+# ---- measured rows ----------------------------------------------------------------------------
+
+
+def measured(*rows: tuple[str, int, int, float]) -> Collectives:
+    table = CostTable(
+        device=DEVICES["a100"], dtype="bf16", date="2026-01-01", source="test",
+        rows=tuple(
+            CostRow(component="collective", operation=o, workers=w, size=s, seconds=t)
+            for o, w, s, t in rows
+        ),
+    )  # fmt: skip
+    return Collectives(cluster(), table, bandwidth_efficiency=1.0)
+
+
+def test_measured_rows_are_used_inside_a_node() -> None:
+    model = measured(
+        ("all_reduce", 2, 1000, 7.0), ("all_reduce", 2, 4000, 16.0), ("p2p", 2, 1000, 3.0)
+    )
+    assert model.all_reduce(1000, range(2)).seconds == 7.0
+    assert model.all_reduce(1000, range(2)).provenance is Provenance.MEASURED
+    # Halfway in logarithms: seconds per byte is the geometric mean.
+    assert model.all_reduce(2000, range(2)).seconds == pytest.approx(2000 * (0.007 * 0.004) ** 0.5)
+    assert model.all_reduce(2000, range(2)).provenance is Provenance.INTERPOLATED
+    assert model.p2p(1000, 0, 1).seconds == 3.0
+    assert model.all_gather(1000, range(2)).provenance is Provenance.ROOFLINE
+
+
+def test_more_workers_than_measured_follow_the_formula_at_the_measured_level() -> None:
+    model = measured(("all_reduce", 2, 1000, 20.0))  # twice the formula's 10 s
+    found = model.all_reduce(1000, range(4))
+    assert found.seconds == pytest.approx(2 * 1.5 * 1000 / 100)
+    assert found.provenance is Provenance.EXTRAPOLATED
+
+
+def test_measured_rows_say_nothing_of_the_network() -> None:
+    model = measured(("p2p", 2, 1000, 3.0))
+    assert model.p2p(1000, 0, 4).seconds == pytest.approx(100)

@@ -1,0 +1,142 @@
+"""Protects the roofline: within 35% of measured GPU layers, and the laws that any cost obeys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiles.catalogue import DEVICES, MODELS, make_cluster
+from profiles.collectives import Collectives
+from profiles.costs import Component, Operation
+from profiles.hardware import DeviceSpec
+from profiles.roofline import RooflineCosts
+
+# Milliseconds at tp 1, 2, 4, 8, with collectives, from the kernels that NVIDIA's aiconfigurator
+# publishes: forward of one block, one sequence of 2048 tokens.
+FORWARD_MS = {
+    ("a100", "llama-7b"): (3.8, 2.3, 1.5, 1.1),
+    ("a100", "llama-70b"): (14.2, 7.7, 4.4, 2.9),
+    ("h100", "llama-7b"): (1.33, 0.89, 0.61, 0.51),
+    ("h100", "llama-70b"): (5.0, 2.9, 1.7, 1.2),
+}
+# One decode step of one block: 64 sequences, context 1024.
+DECODE_MS = {
+    ("a100", "llama-7b"): (0.94, 0.54, 0.31, 0.22),
+    ("a100", "llama-70b"): (1.29, 0.72, 0.44, 0.30),
+    ("h100", "llama-7b"): (0.54, 0.30, 0.18, 0.13),
+}
+
+
+def _block_ms(device: str, model: str, operation: Operation, tp: int, size: int) -> float:
+    spec = MODELS[model]
+    compute = RooflineCosts(DEVICES[device])
+    length = 2048 if operation == "forward" else 1024
+    seconds = compute.layer(spec, "block", operation, tp=tp, size=size, length=length).seconds
+    num_bytes = size * spec.hidden * 2
+    sums = Collectives(make_cluster(device, 8)).all_reduce(num_bytes, range(tp))
+    return 1e3 * (seconds + 2 * sums.seconds)
+
+
+@pytest.mark.parametrize("device, model", FORWARD_MS)
+def test_forward_is_near_published_measurements(device: str, model: str) -> None:
+    for tp, measured in zip((1, 2, 4, 8), FORWARD_MS[(device, model)], strict=True):
+        assert _block_ms(device, model, "forward", tp, 2048) == pytest.approx(measured, rel=0.35)
+
+
+@pytest.mark.parametrize("device, model", DECODE_MS)
+def test_decode_is_near_published_measurements(device: str, model: str) -> None:
+    for tp, measured in zip((1, 2, 4, 8), DECODE_MS[(device, model)], strict=True):
+        assert _block_ms(device, model, "decode", tp, 64) == pytest.approx(measured, rel=0.35)
+
+
+def test_a_large_block_costs_its_flops() -> None:
+    """Hand count at infinite memory rate and no launch: 2 FLOPs a weight and token, and the
+
+    causal half of 4 * heads * head_dim * length a token; backward 2 and 2.5 times as many.
+    """
+    device = replace(DEVICES["a100"], memory_bytes_per_s=1e30, launch_s=0.0)
+    costs = RooflineCosts(device, matmul_efficiency=1.0, attention_efficiency=1.0)
+    spec, tokens = MODELS["llama-7b"], 4096
+    weights = spec.attention_parameters + spec.ffn_parameters
+    matmul, attention = 2.0 * weights * tokens, 2.0 * 4096 * 2048 * tokens
+    forward = costs.layer(spec, "block", "forward", tp=1, size=tokens, length=2048).seconds
+    backward = costs.layer(spec, "block", "backward", tp=1, size=tokens, length=2048).seconds
+    assert forward == pytest.approx((matmul + attention) / 312e12)
+    assert backward == pytest.approx((2 * matmul + 2.5 * attention) / 312e12)
+
+
+def test_decode_of_one_sequence_costs_its_weights_and_context() -> None:
+    device = replace(DEVICES["a100"], launch_s=0.0)
+    costs = RooflineCosts(device, memory_efficiency=1.0)
+    spec, context = MODELS["llama-7b"], 10**6
+    weights = spec.attention_parameters + spec.ffn_parameters
+    kv_bytes = spec.kv_bytes_per_token() / spec.num_layers * context
+    found = costs.layer(spec, "block", "decode", tp=1, size=1, length=context).seconds
+    assert found == pytest.approx((2 * weights + kv_bytes) / 2039e9, rel=1e-3)
+
+
+def test_no_kernel_is_faster_than_its_launch() -> None:
+    costs = RooflineCosts(DEVICES["h100"])
+    found = costs.layer(MODELS["tiny"], "block", "decode", tp=1, size=1, length=1)
+    assert found.seconds == pytest.approx(12 * DEVICES["h100"].launch_s)
+
+
+def test_the_optimizer_moves_its_states() -> None:
+    # fp32 gradient 3 times, moments and master read and written, bf16 weight written: 38 bytes.
+    costs = RooflineCosts(DEVICES["a100"], memory_efficiency=1.0)
+    assert costs.optimizer_step(10**9).seconds == pytest.approx(38e9 / 2039e9)
+
+
+components = st.sampled_from(["block", "embedding", "head"])
+operations = st.sampled_from(["forward", "backward", "decode"])
+models = st.sampled_from(["tiny", "llama-7b", "llama-70b", "qwen2.5-1.5b"])
+devices = st.sampled_from(sorted(DEVICES))
+factors = st.floats(1.0, 100.0)
+
+
+def _seconds(
+    device: DeviceSpec, model: str, component: Component, operation: Operation, **question: int
+) -> float:
+    costs = RooflineCosts(device)
+    return costs.layer(MODELS[model], component, operation, **question).seconds  # type: ignore[arg-type]
+
+
+@given(devices, models, components, operations, factors, factors, st.integers(1, 10**5))
+def test_a_faster_device_is_never_slower(
+    device: str, model: str, component: Component, operation: Operation, flops: float,
+    rate: float, size: int,
+) -> None:  # fmt: skip
+    slow = DEVICES[device]
+    fast = replace(
+        slow,
+        peak_flops=slow.peak_flops * flops,
+        memory_bytes_per_s=slow.memory_bytes_per_s * rate,
+    )
+    question = {"tp": 1, "size": size, "length": 512}
+    assert _seconds(fast, model, component, operation, **question) <= _seconds(
+        slow, model, component, operation, **question
+    )
+
+
+@given(devices, models, components, operations, st.integers(1, 10**5), st.integers(1, 10**5))
+def test_more_tokens_are_never_faster(
+    device: str, model: str, component: Component, operation: Operation, a: int, b: int
+) -> None:
+    def seconds(size: int) -> float:
+        return _seconds(DEVICES[device], model, component, operation, tp=1, size=size, length=512)
+
+    assert seconds(min(a, b)) <= seconds(max(a, b))
+
+
+@given(devices, components, operations, st.integers(1, 10**5))
+def test_more_shards_are_never_slower(
+    device: str, component: Component, operation: Operation, size: int
+) -> None:
+    by_tp = [
+        _seconds(DEVICES[device], "llama-70b", component, operation, tp=tp, size=size, length=512)
+        for tp in (1, 2, 4, 8)
+    ]
+    assert by_tp == sorted(by_tp, reverse=True)
