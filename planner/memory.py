@@ -117,14 +117,14 @@ def call_memory(problem: Problem, call_name: str, allocation: Allocation) -> Mem
     # Stages between the ends hold no more than the first, which has most of everything but head.
     stages = {0, allocation.strategy.pp - 1}
     needs = (
-        _held(spec, allocation.strategy, index, kind, trained=trained)
-        + _running(problem, call, allocation, spec, index)
+        held_memory(spec, allocation.strategy, index, kind, trained=trained)
+        + running_memory(problem, call, allocation, spec, index)
         for index in stages
     )
     return max(needs, key=lambda need: need.total) + reserve
 
 
-def _held(
+def held_memory(
     spec: ModelSpec, strategy: ParallelStrategy, stage: int, kind: DeviceKind, *, trained: bool
 ) -> MemoryBreakdown:
     """Weights of a stage's shard, and of a trained role gradients and optimizer state."""
@@ -139,7 +139,7 @@ def _held(
     )
 
 
-def _running(
+def running_memory(
     problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec, stage: int
 ) -> MemoryBreakdown:
     """What exists only while the call runs, on a device of ``stage``."""
@@ -275,7 +275,7 @@ def _peaks(plan: ExecutionPlan) -> dict[int, tuple[MemoryBreakdown, str]]:
         stages: list[MemoryBreakdown] = [MemoryBreakdown()]
         if spec is not None:
             pp = allocation.strategy.pp
-            stages = [_running(problem, call, allocation, spec, stage) for stage in range(pp)]
+            stages = [running_memory(problem, call, allocation, spec, stage) for stage in range(pp)]
         width = allocation.mesh.num_devices // len(stages)
         for device in allocation.mesh.devices:
             need = resident[device] + stages[(device - allocation.mesh.first) // width]
@@ -283,7 +283,7 @@ def _peaks(plan: ExecutionPlan) -> dict[int, tuple[MemoryBreakdown, str]]:
                 if first <= position <= last and device in layout.mesh:
                     strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp)
                     stage = layout.coordinates(device)[0]
-                    need += _held(layout.spec, strategy, stage, kind, trained=False)
+                    need += held_memory(layout.spec, strategy, stage, kind, trained=False)
                     need += MemoryBreakdown(buffers=STAGING_BYTES[kind])
             if need.total > peaks[device][0].total:
                 peaks[device] = (need, call.name)
@@ -303,7 +303,7 @@ def _resident(
         trained = plan.problem.graph.train_call(role) is not None
         for layout, strategy in layouts.items():
             held = [
-                _held(layout.spec, strategy, stage, kind, trained=trained)
+                held_memory(layout.spec, strategy, stage, kind, trained=trained)
                 for stage in range(layout.pp)
             ]
             for device in layout.mesh.devices:

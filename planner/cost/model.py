@@ -71,10 +71,15 @@ class CostModel:
         """Seconds of ``num_bytes`` from each stage to the next, on every lane at once."""
         s, first = allocation.strategy, allocation.mesh.first
         width = s.dp * s.tp
+        by_link: dict[bool, Priced] = {}  # inside a node or not: a link class has one price
         found = []
         for stage in range(s.pp - 1):
             start = first + stage * width
-            lanes = (start, start + width - 1)
-            costs = [self.collectives.p2p(num_bytes, lane, lane + width) for lane in lanes]
-            found.append(Priced.of(max(costs, key=lambda cost: cost.seconds)))
+            costs = []
+            for lane in (start, start + width - 1):
+                inside = self.cluster.node_of(lane) == self.cluster.node_of(lane + width)
+                if inside not in by_link:
+                    by_link[inside] = Priced.of(self.collectives.p2p(num_bytes, lane, lane + width))
+                costs.append(by_link[inside])
+            found.append(max(costs, key=lambda cost: cost.seconds))
         return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from planner.strategy import stage_layers
@@ -89,6 +90,7 @@ class StageShape:
     last: bool
 
 
+@lru_cache(maxsize=1024)
 def stage_shapes(spec: ModelSpec, pp: int) -> tuple[StageShape, ...]:
     """The stages of a pipeline in order; many are equal."""
     return tuple(
