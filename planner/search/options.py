@@ -1,0 +1,360 @@
+"""What each call may choose: legal (mesh, strategy, micro-batches), costed, then pruned.
+
+Seconds and bytes of a call do not change when its mesh moves by whole nodes, or within a node, so
+a ``Choice`` is priced once for each size of mesh; an ``Option`` is a choice on one mesh. Read
+``Choice``, ``Option``, then ``OptionSpace``.
+
+Pruning is safe: a choice goes only if it needs more memory than a device has, or if another with
+the same layout is no slower and no larger on any stage. What other calls see of a call is its
+layout, so every plan keeps an equal that is at least as good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.cost.stage import stage_shapes
+from planner.graph import CallKind, ModelFunctionCall
+from planner.layout import Layout
+from planner.memory import (
+    STAGING_BYTES,
+    MemoryBreakdown,
+    call_memory,
+    held_memory,
+    running_memory,
+)
+from planner.mesh import DeviceMesh, enumerate_meshes
+from planner.plan import Allocation, Problem, largest_dp
+from planner.program import assign_samples
+from planner.simulate import StepPrices
+from planner.strategy import ParallelStrategy, legal_strategies
+from profiles.errors import InfeasibleError
+from profiles.models import ModelSpec
+from profiles.units import format_bytes
+
+Bytes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Choice:
+    """A strategy with micro-batches on any mesh of its size.
+
+    Bytes by pipeline stage: ``held`` what stays on a device if the call's layout is a home of
+    its role, ``borrowed`` if the weights come for this call, ``running`` while it runs.
+    """
+
+    strategy: ParallelStrategy
+    num_micro_batches: int
+    seconds: float
+    held: tuple[int, ...]
+    borrowed: tuple[int, ...]
+    running: tuple[int, ...]
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        """What fixes the layout on a given mesh: (pp, tp, dp)."""
+        return self.strategy.pp, self.strategy.tp, self.strategy.dp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Option:
+    """A choice on a mesh; one value for each, so options are compared by identity.
+
+    ``layout_id`` is equal for options of one call with equal layouts. Bytes are by device of
+    the cluster [num_devices]; ``samples`` are bit masks by device, 0 outside the mesh: those that
+    a device ``needs``, and those whose outputs it ``makes``.
+    """
+
+    call: str
+    mesh: DeviceMesh
+    choice: Choice
+    layout: Layout | None
+    layout_id: int
+    seconds: float
+    tp: int
+    held: Bytes
+    borrowed: Bytes
+    running: Bytes
+    inside: Sequence[bool]
+    needs: Sequence[int]
+    makes: Sequence[int]
+
+    @property
+    def allocation(self) -> Allocation:
+        return Allocation(
+            mesh=self.mesh,
+            strategy=self.choice.strategy,
+            num_micro_batches=self.choice.num_micro_batches,
+        )
+
+
+Assignment = tuple[Option, ...]  # one option for each call, in the graph's order
+
+
+def micro_batch_counts(strategy: ParallelStrategy, num_sequences: int) -> list[int]:
+    """Counts worth trying for ``num_sequences`` of a data-parallel rank.
+
+    Without a pipeline powers of two: they only save memory. With one of ``pp`` stages, one
+    micro-batch and multiples of ``pp`` by powers of two; fewer than ``pp`` only where there are
+    no more sequences.
+
+    >>> micro_batch_counts(ParallelStrategy(), 9)
+    [1, 2, 4, 8]
+    >>> micro_batch_counts(ParallelStrategy(pp=3), 16)
+    [1, 3, 6, 12]
+    >>> micro_batch_counts(ParallelStrategy(pp=8), 5)
+    [1, 5]
+    """
+    pp = strategy.pp
+    found = {1, min(pp, num_sequences)}
+    count = pp
+    while count <= num_sequences:
+        found.add(count)
+        count *= 2
+    return sorted(found)
+
+
+def strategy_variants(
+    problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh
+) -> Iterator[tuple[ParallelStrategy, int]]:
+    """(strategy, micro-batches) of a call on a mesh; ZeRO and recomputation for training only."""
+    most, spec = largest_dp(problem, call.name), problem.spec_of(call.name)
+    for legal in legal_strategies(spec, mesh, problem.cluster, max_dp=most):
+        counts = micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]
+        if call.kind is not CallKind.TRAIN:
+            yield from ((legal, count) for count in counts)
+            continue
+        for zero in (0, 1) if legal.dp > 1 else (0,):
+            for recompute in (False, True):
+                strategy = replace(legal, zero=zero, recompute=recompute)
+                yield from ((strategy, count) for count in counts)
+
+
+def undominated(choices: Sequence[Choice]) -> list[Choice]:
+    """Choices of one layout without those that another equals or beats in seconds and bytes.
+
+    >>> def choice(seconds, running):
+    ...     return Choice(strategy=ParallelStrategy(), num_micro_batches=1, seconds=seconds,
+    ...                   held=(0,), borrowed=(0,), running=(running,))
+    >>> [c.seconds for c in undominated([choice(1, 9), choice(2, 5), choice(3, 7)])]
+    [1, 2]
+    """
+    kept: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.seconds, sum(c.held), sum(c.running))):
+        if not any(_no_larger(better, choice) for better in kept):
+            kept.append(choice)
+    return kept
+
+
+def _no_larger(a: Choice, b: Choice) -> bool:
+    return all(x <= y for x, y in zip(a.held, b.held)) and all(
+        x <= y for x, y in zip(a.running, b.running)
+    )
+
+
+class OptionSpace:
+    """All options of a problem under the prices of a cost model.
+
+    Raises:
+        InfeasibleError: a call fits on no mesh even alone.
+    """
+
+    def __init__(self, problem: Problem, prices: StepPrices) -> None:
+        self.problem = problem
+        self.prices = prices
+        self.calls = problem.graph.calls
+        self.meshes_by_size: dict[int, list[DeviceMesh]] = {}
+        for mesh in enumerate_meshes(problem.cluster):
+            self.meshes_by_size.setdefault(mesh.num_devices, []).append(mesh)
+        self.num_costed = 0
+        self._options: dict[tuple[str, DeviceMesh, int], Option] = {}
+        self._layout_ids: dict[tuple[str, DeviceMesh, tuple[int, int, int]], int] = {}
+        self._masks: dict[tuple[int, int], list[int]] = {}
+        self._known_held: dict[tuple[object, ...], tuple[int, ...]] = {}
+        self._known: dict[tuple[object, ...], Mapping[int, tuple[Choice, ...]]] = {}
+        self.choices = {call.name: self._choices(call) for call in self.calls}
+        self.meshes: Mapping[str, tuple[DeviceMesh, ...]] = {
+            name: tuple(m for size in by_size for m in self.meshes_by_size[size])
+            for name, by_size in self.choices.items()
+        }
+
+    def option(self, call: str, mesh: DeviceMesh, choice: Choice) -> Option:
+        """The option of ``choice`` on ``mesh``."""
+        key = (call, mesh, id(choice))
+        found = self._options.get(key)
+        if found is None:
+            found = self._options[key] = self._place(call, mesh, choice)
+        return found
+
+    def options(self, call: str) -> Iterator[Option]:
+        """Every option of a call, by mesh and then seconds."""
+        for mesh in self.meshes[call]:
+            for choice in self.choices[call][mesh.num_devices]:
+                yield self.option(call, mesh, choice)
+
+    @property
+    def num_plans(self) -> float:
+        """How many assignments there are."""
+        product = 1.0
+        for call in self.calls:
+            by_size = self.choices[call.name]
+            product *= sum(len(by_size[m.num_devices]) for m in self.meshes[call.name])
+        return product
+
+    # ---- pricing ----
+
+    def _choices(self, call: ModelFunctionCall) -> Mapping[int, tuple[Choice, ...]]:
+        """Choices by size of mesh, fastest first; only sizes that have one."""
+        # Calls of equal kind and model cost the same: critic_inf and rew_inf.
+        trained = self._is_trained(call)
+        key = (call.kind, call.num_mini_batches, self.problem.spec_of(call.name), trained)
+        if key in self._known:
+            return self._known[key]
+        found: dict[int, tuple[Choice, ...]] = {}
+        for size, meshes in self.meshes_by_size.items():
+            groups: dict[tuple[int, int, int], list[Choice]] = {}
+            for choice in self._fitting(call, meshes[0]):
+                groups.setdefault(choice.axes, []).append(choice)
+            kept = [choice for group in groups.values() for choice in undominated(group)]
+            if kept:
+                found[size] = tuple(sorted(kept, key=lambda c: c.seconds))
+        if not found:
+            raise self._infeasible(call)
+        self._known[key] = found
+        return found
+
+    def _is_trained(self, call: ModelFunctionCall) -> bool:
+        return call.role is not None and self.problem.graph.train_call(call.role) is not None
+
+    def _fitting(self, call: ModelFunctionCall, mesh: DeviceMesh) -> Iterator[Choice]:
+        had = self.problem.cluster.device.memory_bytes
+        for strategy, count in strategy_variants(self.problem, call, mesh):
+            allocation = Allocation(mesh=mesh, strategy=strategy, num_micro_batches=count)
+            if call_memory(self.problem, call.name, allocation).total <= had:
+                self.num_costed += 1
+                yield self._choice(call, allocation)
+
+    def _choice(self, call: ModelFunctionCall, allocation: Allocation) -> Choice:
+        spec, s = self.problem.spec_of(call.name), allocation.strategy
+        seconds = self.prices.call(call.name, allocation).seconds
+        if spec is None:
+            return Choice(
+                strategy=s, num_micro_batches=1, seconds=seconds, held=(0,), borrowed=(0,),
+                running=(0,),
+            )  # fmt: skip
+        plain = self._held(spec, s, False)
+        staging = STAGING_BYTES[self.problem.cluster.device.kind]
+        return Choice(
+            strategy=s,
+            num_micro_batches=allocation.num_micro_batches,
+            seconds=seconds,
+            held=self._held(spec, s, True) if call.kind is CallKind.TRAIN else plain,
+            borrowed=tuple(num_bytes + staging for num_bytes in plain),
+            running=self._running(call, allocation, spec),
+        )
+
+    def _held(self, spec: ModelSpec, s: ParallelStrategy, trained: bool) -> tuple[int, ...]:
+        """Bytes of weights and their state, by stage."""
+        key = (spec, s.pp, s.tp, s.dp, s.zero if trained else 0, trained)
+        if key not in self._known_held:
+            kind = self.problem.cluster.device.kind
+            self._known_held[key] = tuple(
+                held_memory(spec, s, stage, kind, trained=trained).total for stage in range(s.pp)
+            )
+        return self._known_held[key]
+
+    def _running(
+        self, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec
+    ) -> tuple[int, ...]:
+        """Bytes while the call runs, by stage: stages of one shape and depth are alike."""
+        pp, known = allocation.strategy.pp, dict[tuple[object, ...], int]()
+        found = []
+        for stage, shape in enumerate(stage_shapes(spec, pp)):
+            key = (shape, min(allocation.num_micro_batches, pp - stage))
+            if call.kind is not CallKind.TRAIN:
+                key = (shape, 0)
+            if key not in known:
+                need = running_memory(self.problem, call, allocation, spec, stage)
+                known[key] = need.total
+            found.append(known[key])
+        return tuple(found)
+
+    def _infeasible(self, call: ModelFunctionCall) -> InfeasibleError:
+        """What the smallest way to run a call lacks."""
+        best: tuple[int, Allocation, MemoryBreakdown] | None = None
+        for meshes in self.meshes_by_size.values():
+            for strategy, count in strategy_variants(self.problem, call, meshes[0]):
+                allocation = Allocation(mesh=meshes[0], strategy=strategy, num_micro_batches=count)
+                need = call_memory(self.problem, call.name, allocation)
+                if best is None or need.total < best[0]:
+                    best = (need.total, allocation, need)
+        assert best is not None, call.name
+        total, allocation, need = best
+        cluster = self.problem.cluster
+        item, num_bytes = need.biggest
+        return InfeasibleError(
+            f"role {call.role} does not fit: at its smallest ({allocation}) each "
+            f"{cluster.device.name} needs {format_bytes(total)} and has "
+            f"{format_bytes(cluster.device.memory_bytes)}, "
+            f"{format_bytes(total - cluster.device.memory_bytes)} too little; most is {item} with "
+            f"{format_bytes(num_bytes)}",
+            where=call.name,
+            remedy=f"use more than {cluster.num_devices} devices, devices with more memory, or a "
+            "smaller batch_size",
+        )
+
+    # ---- placing ----
+
+    def _place(self, call_name: str, mesh: DeviceMesh, choice: Choice) -> Option:
+        problem, s = self.problem, choice.strategy
+        call, spec = problem.graph.call(call_name), problem.spec_of(call_name)
+        layout_key = (call_name, mesh, choice.axes)
+        layout_id = self._layout_ids.setdefault(layout_key, len(self._layout_ids))
+        by_rank = self.masks(s.dp, call.num_mini_batches if call.kind is CallKind.TRAIN else 1)
+        one_stage = [mask for mask in by_rank for _ in range(s.tp)]
+        # Inference ends on the last stage; generation tells every stage.
+        silent = s.pp - 1 if call.kind is CallKind.INFER else 0
+        makes = [0] * (silent * len(one_stage)) + one_stage * (s.pp - silent)
+        return Option(
+            call=call_name,
+            mesh=mesh,
+            choice=choice,
+            layout=None if spec is None else Layout.of(spec, mesh, s),
+            layout_id=layout_id,
+            seconds=choice.seconds,
+            tp=s.tp,
+            held=_by_device(problem, mesh, choice.held),
+            borrowed=_by_device(problem, mesh, choice.borrowed),
+            running=_by_device(problem, mesh, choice.running),
+            inside=_over_cluster(problem, mesh, [True] * mesh.num_devices, False),
+            needs=_over_cluster(problem, mesh, one_stage * s.pp, 0),
+            makes=_over_cluster(problem, mesh, makes, 0),
+        )
+
+    def masks(self, dp: int, num_mini_batches: int) -> list[int]:
+        """Samples of each data-parallel rank as bit masks: as ``program.assign_samples``."""
+        key = (dp, num_mini_batches)
+        if key not in self._masks:
+            runs = assign_samples(self.problem.workload.batch_size, dp, num_mini_batches)
+            self._masks[key] = [
+                sum(((1 << len(run)) - 1) << run.start for run in own if len(run)) for own in runs
+            ]
+        return self._masks[key]
+
+
+def _over_cluster(problem: Problem, mesh: DeviceMesh, values: list[Any], outside: Any) -> list[Any]:
+    """``values`` of the mesh's devices, ``outside`` on all others [num_devices]."""
+    after = problem.cluster.num_devices - mesh.first - mesh.num_devices
+    return [outside] * mesh.first + values + [outside] * after
+
+
+def _by_device(problem: Problem, mesh: DeviceMesh, by_stage: Sequence[int]) -> Bytes:
+    width = mesh.num_devices // len(by_stage)
+    values = [num_bytes for num_bytes in by_stage for _ in range(width)]
+    values += [0] * (mesh.num_devices - len(values))
+    return np.array(_over_cluster(problem, mesh, values, 0), dtype=np.int64)
