@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import ceil
 
 from planner.cost.generate import generate_parts
@@ -14,6 +15,7 @@ from planner.cost.model import CallCost, CostModel
 from planner.cost.stage import Priced
 from planner.cost.train import infer_parts, train_parts
 from planner.graph import CallKind
+from planner.mesh import DeviceMesh
 from planner.plan import Allocation, Problem
 
 __all__ = ["CallCost", "CostModel", "call_cost"]
@@ -25,10 +27,11 @@ def call_cost(
     """Seconds of a call alone on its mesh, every sequence at the workload's mean length.
 
     The busiest data-parallel rank counts. Answers are kept in ``model``. The allocation must be
-    legal (``plan.allocation_problem``).
+    legal (``plan.allocation_problem``). Nodes are equal, so a mesh costs the same wherever it is.
     """
     call = problem.graph.call(call_name)
     spec = problem.spec_of(call_name)
+    allocation = _at_the_start(allocation, model)
     question = (call.kind, call.num_mini_batches, spec, problem.workload, allocation)
     known = model.known_calls.get(question)
     if known is not None:
@@ -49,3 +52,13 @@ def call_cost(
     cost = CallCost.of(parts)
     model.known_calls[question] = cost
     return cost
+
+
+def _at_the_start(allocation: Allocation, model: CostModel) -> Allocation:
+    """The same allocation on the first devices that are wired like its own."""
+    mesh, per_node = allocation.mesh, model.cluster.devices_per_node
+    first = mesh.first % per_node
+    first = 0 if first + mesh.num_devices <= per_node else first
+    if first == mesh.first:
+        return allocation
+    return replace(allocation, mesh=DeviceMesh(first, mesh.num_devices))

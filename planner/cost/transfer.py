@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 from planner.cost.model import CostModel
@@ -29,12 +30,25 @@ def reallocation_seconds(
     max over devices, directions and link classes of bytes / bandwidth + one latency for each
     message; a copy inside a device is read and written at the memory's rate.
     """
+    src, dst = _at_the_start(src, dst, model.cluster)
     question = (src, dst, bytes_per_value)
     seconds = model.known_reallocations.get(question)
     if seconds is None:
         seconds = _reallocation_s(src, dst, bytes_per_value, model)
         model.known_reallocations[question] = seconds
     return seconds
+
+
+def _at_the_start(src: Layout, dst: Layout, cluster: ClusterSpec) -> tuple[Layout, Layout]:
+    """Both layouts moved by the same number of whole nodes, which changes no link."""
+    per_node = cluster.devices_per_node
+    shift = min(src.mesh.first, dst.mesh.first) // per_node * per_node
+    if shift == 0:
+        return src, dst
+    near, far = (
+        replace(x, mesh=DeviceMesh(x.mesh.first - shift, x.mesh.num_devices)) for x in (src, dst)
+    )
+    return near, far
 
 
 def _reallocation_s(src: Layout, dst: Layout, bytes_per_value: int, model: CostModel) -> float:

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from experiments.ppo.graph import ALGORITHM
 from planner.algorithm import make_config, make_problem
 from planner.cost import CallCost, CostModel, call_cost
+from planner.cost.generate import generate_parts
 from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
 from planner.cost.stage import Priced, StageCost, stage_shapes, stage_values
+from planner.cost.train import infer_parts, train_parts
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, Problem, allocation_problem
@@ -330,6 +332,30 @@ def test_more_work_is_never_faster(
     less_s = call_cost(PROBLEM, call, allocation, model).seconds
     more_s = call_cost(replace(PROBLEM, workload=more), call, allocation, model).seconds
     assert more_s >= less_s * (1 - 1e-9)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(CALLS), allocations(MODELS["llama-7b"], CLUSTER), st.data())
+def test_a_mesh_costs_the_same_wherever_it_lies(
+    call: str, allocation: Allocation, data: st.DataObject
+) -> None:
+    """Answers are shared between places: here each place is priced by a model of its own, whose
+
+    groups are built at that place.
+    """
+    size = allocation.mesh.num_devices
+    first = data.draw(st.sampled_from(range(0, 16, size)))
+    moved = replace(allocation, mesh=DeviceMesh(first, size))
+    parts = {"actor_gen": generate_parts, "ref_inf": infer_parts, "rew_inf": infer_parts,
+             "critic_inf": infer_parts}  # fmt: skip
+    spec = PROBLEM.spec_of(call)
+    assert spec is not None
+    if call in parts:
+        there = parts[call](spec, PROBLEM.workload, moved, pricing(CLUSTER))
+    else:
+        there = train_parts(spec, PROBLEM.workload, moved, pricing(CLUSTER), num_mini_batches=4)
+    here = call_cost(PROBLEM, call, moved, pricing(CLUSTER))
+    assert here.parts == pytest.approx({name: p.seconds for name, p in there.items()})
 
 
 @pytest.mark.parametrize("call", ["ref_inf", "rew_inf"])
