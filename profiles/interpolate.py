@@ -30,8 +30,7 @@ class _Line:
         self.seconds = [points[length] for length in self.lengths]
 
     def covers(self, length: int) -> bool:
-        """A line of one length says that length does not matter, or was not varied."""
-        return self.lengths[0] <= length <= self.lengths[-1] or len(self.lengths) == 1
+        return self.lengths[0] <= length <= self.lengths[-1]
 
     def at(self, length: int) -> float:
         """Seconds; log-log inside, constant below, and beyond along the last two points.
@@ -65,6 +64,8 @@ class Surface:
             by_size[size][length] = seconds
         self.sizes = sorted(by_size)
         self.lines = [_Line(by_size[size]) for size in self.sizes]
+        # One length in all: it does not matter, or was not varied.
+        self.any_length = len({length for _, length in points}) == 1
 
     def at(self, size: int, length: int) -> Cost:
         """Seconds at a point.
@@ -83,22 +84,21 @@ class Surface:
             return Cost(seconds, Provenance.EXTRAPOLATED)
         i = bisect_left(sizes, size)
         high = self.lines[i]
-        if sizes[i] == size and high.covers(length):
+        if sizes[i] == size and (self.any_length or high.covers(length)):
             return Cost(high.at(length), self._provenance(high, length))
         below, low, above = sizes[i - 1], self.lines[i - 1], sizes[i]
         log_unit_s = _between(
             math.log(size), math.log(below), math.log(above),
             math.log(low.at(length) / below), math.log(high.at(length) / above),
         )  # fmt: skip
-        inside = low.covers(length) or high.covers(length)
+        inside = self.any_length or low.covers(length) or high.covers(length)
         return Cost(
             math.exp(log_unit_s) * size,
             Provenance.INTERPOLATED if inside else Provenance.EXTRAPOLATED,
         )
 
-    @staticmethod
-    def _provenance(line: _Line, length: int) -> Provenance:
-        if length in line.lengths or len(line.lengths) == 1:
+    def _provenance(self, line: _Line, length: int) -> Provenance:
+        if self.any_length or length in line.lengths:
             return Provenance.MEASURED
         return Provenance.INTERPOLATED if line.covers(length) else Provenance.EXTRAPOLATED
 

@@ -37,12 +37,22 @@ BATCH, PROMPT, RESPONSE = 64, 128, 128
 class RoundCosts:
     """A block takes 1 s a token forward and 2 s backward, in decode 1 s a step for each token of
 
-    context and sequence; ends and optimizer are as given. Nothing depends on tp.
+    context and sequence, all times ``block``; the head and the optimizer are as given. Nothing
+    depends on tp.
     """
 
-    def __init__(self, *, head_s: float = 0.0, optimizer_s: float = 0.0) -> None:
-        self.head_s = head_s
-        self.optimizer_s = optimizer_s
+    def __init__(
+        self,
+        *,
+        block: float = 1.0,
+        head_s: float = 0.0,
+        head_row_s: float = 0.0,
+        optimizer_s: float = 0.0,
+        parameter_s: float = 0.0,
+    ) -> None:
+        self.block = block
+        self.head_s, self.head_row_s = head_s, head_row_s
+        self.optimizer_s, self.parameter_s = optimizer_s, parameter_s
 
     def layer(
         self, spec: ModelSpec, component: Component, operation: Operation, *, tp: int, size: int,
@@ -51,12 +61,13 @@ class RoundCosts:
         if component == "embedding":
             return Cost(0.0, Provenance.MEASURED)
         if component == "head":
-            return Cost(self.head_s, Provenance.MEASURED)
+            return Cost(self.head_s + self.head_row_s * size, Provenance.MEASURED)
         rate = {"forward": 1.0, "backward": 2.0, "decode": float(length)}[operation]
-        return Cost(rate * size, Provenance.MEASURED)
+        return Cost(self.block * rate * size, Provenance.MEASURED)
 
     def optimizer_step(self, num_parameters: int) -> Cost:
-        return Cost(self.optimizer_s, Provenance.MEASURED)
+        seconds = self.optimizer_s + self.parameter_s * num_parameters
+        return Cost(seconds, Provenance.MEASURED)
 
 
 def free_links(cluster: ClusterSpec) -> ClusterSpec:
@@ -206,6 +217,66 @@ def test_hops_between_nodes_take_the_network() -> None:
     assert inside.parts["pipeline_p2p"] == pytest.approx(0, abs=1e-6)
     # Stages of 4 devices: only the hop from stage 1 to 2 leaves the node, once a micro-batch.
     assert across.parts["pipeline_p2p"] > 0
+
+
+def slow_links(cluster: ClusterSpec, **links: LinkSpec) -> CostModel:
+    """Blocks for free, so that only ``links`` count; datasheet rates are reached."""
+    cluster = replace(cluster, **links)  # type: ignore[arg-type]
+    collectives = Collectives(cluster, bandwidth_efficiency=1.0)
+    return CostModel(cluster, RoundCosts(block=0.0), collectives)
+
+
+ONE_BYTE = LinkSpec(bytes_per_s=1.0, latency_s=0.0)
+ONE_SECOND = LinkSpec(bytes_per_s=1e30, latency_s=1.0)
+
+
+def test_zero_updates_a_share_of_the_parameters() -> None:
+    costs = RoundCosts(parameter_s=1.0)
+    values = MODELS["tiny"].num_parameters
+    plain = round_cost("actor_train", allocate(dp=4), costs).parts["optimizer"]
+    shared = round_cost("actor_train", allocate(dp=4, zero=1), costs).parts["optimizer"]
+    assert plain == pytest.approx(4 * values)
+    assert shared == pytest.approx(4 * ceil(values / 4))
+
+
+def test_replicas_of_shards_are_tp_apart() -> None:
+    """tp 2, dp 8 on two nodes: replicas 0, 2, … 14 lie on both, so gradients take the network."""
+    model = slow_links(free_links(make_cluster("a100", 16)), inter_link=ONE_BYTE)
+    found = call_cost(ppo(model.cluster), "actor_train", allocate(tp=2, dp=8), model)
+    shape = stage_shapes(MODELS["tiny"], 1)[0]
+    num_bytes = 4 * stage_values(MODELS["tiny"], shape, 2)
+    # 4 of a node's devices are in a group: each takes a quarter to the other node.
+    assert found.parts["data_parallel"] == pytest.approx(4 * num_bytes / 4)
+
+
+def test_a_tied_embedding_is_summed_over_both_ends() -> None:
+    model = slow_links(free_links(make_cluster("a100", 8)), intra_link=ONE_BYTE)
+    spec = MODELS["tiny"]
+    found = call_cost(ppo(model.cluster), "actor_train", allocate(pp=2), model)
+    assert found.parts["data_parallel"] == pytest.approx(4 * 4 * spec.vocab * spec.hidden)
+    critic = call_cost(ppo(model.cluster), "critic_train", allocate(pp=2), model)
+    assert critic.parts["data_parallel"] == 0
+
+
+def test_a_decode_step_hops_forward_and_back() -> None:
+    model = slow_links(free_links(make_cluster("a100", 8)), intra_link=ONE_SECOND)
+    found = call_cost(ppo(model.cluster), "actor_gen", allocate(pp=4), model)
+    assert found.parts["prefill"] == pytest.approx(3)
+    assert found.parts["decode"] == pytest.approx((RESPONSE - 1) * 4)
+
+
+def test_prefill_gives_a_head_to_last_tokens_only() -> None:
+    cost = round_cost("actor_gen", allocate(), RoundCosts(block=0.0, head_row_s=1.0))
+    assert cost.parts["prefill"] == pytest.approx(BATCH)
+    assert cost.parts["decode"] == pytest.approx(BATCH * (RESPONSE - 1))
+
+
+def test_choosing_tokens_passes_over_the_logits() -> None:
+    cluster = free_links(make_cluster("a100", 8))
+    slow = replace(cluster, device=replace(cluster.device, memory_bytes_per_s=1.0))
+    model = CostModel(slow, RoundCosts(block=0.0), Collectives(slow))
+    found = call_cost(ppo(slow), "actor_gen", allocate(), model)
+    assert found.seconds == pytest.approx(RESPONSE * 8 * 4 * BATCH * MODELS["tiny"].vocab)
 
 
 # ---- pieces -----------------------------------------------------------------------------------

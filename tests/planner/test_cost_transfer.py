@@ -71,6 +71,24 @@ def test_shards_arrive_in_parallel() -> None:
     assert halves == pytest.approx(whole / 2, rel=0.01)
 
 
+def test_a_copy_inside_a_device_is_read_and_written() -> None:
+    cluster = two_nodes(intra=1e30, inter=1e30)
+    slow = replace(cluster, device=replace(cluster.device, memory_bytes_per_s=1.0))
+    found = reallocation_seconds(
+        layout(0, 1), layout(0, 2, dp=2), bytes_per_value=2, model=model_on(slow)
+    )
+    assert found == pytest.approx(2 * 2 * SPEC.num_parameters)
+
+
+def test_every_message_of_a_device_has_its_latency() -> None:
+    cluster = two_nodes(intra=1e30, inter=1e30)
+    late = replace(cluster, intra_link=LinkSpec(bytes_per_s=1e30, latency_s=1.0))
+    found = reallocation_seconds(
+        layout(0, 2, tp=2), layout(2, 1), bytes_per_value=2, model=model_on(late)
+    )
+    assert found == pytest.approx(2.0)  # one half from either shard
+
+
 pairs = st.tuples(
     st.sampled_from([(0, 8), (0, 4), (4, 4), (2, 2), (6, 1)]),
     st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2)]),

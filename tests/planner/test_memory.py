@@ -109,6 +109,25 @@ def test_the_first_stage_of_1f1b_keeps_as_many_micro_batches_as_stages() -> None
     assert few.activations == 2 * TOKENS * (4 * 8 * block + working)
 
 
+def test_later_stages_keep_fewer_micro_batches() -> None:
+    # 8 sequences a micro-batch: training is every device's fullest moment.
+    need = plan_memory(plan_of(allocate(pp=4, m=2)))
+    block, working = block_activation_values(SPEC, 1), block_working_values(SPEC, 1)
+    for stage, in_flight in enumerate((2, 2, 2, 1)):
+        assert need[stage].activations == 2 * 8 * TOKENS * (in_flight * 8 * block + working)
+
+
+def test_the_largest_gradient_is_there_once_more() -> None:
+    need = call_memory(ppo(), "actor_train", allocate(m=16))
+    assert need.buffers == 2 * max(32000 * 4096, 2 * 11008 * 4096)
+
+
+def test_a_groups_logits_while_tokens_are_chosen() -> None:
+    # 64 sequences in 4 groups: parts and whole in bf16, three copies in fp32.
+    need = call_memory(ppo(), "actor_gen", allocate(m=4))
+    assert need.logits == 16 * 32000 * (2 * 2 + 3 * 4)
+
+
 def test_generation_holds_keys_and_values_of_the_whole_replica() -> None:
     need = call_memory(ppo(), "actor_gen", allocate(dp=2, m=4))
     assert need.kv_cache == BATCH // 2 * TOKENS * SPEC.kv_bytes_per_token()
@@ -182,6 +201,14 @@ def test_a_borrowed_layout_is_there_while_its_call_runs() -> None:
     assert apart[0].buffers >= STAGING_BYTES["cuda"]
     # Devices 4 to 7 do not generate and borrow nothing.
     assert apart[7].weights == together[7].weights
+
+
+def test_a_borrowed_layout_is_gone_when_the_role_trains() -> None:
+    home, other = allocate(tp=8, m=1), allocate(tp=4, m=16)
+    together, apart = plan_of(home), plan_of(home, actor_gen=other)
+    # One micro-batch: training is the fullest moment, with or without the borrowed weights.
+    assert plan_memory(apart)[0] == plan_memory(together)[0]
+    assert plan_memory(together)[0].gradients > 0
 
 
 def test_a_plan_that_fits_passes_and_one_that_does_not_is_explained() -> None:

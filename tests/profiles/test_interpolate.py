@@ -83,5 +83,8 @@ def test_a_triangular_grid_is_covered() -> None:
     assert between.provenance is Provenance.INTERPOLATED
     # Efficiency in logarithms: seconds / size is the geometric mean of the neighbours'.
     assert between.seconds == pytest.approx(512 * ((1.0 / 256) * (3.0 / 1024)) ** 0.5)
+    # The smaller neighbour has no such length, the larger one has it between two.
     assert surface.at(512, 512).provenance is Provenance.INTERPOLATED
+    assert surface.at(256, 512).provenance is Provenance.EXTRAPOLATED
+    assert surface.at(512, 2048).provenance is Provenance.EXTRAPOLATED
     assert between.seconds < surface.at(512, 512).seconds < 4.0

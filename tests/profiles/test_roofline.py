@@ -90,6 +90,23 @@ def test_the_optimizer_moves_its_states() -> None:
     assert costs.optimizer_step(10**9).seconds == pytest.approx(38e9 / 2039e9)
 
 
+def test_the_head_passes_three_times_over_fp32_logits() -> None:
+    device = replace(DEVICES["a100"], peak_flops=1e30, launch_s=0.0)
+    costs = RooflineCosts(device, memory_efficiency=1.0)
+    spec, rows = MODELS["llama-7b"], 100
+    norm = 2 * 2 * 4096 * rows
+    product = 2 * (4096 * rows + 4096 * 32000 + 32000 * rows)
+    passes = 3 * 4 * 32000 * rows
+
+    def num_bytes(operation: Operation) -> float:
+        cost = costs.layer(spec, "head", operation, tp=1, size=rows, length=rows)
+        return cost.seconds * 2039e9
+
+    assert num_bytes("decode") == pytest.approx(norm + product)
+    assert num_bytes("forward") == pytest.approx(norm + product + passes)
+    assert num_bytes("backward") == pytest.approx(2 * (norm + product) + passes)
+
+
 components = st.sampled_from(["block", "embedding", "head"])
 operations = st.sampled_from(["forward", "backward", "decode"])
 models = st.sampled_from(["tiny", "llama-7b", "llama-70b", "qwen2.5-1.5b"])
