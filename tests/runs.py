@@ -131,4 +131,5 @@ def run_rank(rank: int, world_size: int, plan: ExecutionPlan, folder: str) -> Ou
 
 
 def run_plan(plan: ExecutionPlan, folder: Path) -> list[Outcome]:
+    folder.mkdir(parents=True, exist_ok=True)
     return spawn(plan.num_devices, run_rank, plan, str(folder))

@@ -7,9 +7,11 @@ exception is raised here with its traceback; children that hang are ended at the
 
 from __future__ import annotations
 
+import faulthandler
 import pickle
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,6 +34,8 @@ def _child(
 ) -> None:
     torch.set_num_threads(1)
     result: tuple[bool, Any]
+    stacks = Path(folder, f"{rank}.stack").open("w")
+    faulthandler.dump_traceback_later(0.9 * timeout_s, file=stacks)
     try:
         dist.init_process_group(
             "gloo",
@@ -69,13 +73,15 @@ def spawn(
         ]
         for child in children:
             child.start()
+        deadline = time.monotonic() + timeout_s
         for child in children:
-            child.join(timeout_s)
+            child.join(max(0.0, deadline - time.monotonic()))
         hung = [rank for rank, child in enumerate(children) if child.is_alive()]
         for child in children:
             if child.is_alive():
                 child.kill()
                 child.join()
+        stacks = "\n".join(f"rank {r}:\n{Path(folder, f'{r}.stack').read_text()}" for r in hung)
         results: dict[int, tuple[bool, Any]] = {}
         for rank in range(world_size):
             file = Path(folder, f"{rank}.pickle")
@@ -85,7 +91,7 @@ def spawn(
     # The first failure is the cause; peers of a dead rank fail with broken connections.
     failures.sort(key=lambda text: "Connection" in text or "peer" in text)
     assert not failures, failures[0] + f"\n({len(failures)} of {world_size} ranks failed)"
-    assert not hung, f"ranks {hung} still ran after {timeout_s} s"
+    assert not hung, f"ranks {hung} still ran after {timeout_s} s\n{stacks}"
     assert len(results) == world_size, (
         f"ranks {set(range(world_size)) - set(results)} died silently"
     )
