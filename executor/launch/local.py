@@ -8,6 +8,7 @@ of ours with its traceback.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -60,6 +61,8 @@ def launch(run: Run) -> None:
         local_addr="127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(output / "logs")),
     )
+    # Elastic logs its own traceback of a worker's death; the launcher tells the worker's reason.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, _worker_process)(run, torch.get_num_threads())
     except ChildFailedError:

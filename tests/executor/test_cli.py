@@ -117,7 +117,7 @@ def test_mistakes_on_the_command_line(
 ) -> None:
     file = tmp_path / "plan.json"
     save_plan(plan, file)
-    assert "no such file" in refused(capsys, "absent.json")
+    assert "No such file" in refused(capsys, "absent.json")
     assert "'extra' is not an override" in refused(capsys, str(file), "extra")
     assert "'lrr'" in refused(capsys, str(file), "actor.lrr=1")
     assert "not at least 1" in refused(capsys, str(file), "total_steps=0")
