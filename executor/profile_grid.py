@@ -123,7 +123,9 @@ class _Search:
     def coarse(self) -> None:
         points = self.grid.points()
         for index, point in enumerate(points):
-            if self.found and not self._affordable(point, stretch=COARSE_STRETCH):
+            left_s = self.allowance.left_s(stretch=COARSE_STRETCH)
+            # Cheap points are worth more than the time they take.
+            if self.found and RUNS_A_POINT * self._guess_s(point) > max(left_s, LEAST_CAP_S):
                 continue
             weight = _work(point) / sum(_work(p) for p in points[index:])
             self.found[point] = self._measure(point, 0.7 * self.allowance.left_s() * weight)
@@ -178,12 +180,23 @@ class _Search:
         line = [(value, other) if axis == SIZE else (other, value) for other in others]
         return [point for point in line if self.grid.holds(point) and point not in self.found]
 
-    def _affordable(self, point: Point, *, stretch: float = 1.0) -> bool:
-        """Whether a point fits in the time left, from its nearest neighbour and their work."""
+    def _affordable(self, point: Point) -> bool:
+        return RUNS_A_POINT * self._guess_s(point) < self.allowance.left_s()
+
+    def _guess_s(self, point: Point) -> float:
+        """Seconds of one run of ``point``: its nearest neighbour's by work, and as they grew."""
         near = min(self.found, key=lambda p: abs(math.log(_work(p) / _work(point))))
-        layer_s = sum(m.seconds for m in self.found[near].values())
-        run_s = layer_s * self.target.depth(point) * max(1.0, _work(point) / _work(near))
-        return RUNS_A_POINT * run_s < self.allowance.left_s(stretch=stretch)
+        smaller = [p for p in self.found if p[0] < near[0] and _work(p) < _work(near)]
+        power = 0.5
+        if smaller:
+            before = max(smaller, key=_work)
+            growth = math.log(self._layer_s(near) / self._layer_s(before))
+            power = min(1.2, max(0.0, growth / math.log(_work(near) / _work(before))))
+        ratio = max(1.0, _work(point) / _work(near))
+        return self._layer_s(near) * self.target.depth(point) * ratio**power
+
+    def _layer_s(self, point: Point) -> float:
+        return sum(measured.seconds for measured in self.found[point].values())
 
 
 def _total_error(errors: Sequence[HeldOut]) -> float:
@@ -201,7 +214,7 @@ def _work(point: Point) -> float:
 def round_to_power(value: float) -> int:
     """The nearest power of two by ratio, so that points divide each other.
 
-    >>> round_to_power(91)
+    >>> round_to_power(90)
     64
     """
     return 2 ** round(math.log2(value))

@@ -15,7 +15,8 @@ import queue
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -151,18 +152,19 @@ def profile(request: ProfileRequest, progress: Tell = lambda text, share: None) 
     )
     total = sum(task.share for task in tasks_of(job))
     shares = {task.name: task.share / total for task in tasks_of(job)}
-    for report in _reports(job):
-        if report.kind == "task":
-            partial.add(report)
-            write_json(partial_path(request.output), asdict(partial))
-        progress(report.text, sum(shares[name] for name in partial.done))
+    with closing(_reports(job)) as reports:
+        for report in reports:
+            if report.kind == "task":
+                partial.add(report)
+                write_json(partial_path(request.output), asdict(partial))
+            progress(report.text, sum(shares[name] for name in partial.done))
     table = make_table(request, partial)
     table.save(request.output)
     partial_path(request.output).unlink(missing_ok=True)
     return table
 
 
-def _reports(job: WorkerJob) -> Iterator[Report]:
+def _reports(job: WorkerJob) -> Generator[Report, None, None]:
     """What rank 0 says, until the end; the workers do not outlive the iteration."""
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,277 @@
+"""Protects ``realexec profile``: that it runs the executor's own layers, that its table holds all
+that a planner asks for, that interpolation errors add points, and that no finished part is lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from executor import profiler
+from executor.profile_grid import Allowance, Found, Grid, Point, Target, explore
+from executor.profile_layers import LayerBench
+from executor.profile_measure import Lockstep, Measurement, Probe
+from executor.profile_rows import predict_seconds
+from executor.profile_worker import PROBES, Limits, WorkerJob
+from executor.profiler import ProfileRequest, load_partial, partial_path, profile
+from profiles.catalogue import MODELS
+from profiles.errors import ConfigError
+from profiles.table import CostTable
+from tests.spawn import spawn
+
+TINY = MODELS["tiny"]
+LIMITS = Limits(tokens=1024, head_tokens=64, length=1024, sequences=16, budget_s=1.0)
+
+
+def request(folder: Path, **changes: object) -> ProfileRequest:
+    plain = ProfileRequest(spec=TINY, output=folder / "profile.json", limits=LIMITS, workers=2)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+class Interrupted:
+    """A progress that interrupts once ``num_tasks`` tasks are done; remembers what it heard."""
+
+    def __init__(self, num_tasks: int) -> None:
+        self.shares: set[float] = set()
+        self.num_tasks = num_tasks
+
+    def __call__(self, text: str, share: float) -> None:
+        self.shares.add(share)
+        if len(self.shares) > self.num_tasks:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[str], Path]:
+    """A profile that was interrupted and taken up again: (what the interruption left, what was
+
+    measured afterwards, the table's file).
+    """
+    what = request(tmp_path_factory.mktemp("profile"), tps=(1, 2))
+    with pytest.raises(KeyboardInterrupt):
+        profile(what, Interrupted(3))
+    left = json.loads(partial_path(what.output).read_text())
+    heard: list[str] = []
+    profile(what, lambda text, share: heard.append(text))
+    return left, heard, what.output
+
+
+def test_every_question_of_a_planner_has_rows(resumed: tuple[dict, list[str], Path]) -> None:
+    table = CostTable.load(resumed[2])  # validates every row
+    found = {(row.component, row.operation, row.tp) for row in table.rows}
+    layers = {
+        (component, operation, tp)
+        for component in ("block", "embedding", "head")
+        for operation in ("forward", "backward", "decode")
+        for tp in (1, 2)
+    }
+    collectives = {
+        ("collective", name, 1) for name in ("all_reduce", "all_gather", "reduce_scatter", "p2p")
+    }
+    assert found == layers | collectives | {("optimizer", "step", 1)}
+    heads = {row.shape.rsplit("-")[-1] for row in table.rows if row.component == "head"}
+    assert heads == {"lm", "scalar"}, "an actor and a critic are planned with one profile"
+    assert {row.workers for row in table.rows if row.component == "collective"} == {2}
+    assert table.device.kind == "cpu"
+    assert "2 workers" in table.device.name
+    assert table.versions["torch"] == torch.__version__
+
+
+def test_decode_takes_longer_with_more_context(resumed: tuple[dict, list[str], Path]) -> None:
+    """Sixteen rows of 1024 tokens are 4 MB of keys and values, of 32 tokens 128 kB."""
+    seconds = {
+        row.length: row.seconds
+        for row in CostTable.load(resumed[2]).rows
+        if (row.component, row.operation, row.tp, row.size) == ("block", "decode", 1, 16)
+    }
+    assert seconds[1024] > 1.5 * seconds[32]
+
+
+def test_an_interrupted_profile_goes_on_where_it_stopped(
+    resumed: tuple[dict, list[str], Path],
+) -> None:
+    left, heard, output = resumed
+    assert len(left["done"]) >= 3
+    for name in left["done"]:
+        assert not any(text == name or text.startswith(f"{name}:") for text in heard), name
+    assert not partial_path(output).exists()
+    rows = [[row[name] for name in sorted(row)] for row in left["rows"]]
+    data = json.loads(output.read_text())
+    order = sorted(range(len(data["columns"])), key=lambda i: data["columns"][i])
+    kept = [[row[i] for i in order] for row in data["rows"]]
+    assert rows == kept[: len(rows)], "what was measured before the interruption is in the table"
+
+
+def test_a_partial_file_of_other_conditions_or_cut_off_is_not_continued(tmp_path: Path) -> None:
+    what = request(tmp_path)
+    partial = load_partial(what)
+    partial.done.append("device")
+    path = partial_path(what.output)
+    path.write_text(json.dumps({**profiler.asdict(partial)}))
+    assert load_partial(what).done == ["device"]
+    assert load_partial(replace(what, workers=1)).done == []
+    assert load_partial(replace(what, spec=TINY.with_head("scalar"))).done == []
+    path.write_text(path.read_text()[:-20])
+    assert load_partial(what).done == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which CUDA fails")
+def test_a_failing_worker_is_reported_with_its_traceback() -> None:
+    job = WorkerJob(
+        spec=TINY, tps=(1,), kind="cuda", workers=1, num_threads=1, limits=LIMITS, done=frozenset()
+    )
+    with pytest.raises(RuntimeError, match=r"(?s)worker 0:.*Traceback.*set_device"):
+        list(profiler._reports(job))
+
+
+# ---- what is measured ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize("kind,phase", list(PROBES))
+def test_a_shard_runs_alone(kind: str, phase: str, head: str, tp: int) -> None:
+    """Groups are None: a collective would fail, no process group exists here."""
+    spec = TINY.with_head("scalar" if head == "scalar" else "lm")
+    bench = LayerBench(spec, tp=tp, device=torch.device("cpu"), dtype=torch.float32)
+    size, length = (2, 0) if phase == "step" else (64, 32)
+    probe = PROBES[kind, phase](bench, size, length)
+    for action in probe.actions:
+        action()
+    (stage,) = bench._stages.values()
+    if phase == "train":
+        assert stage.gradients is not None
+        assert stage.gradients.abs().max() > 0, "backward adds to the flat gradients"
+    if kind == "block":
+        assert probe.count == len(stage.layers) == TINY.num_layers
+        assert stage.layers[0].down.shape == (TINY.hidden, TINY.ffn // tp)
+        assert stage.embedding is None
+        assert stage.final_norm is None
+
+
+class Scripted(Lockstep):
+    """A clock that believes what an action returns."""
+
+    def elapsed_s(self, action: object, repeats: int) -> float:
+        return action()  # type: ignore[operator]
+
+
+def _measure_scripted(rank: int, world_size: int) -> dict[str, Measurement]:
+    lockstep = Scripted(torch.device("cpu"), world_size=world_size)
+    forward_s, train_s = (1.0, 4.0) if rank == 0 else (3.0, 12.0)
+    probe = Probe(
+        actions=(lambda: forward_s, lambda: train_s),
+        readings={"forward": (1, 0), "backward": (-1, 1)},
+        count=2,
+    )
+    return lockstep.measure(probe, cap_s=0.01)
+
+
+def test_readings_are_differences_per_layer_and_the_median_over_workers() -> None:
+    results = spawn(2, _measure_scripted)
+    assert results[0] == results[1], "all workers decide alike"
+    # Of layers: forward 1 / 2 and 3 / 2 seconds, backward 3 / 2 and 9 / 2.
+    assert results[0]["forward"].seconds == pytest.approx(1.0)
+    assert results[0]["backward"].seconds == pytest.approx(3.0)
+    assert results[0]["forward"].spread == 0
+
+
+# ---- where it is measured -----------------------------------------------------------------
+
+
+def explore_formula(
+    grid: Grid, seconds: object, *, budget_s: float = 1e6
+) -> tuple[Found, list[float]]:
+    """What ``explore`` finds of ``seconds(size, length)``, and its held-out errors."""
+
+    def measure(point: Point, cap_s: float) -> dict[str, Measurement]:
+        value = seconds(*point)  # type: ignore[operator]
+        return {"forward": Measurement(seconds=value, spread=0.0, samples=3)}
+
+    target = Target(measure=measure, predict=predict_seconds, depth=lambda point: 1)
+    allowance = Allowance(budget_s, lambda value: value)
+    found, held_out = explore(grid, target, allowance, tick=lambda point: None)
+    return found, [abs(h.error) for h in held_out]
+
+
+GRID = Grid(sizes=(64, 256, 1024), lengths=(32, 256), whole=True)
+
+
+def test_where_interpolation_is_right_no_line_is_added() -> None:
+    found, errors = explore_formula(GRID, lambda size, length: 1e-6 * size)
+    assert max(errors) < 1e-9
+    assert {size for size, _ in found} == {64, 256, 1024}
+
+
+def test_where_interpolation_misses_lines_are_added() -> None:
+    """A step in the cost between 256 and 1024 tokens, as a cache has it."""
+
+    def seconds(size: int, length: int) -> float:
+        return 1e-6 * size * (3.0 if size >= 512 else 1.0)
+
+    found, errors = explore_formula(GRID, seconds)
+    assert max(errors) > 0.05
+    assert {(512, 32), (512, 256)} <= set(found), "the whole line, not the tested point alone"
+    assert all(size >= length for size, length in found)
+
+
+def test_points_that_take_too_long_are_left_out_largest_first() -> None:
+    found, _ = explore_formula(GRID, lambda size, length: 2e-3 * size, budget_s=2.0)
+    sizes = {size for size, _ in found}
+    assert 64 in sizes
+    assert 1024 not in sizes
+
+
+# ---- command line -------------------------------------------------------------------------
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    profiler.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def test_the_flags_are_these() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    profiler.add_arguments(parser)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert flags == {"--model", "--tp", "--device", "--workers", "-o", "--output"}
+    assert all(action.help for action in parser._actions)
+
+
+@pytest.mark.parametrize("model,tps", [("tiny", (1, 2)), ("smollm2-135m", (1,))])
+def test_tp_defaults_to_what_divides_the_model(model: str, tps: tuple[int, ...]) -> None:
+    """SmolLM2 has 9 heads and 3 kv heads."""
+    assert profiler.request_from_args(parse("--model", model, "--workers", "2")).tps == tps
+
+
+@pytest.mark.parametrize(
+    "argv,sentence",
+    [
+        (("--tp", "1,x"), r"--tp: '1,x' is not a list of degrees"),
+        (("--tp", "0"), r"--tp: tp is 0"),
+        (("--tp", "3"), r"--tp: tp 3 does not divide the 4 heads of tiny"),
+        (("--workers", "0"), r"--workers: 0 is not at least 1"),
+        (("--device", "cuda", "--workers", "99"), r"--workers: 99 workers, but torch sees \d"),
+    ],
+)
+def test_a_wrong_flag_is_named(argv: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        profiler.request_from_args(parse("--model", "tiny", *argv))
+
+
+def test_an_interrupt_says_where_the_partial_result_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object) -> CostTable:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiler, "profile", interrupted)
+    output = tmp_path / "p.json"
+    assert profiler.run_from_args(parse("--model", "tiny", "-o", str(output))) == 130
+    assert "p.json.partial.json" in capsys.readouterr().err
