@@ -29,7 +29,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "Traceback" not in printed.err
-    (line,) = printed.err.strip().splitlines()
+    *started, line = printed.err.strip().splitlines()
+    assert all(text.startswith("ppo: ") for text in started), started
     return line
 
 
