@@ -62,7 +62,8 @@ def launch(run: Run) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=str(output / "logs")),
     )
     # Elastic logs its own traceback of a worker's death; the launcher tells the worker's reason.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, _worker_process)(run, torch.get_num_threads())
     except ChildFailedError:

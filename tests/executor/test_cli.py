@@ -80,7 +80,8 @@ def crash(prompt: str, answer: str, record: dict[str, object]) -> float:
     return 1 / 0
 
 
-OVERRIDES = ["batch_size=4", "prompt_len=4", "response_len=4", "init=random", "total_steps=1"]
+OVERRIDES = ["batch_size=4", "prompt_len=4", "response_len=4", "init=random", "total_steps=1",
+             "ppo.num_mini_batches=1"]  # fmt: skip
 
 
 def test_a_plan_for_gpus_names_what_is_here_and_what_works(
