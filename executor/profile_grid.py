@@ -94,7 +94,7 @@ class Allowance:
 # Three samples, each of a forward alone and a forward with backward: 4/3 of what is read.
 RUNS_A_POINT = 4.5
 # The coarse grid may take so much more, where the machine is busy with something else.
-COARSE_STRETCH = 2.0
+COARSE_STRETCH = 1.5
 LEAST_CAP_S, LARGEST_CAP_S = 0.15, 2.0
 
 

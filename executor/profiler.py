@@ -313,9 +313,11 @@ def run_from_args(args: argparse.Namespace) -> int:
                 request, lambda text, share: bar.update(line, description=text, completed=share)
             )
     except KeyboardInterrupt:
+        left = partial_path(request.output)
         console.print(
-            f"interrupted; what was measured is in {partial_path(request.output)}, "
-            "and the same command goes on from there",
+            f"interrupted; what was measured is in {left}, and the same command goes on from there"
+            if left.exists()
+            else "interrupted before the first part was done; nothing is left",
             soft_wrap=True,
         )
         return 130

@@ -268,10 +268,13 @@ def test_a_wrong_flag_is_named(argv: tuple[str, ...], sentence: str) -> None:
 def test_an_interrupt_says_where_the_partial_result_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*args: object) -> CostTable:
+    def interrupted(what: ProfileRequest, *args: object) -> CostTable:
+        partial_path(what.output).write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(profiler, "profile", interrupted)
     output = tmp_path / "p.json"
     assert profiler.run_from_args(parse("--model", "tiny", "-o", str(output))) == 130
-    assert "p.json.partial.json" in capsys.readouterr().err
+    assert "goes on from there" in capsys.readouterr().err
+    assert partial_path(output).name == "p.json.partial.json"
+    assert partial_path(output).exists()
