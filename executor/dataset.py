@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ class MockPrompts:
         self.vocab, self.prompt_len, self.seed = vocab, prompt_len, seed
 
     def batch(self, step: int, batch_size: int) -> tuple[list[Tensor], list[Record]]:
-        rng = torch.Generator().manual_seed((self.seed << 32) + step)
+        rng = _generator(self.seed, step)
         shortest = max(1, self.prompt_len // 2)
         lengths = torch.randint(shortest, self.prompt_len + 1, (batch_size,), generator=rng)
         prompts = [
@@ -71,8 +72,15 @@ class PromptDataset:
         return [self.prompts[i] for i in chosen], [self.records[i][1] for i in chosen]
 
     def _order(self, epoch: int) -> list[int]:
-        rng = torch.Generator().manual_seed((self.seed << 32) + epoch)
-        return torch.randperm(len(self.records), generator=rng).tolist()
+        order: list[int] = torch.randperm(
+            len(self.records), generator=_generator(self.seed, epoch)
+        ).tolist()
+        return order
+
+
+def _generator(seed: int, counter: int) -> torch.Generator:
+    """A generator of its own for every pair: torch's on the CPU keeps 32 bits of a seed."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {counter}").getrandbits(32))
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat_template: bool) -> list[int]:

@@ -34,7 +34,7 @@ def _child(
 ) -> None:
     torch.set_num_threads(1)
     result: tuple[bool, Any]
-    stacks = Path(folder, f"{rank}.stack").open("w")
+    stacks = Path(folder, f"{rank}.stack").open("w")  # noqa: SIM115 open until the process ends
     faulthandler.dump_traceback_later(0.9 * timeout_s, file=stacks)
     try:
         dist.init_process_group(
