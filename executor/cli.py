@@ -28,8 +28,8 @@ from profiles.errors import ConfigError, UserError
 
 _RUN_EXAMPLES = """examples:
   realexec run plan.json actor.path=models/sft data.path=prompts.jsonl total_steps=100
-  realexec run plan.json init=random                       # a benchmark: random weights, mock prompts
-  realexec run --layout d2p1m1 --model models/sft data.path=prompts.jsonl    # without a search
+  realexec run plan.json init=random      # a benchmark: random weights, mock prompts
+  realexec run --layout d2p1m1 --model models/sft data.path=prompts.jsonl    # no search
 """
 
 

@@ -91,9 +91,14 @@ def open_data(run: Run, text: TextCodec) -> Prompts:
     )
 
 
-def checkpoint_name(step: int) -> str:
-    """The prior system's name of a saved model; steps count from one, epochs are not tracked."""
-    return f"epoch1epochstep{step}globalstep{step}"
+def checkpoint_name(step: int, steps_per_epoch: int | None) -> str:
+    """The prior system's name of what is saved after ``step`` steps; all three count from 1.
+
+    >>> checkpoint_name(12, 5)
+    'epoch3epochstep2globalstep12'
+    """
+    epoch, place = divmod(step - 1, steps_per_epoch) if steps_per_epoch else (0, step - 1)
+    return f"epoch{epoch + 1}epochstep{place + 1}globalstep{step}"
 
 
 def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) -> None:
@@ -137,6 +142,8 @@ def _steps(
 ) -> None:
     """Rank 0 writes a step's numbers after the next step, so that it never waits for a peer."""
     total, waiting = run.config.total_steps, list[tuple[int, float]]()
+    num_prompts = worker.data.num_prompts
+    steps_per_epoch = max(1, num_prompts // run.config.batch_size) if num_prompts else None
 
     def write(until: int) -> None:
         while metrics and display and waiting and waiting[0][0] < until:
@@ -154,5 +161,5 @@ def _steps(
         if step + 1 == total or (every and (step + 1) % every == 0):
             if display:
                 display.instruction("saving")
-            worker.save(Path(checkpoint_name(step + 1)))
+            worker.save(Path(checkpoint_name(step + 1, steps_per_epoch)))
     write(total)
