@@ -10,7 +10,7 @@ on CUDA 4 more for the fp32 master.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import ceil
 
 from planner.cost.pipeline import micro_batch_sizes
@@ -60,7 +60,7 @@ class MemoryBreakdown:
 
     def items(self) -> dict[str, int]:
         """Bytes by the item's name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(self, name) for name in self.__slots__}
 
     def __add__(self, other: MemoryBreakdown) -> MemoryBreakdown:
         mine, others = self.items(), other.items()

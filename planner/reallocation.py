@@ -148,6 +148,7 @@ def routes(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> tupl
     found: list[Route] = []
     for dst_stage, src_stages, layers in _groups_of_layers(src, dst):
         weight = sum(sum(_layer_values(src.spec, layer)) for layer in layers)
+        nearest: dict[tuple[int, int], list[int]] = {}  # (shard, node) -> who may give it
         for dp_rank in range(dst.dp):
             for tp_rank in range(dst.tp):
                 device = dst.device(dst_stage, dp_rank, tp_rank)
@@ -164,9 +165,13 @@ def routes(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> tupl
                     if local and held is not None and held[2] == shard_index:
                         giver = device
                     else:
-                        giver = _nearest(
-                            src, src_stages, shard_index, device, devices_per_node, sent
-                        )
+                        place = (shard_index, device // devices_per_node)
+                        if place not in nearest:
+                            nearest[place] = _nearest_holders(
+                                src, src_stages, *place, devices_per_node
+                            )
+                        # The least burdened, and of equals the first.
+                        giver = min(nearest[place], key=sent.__getitem__)
                         sent[giver] += weight * (end - start) // units
                     found.append(
                         Route(src=giver, dst=device, layers=tuple(layers), lo=start, hi=end,
@@ -185,19 +190,12 @@ def _holds(tp_rank: int, parts: list[tuple[int, int, int]]) -> bool:
     return any(index == tp_rank for index, _, _ in parts)
 
 
-def _nearest(
-    src: Layout,
-    stages: frozenset[int],
-    shard_index: int,
-    device: int,
-    devices_per_node: int,
-    sent: dict[int, int],
-) -> int:
-    """The holder of a shard on the same node, else any; the least burdened of them."""
-    node = device // devices_per_node
+def _nearest_holders(
+    src: Layout, stages: frozenset[int], shard_index: int, node: int, devices_per_node: int
+) -> list[int]:
+    """Holders of a shard on ``node``; all of them where that has none."""
     holders = [src.device(s, d, shard_index) for s in sorted(stages) for d in range(src.dp)]
-    near = [h for h in holders if h // devices_per_node == node]
-    return min(near or holders, key=lambda h: (sent[h], h))
+    return [h for h in holders if h // devices_per_node == node] or holders
 
 
 def _expand(spec: ModelSpec, route: Route) -> Iterator[Message]:

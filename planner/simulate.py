@@ -65,9 +65,7 @@ class StepPrices:
 
     def reallocation_s(self, source: Layout, destination: Layout) -> float:
         """Seconds of one ``Reallocate``; equal for both layouts moved by whole nodes."""
-        per_node = self.problem.cluster.devices_per_node
-        shift = min(source.mesh.first, destination.mesh.first) // per_node * per_node
-        key = (moved(source, -shift), moved(destination, -shift))
+        key = self._reallocation_key(source, destination)
         if key not in self._reallocations:
             self._reallocations[key] = reallocation_seconds(
                 *key,
@@ -75,6 +73,17 @@ class StepPrices:
                 model=self.model,
             )
         return self._reallocations[key]
+
+    def known_reallocation_s(self, source: Layout, destination: Layout) -> float:
+        """``reallocation_s`` where it was asked before, else 0: never more than the answer."""
+        return self._reallocations.get(self._reallocation_key(source, destination), 0.0)
+
+    def _reallocation_key(self, source: Layout, destination: Layout) -> tuple[Layout, Layout]:
+        per_node = self.problem.cluster.devices_per_node
+        shift = min(source.mesh.first, destination.mesh.first) // per_node * per_node
+        return (moved(source, -shift), moved(destination, -shift)) if shift else (
+            source, destination,
+        )  # fmt: skip
 
     def transfer_s(self, num_bytes: float, source: DeviceMesh, destination: DeviceMesh) -> float:
         """Seconds in which ``num_bytes``, over all ranks, go from one mesh to the other."""

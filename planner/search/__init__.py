@@ -86,7 +86,7 @@ def search(
     seed: int = 1,
     time_limit_s: float = 10.0,
     gap: float = 0.01,
-    max_evaluations: int = 30_000,
+    max_evaluations: int = 60_000,
     progress: Progress | None = None,
 ) -> SearchResult:
     """The best plan found; it fits the devices' memory.

@@ -3,7 +3,8 @@
 ``Evaluator.score`` gives what ``simulate`` of the compiled plan gives, to rounding, without
 compiling: ranks that belong to the same calls and receive in the same places are one *group*, and
 a step is a list of operations on groups' clocks. Memory is that of ``planner.memory`` by device.
-``Evaluator.floor_s`` is a quick number that no exact answer is below.
+``Evaluator.worth`` answers only for assignments that may be below a threshold, and says no to
+most others after much less work.
 
 Read ``Score``, ``Evaluator.score``, then ``_Step``.
 """
@@ -176,6 +177,19 @@ class Evaluator:
 
     # ---- the exact score ----
 
+    def worth(self, assignment: Assignment, threshold_s: float) -> Score | None:
+        """The score, or None where its seconds are surely above ``threshold_s``.
+
+        First the floor, then a step in which reallocations that were never priced are free:
+        routes of weights are what takes longest to find.
+        """
+        if assignment not in self._scores:
+            if self.floor_s(assignment) > threshold_s:
+                return None
+            if self.step_s(assignment, free_reallocations=True) > threshold_s:
+                return None
+        return self.score(assignment)
+
     def score(self, assignment: Assignment) -> Score:
         """Seconds per step and memory."""
         found = self._scores.get(assignment)
@@ -187,21 +201,26 @@ class Evaluator:
             self._scores[assignment] = found
         return found
 
-    def step_s(self, assignment: Assignment) -> float:
-        """Seconds per step in steady state, as ``simulate(...).step_s``."""
+    def step_s(self, assignment: Assignment, *, free_reallocations: bool = False) -> float:
+        """Seconds per step in steady state, as ``simulate(...).step_s``.
+
+        ``free_reallocations``: those that were never priced take no time.
+        """
         received = [self._receivers(k, assignment) for k in range(len(self.pairs))]
         rows = list(
             dict.fromkeys(
                 zip(*(option.inside for option in assignment), *(flags for flags, _ in received))
             )
         )
-        return _run(self._operations(assignment, rows, received), len(rows), len(self.calls))
+        operations = self._operations(assignment, rows, received, free_reallocations)
+        return _run(operations, len(rows), len(self.calls))
 
     def _operations(
         self,
         assignment: Assignment,
         rows: Sequence[tuple[bool, ...]],
         received: Sequence[tuple[list[bool], float]],
+        free_reallocations: bool,
     ) -> list[_Operation]:
         """One step as operations on the groups of ranks, in the program's order."""
         orders = [self._receive_order(row) for row in rows]
@@ -217,7 +236,10 @@ class Evaluator:
                     assert source is not None
                     assert option.layout is not None
                     both = [g for g, row in enumerate(rows) if row[i] or row[home]]
-                    seconds = self.prices.reallocation_s(source, option.layout)
+                    if free_reallocations:
+                        seconds = self.prices.known_reallocation_s(source, option.layout)
+                    else:
+                        seconds = self.prices.reallocation_s(source, option.layout)
                     found.append(_Operation("together", both, seconds, -1))
             for g in groups:
                 for k in orders[g][i]:

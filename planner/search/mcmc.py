@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from planner.search.evaluate import Evaluator, Score
-from planner.search.moves import propose, replaced, with_layout
+from planner.search.moves import propose, replaced, together, with_layout
 from planner.search.options import Assignment, Option, OptionSpace
 
 Progress = Callable[[int, float], None]  # (evaluations, best seconds per step so far)
@@ -44,10 +44,23 @@ class Record:
     least_unfit: tuple[float, Assignment] | None = None
     looked_at: int = 0
 
+    def energy_below(self, assignment: Assignment, threshold: float) -> float | None:
+        """The energy where it is at most ``threshold``; remembers what it saw."""
+        score = self.evaluator.worth(assignment, threshold)
+        self.looked_at += 1
+        if score is None:
+            return None
+        self._remember(assignment, score)
+        return score.energy if score.energy <= threshold else None
+
     def score(self, assignment: Assignment) -> Score:
         """Score and remember."""
         score = self.evaluator.score(assignment)
         self.looked_at += 1
+        self._remember(assignment, score)
+        return score
+
+    def _remember(self, assignment: Assignment, score: Score) -> None:
         if score.overshoot > 0:
             if self.least_unfit is None or score.overshoot < self.least_unfit[0]:
                 self.least_unfit = (score.overshoot, assignment)
@@ -55,7 +68,6 @@ class Record:
             self.best, self.best_score = assignment, score
             if self.budget.progress is not None:
                 self.budget.progress(self.looked_at, score.step_s)
-        return score
 
     @property
     def spent(self) -> bool:
@@ -138,11 +150,8 @@ def _chain(
             continue
         # The threshold is drawn first: a proposal whose floor is above it need not be scored.
         threshold = energy * (1.0 - temperature * math.log(1.0 - rng.random()))
-        if evaluator.floor_s(proposal) > threshold:
-            record.looked_at += 1
-            continue
-        proposed = record.score(proposal).energy
-        if proposed <= threshold:
+        proposed = record.energy_below(proposal, threshold)
+        if proposed is not None:
             here, energy = proposal, proposed
             if energy < best_energy:
                 best, best_energy = here, energy
@@ -150,7 +159,7 @@ def _chain(
 
 
 def _descend(record: Record, start: Assignment, rng: random.Random) -> Assignment:
-    """Iterated coordinate descent: each call in turn takes the best of its candidates."""
+    """Iterated coordinate descent: each call, or all calls of its role, take the best candidate."""
     evaluator = record.evaluator
     here, energy = start, record.score(start).energy
     improved = True
@@ -159,16 +168,25 @@ def _descend(record: Record, start: Assignment, rng: random.Random) -> Assignmen
         order = list(range(len(here)))
         rng.shuffle(order)
         for i in order:
-            for option in _candidates(evaluator.space, here, i):
-                trial = replaced(here, i, option)
-                if evaluator.floor_s(trial) >= energy:
-                    continue
-                found = record.score(trial).energy
-                if found < energy * (1.0 - 1e-9):
+            for trial in _neighbours(evaluator.space, here, i):
+                found = record.energy_below(trial, energy * (1.0 - 1e-9))
+                if found is not None:
                     here, energy, improved = trial, found, True
                 if record.spent:
                     return here
     return here
+
+
+def _neighbours(space: OptionSpace, here: Assignment, i: int) -> Iterator[Assignment]:
+    """Assignments with another option for call i, then with another layout for its whole role."""
+    role = space.calls[i].role
+    options = list(_candidates(space, here, i))
+    for option in options:
+        yield replaced(here, i, option)
+    for option in options if role is not None else ():
+        trial = together(here, space, role or "", option)
+        if trial is not None:
+            yield trial
 
 
 def _candidates(

@@ -72,6 +72,31 @@ def join_role(assignment: Assignment, space: OptionSpace, rng: random.Random) ->
     return None if option is None else replaced(assignment, i, option)
 
 
+def together(
+    assignment: Assignment, space: OptionSpace, role: str, like: Option
+) -> Assignment | None:
+    """All calls of a role in the layout of ``like``; None if one of them cannot."""
+    for i, call in enumerate(space.calls):
+        if call.role == role:
+            option = like if call.name == like.call else with_layout(space, call.name, like)
+            if option is None:
+                return None
+            assignment = replaced(assignment, i, option)
+    return assignment
+
+
+def change_role(
+    assignment: Assignment, space: OptionSpace, rng: random.Random
+) -> Assignment | None:
+    """All calls of one role take one layout, on the mesh of one of them or anywhere."""
+    i = rng.randrange(len(assignment))
+    call = space.calls[i]
+    if call.role is None:
+        return None
+    mesh = assignment[i].mesh if rng.random() < 0.5 else rng.choice(space.meshes[call.name])
+    return together(assignment, space, call.role, pick(space, call.name, mesh, rng))
+
+
 def copy_mesh(assignment: Assignment, space: OptionSpace, rng: random.Random) -> Assignment | None:
     """One call goes to the mesh of another, half of the time with its strategy."""
     i, j = rng.sample(range(len(assignment)), 2) if len(assignment) > 1 else (0, 0)
@@ -106,6 +131,7 @@ MOVES: Mapping[str, tuple[Move, float]] = {
     "change_strategy": (change_strategy, 3.0),
     "move_mesh": (move_mesh, 1.0),
     "join_role": (join_role, 1.0),
+    "change_role": (change_role, 1.0),
     "copy_mesh": (copy_mesh, 2.0),
     "split_pair": (split_pair, 1.0),
 }

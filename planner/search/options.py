@@ -211,8 +211,7 @@ class OptionSpace:
     def _choices(self, call: ModelFunctionCall) -> Mapping[int, tuple[Choice, ...]]:
         """Choices by size of mesh, fastest first; only sizes that have one."""
         # Calls of equal kind and model cost the same: critic_inf and rew_inf.
-        trained = self._is_trained(call)
-        key = (call.kind, call.num_mini_batches, self.problem.spec_of(call.name), trained)
+        key = (call.kind, call.num_mini_batches, self.problem.spec_of(call.name))
         if key in self._known:
             return self._known[key]
         found: dict[int, tuple[Choice, ...]] = {}
@@ -227,9 +226,6 @@ class OptionSpace:
             raise self._infeasible(call)
         self._known[key] = found
         return found
-
-    def _is_trained(self, call: ModelFunctionCall) -> bool:
-        return call.role is not None and self.problem.graph.train_call(call.role) is not None
 
     def _fitting(self, call: ModelFunctionCall, mesh: DeviceMesh) -> Iterator[Choice]:
         had = self.problem.cluster.device.memory_bytes

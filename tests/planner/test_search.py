@@ -5,19 +5,22 @@ below every plan, it finds the optimum where brute force can, and a seed fixes i
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from planner.cost import CostModel
-from planner.memory import plan_memory
+from planner.memory import RESERVE_BYTES, plan_memory
 from planner.plan import Problem
 from planner.program import compile_plan
+from planner.search import search
 from planner.search.evaluate import Evaluator
 from planner.search.options import Assignment, OptionSpace
 from planner.simulate import StepPrices, run_program
 from profiles.collectives import Collectives
+from profiles.errors import InfeasibleError
 from profiles.roofline import RooflineCosts
-from tests.planner.plans import make_test_cluster, ppo, random_problem
+from tests.planner.plans import SPEC, make_test_cluster, ppo, random_problem
 
 
 def model_of(problem: Problem) -> CostModel:
@@ -75,6 +78,37 @@ def test_overshoot_is_that_of_the_memory_model() -> None:
         assert overshoot == pytest.approx(max(0.0, need / had - 1.0), abs=1e-12)
         seen += overshoot > 0
     assert 0 < seen < 60
+
+
+def tiny_problem(rng: random.Random) -> Problem:
+    """Few enough plans to try them all; memory for some of them only."""
+    spec = replace(SPEC, num_layers=rng.choice([2, 3]), ffn=rng.choice([32, 128]))
+    reserve = RESERVE_BYTES["cpu"]
+    cluster = make_test_cluster(
+        1, 2, memory_bytes=reserve + rng.choice([500, 800, 1200, 4000]) * 1024
+    )
+    overrides = [f"batch_size={rng.choice([2, 3])}", "ppo.num_mini_batches=1"]
+    return ppo(cluster, [*overrides, f"reward.source={rng.choice(['model', 'vader'])}"], spec)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_walk_finds_the_optimum_and_the_bound_is_below_it(seed: int) -> None:
+    """Brute force over every plan is the oracle; baselines are never better than the result."""
+    rng = random.Random(seed)
+    problem = tiny_problem(rng)
+    try:
+        best = search(problem, model_of(problem), engine="brute", time_limit_s=600)
+    except InfeasibleError:
+        with pytest.raises(InfeasibleError, match=r"GiB|MiB|KiB"):
+            search(problem, model_of(problem), seed=seed, max_evaluations=2000)
+        return
+    found = search(problem, model_of(problem), seed=seed, gap=0.0, max_evaluations=8000)
+    assert best.plan.estimate is not None
+    assert found.plan.estimate is not None
+    assert found.plan.estimate.step_s == pytest.approx(best.plan.estimate.step_s, rel=1e-9)
+    assert found.lower_bound_s <= best.plan.estimate.step_s * (1 + 1e-9)
+    assert found.gap == pytest.approx(1 - found.lower_bound_s / found.plan.estimate.step_s)
+    assert all(s >= found.plan.estimate.step_s * (1 - 1e-9) for s in found.baselines.values())
 
 
 def fullest_bytes(space: OptionSpace, rng: random.Random) -> int:
