@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 from planner.cost import CallCost, CostModel, call_cost
 from planner.cost.stage import VALUE_BYTES
@@ -45,6 +46,18 @@ def sample_bytes(problem: Problem, keys: Iterable[str]) -> float:
         tokens = problem.workload.expected_tokens if key.per == "token" else 1.0
         total += tokens * key.bytes_per_value
     return total
+
+
+class Prices(Protocol):
+    """What the simulator asks for: seconds of a call, of a reallocation, of a transfer."""
+
+    def call(self, name: str, allocation: Allocation) -> CallCost: ...
+
+    def reallocation_s(self, source: Layout, destination: Layout) -> float: ...
+
+    def transfer_s(
+        self, num_bytes: float, source: DeviceMesh, destination: DeviceMesh
+    ) -> float: ...
 
 
 class StepPrices:
@@ -163,7 +176,7 @@ def steady_step_s(step_ends_s: Sequence[float]) -> float:
 class _Simulator:
     """The clock of every rank; lives for one ``run_program``."""
 
-    def __init__(self, plan: ExecutionPlan, program: Program, prices: StepPrices) -> None:
+    def __init__(self, plan: ExecutionPlan, program: Program, prices: Prices) -> None:
         self.plan = plan
         self.prices = prices
         self.transfer_s = _transfer_seconds(plan, program, prices)
@@ -211,9 +224,7 @@ class _Simulator:
         self.add(rank, f"receive {transfer.producer}", "transfer", start_s, end_s)
 
 
-def _transfer_seconds(
-    plan: ExecutionPlan, program: Program, prices: StepPrices
-) -> Mapping[int, float]:
+def _transfer_seconds(plan: ExecutionPlan, program: Program, prices: Prices) -> Mapping[int, float]:
     """Seconds of each transfer, by its number."""
     num_samples: dict[int, int] = defaultdict(int)
     found: dict[int, Transfer] = {}
@@ -248,7 +259,7 @@ def in_global_order(program: Program) -> list[tuple[Instruction, list[int]]]:
 
 
 def run_program(
-    plan: ExecutionPlan, program: Program, prices: StepPrices, *, num_steps: int = 6
+    plan: ExecutionPlan, program: Program, prices: Prices, *, num_steps: int = 6
 ) -> Timeline:
     """``simulate`` with prices that are shared with others."""
     assert num_steps >= 1, num_steps
