@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from planner.algorithm import find_algorithm, make_config, make_problem
+from planner.algorithm import Algorithm, find_algorithm, make_config, make_problem
 from planner.arguments import parse_with_words
 from planner.cost import CostModel
 from planner.plan import ExecutionPlan, Problem
@@ -286,17 +286,26 @@ def make_search_problem(args: argparse.Namespace, table: CostTable | None) -> Pr
     ]
     config = make_config(algorithm.config_class, [*sugar, *args.words])
     critic = args.critic or ("llama-7b" if args.model in _LLAMA_ACTORS else args.model)
-    folders = {"model": args.model, "critic": args.critic or args.model}
-    paths = {
-        role: folders[spec.source]
-        for role, spec in algorithm.roles(config).items()
-        if Path(folders[spec.source]).is_dir()
-    }
     return make_problem(
         algorithm, config, model=resolve_model(args.model),
-        critic=_resolve_critic(critic), paths=paths,
+        critic=_resolve_critic(critic), paths=_paths(args, algorithm, config),
         cluster=resolve_cluster(args.cluster, args.device, args.gpus, table),
     )  # fmt: skip
+
+
+def _paths(args: argparse.Namespace, algorithm: Algorithm, config: Any) -> Mapping[str, str]:
+    """Each role's folder, where a flag names one.
+
+    A critic without ``--critic`` starts from the actor's weights; a reward model does not, for
+    it needs a head that was trained.
+    """
+    graph, found = algorithm.graph(config), {}
+    folders = {"model": args.model, "critic": args.critic or args.model}
+    for role, spec in algorithm.roles(config).items():
+        frozen_scalar = spec.head == "scalar" and graph.train_call(role) is None
+        if Path(folders[spec.source]).is_dir() and (args.critic or not frozen_scalar):
+            found[role] = folders[spec.source]
+    return found
 
 
 def _resolve_critic(name: str) -> Any:

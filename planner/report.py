@@ -194,7 +194,7 @@ def _bar(
             continue
         fill = "░" if span.kind == "reallocate" else "█"
         name = span.label if span.kind != "reallocate" else ""
-        shown = f"▌{name} " if room > len(name) + 2 and name else ""
+        shown = f"▌{name[: room - 2]} " if room > 3 else "▌"
         for offset in range(room):
             cells[first + offset] = shown[offset] if offset < len(shown) else fill
             styles[first + offset] = colours.get(span.label, "white")
