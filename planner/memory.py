@@ -150,9 +150,12 @@ def running_memory(
     shape = stage_shapes(spec, s.pp)[stage]
     num_sequences = ceil(ceil(workload.batch_size / call.num_mini_batches) / s.dp)
     largest = micro_batch_sizes(num_sequences, allocation.num_micro_batches)
-    tokens = max(sequences for sequences, count in largest if count) * workload.max_tokens
+    sequences = max(sequences for sequences, count in largest if count)
+    tokens = sequences * workload.max_tokens
     working = tokens * block_working_values(spec, s.tp)
-    logits = tokens * (spec.vocab // s.tp) if shape.last and spec.head == "lm" else tokens
+    # A language model's head reads the answers only.
+    answers = sequences * workload.response_tokens
+    logits = answers * (spec.vocab // s.tp) if shape.last and spec.head == "lm" else tokens
     buffers = 2 * tokens * spec.hidden if s.pp > 1 else 0
     kept = 0
     if call.kind is CallKind.TRAIN:

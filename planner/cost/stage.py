@@ -131,8 +131,9 @@ class StageCosts:
     ) -> StageCost:  # fmt: skip
         """One pass. ``size`` tokens in sequences of ``length``, or in decode ``size`` sequences
 
-        with ``length`` tokens of context. ``rows``: in prefill, the sequences whose last token
-        gets a head. ``recompute`` is the blocks' forward pass again, without the ends.
+        with ``length`` tokens of context. ``rows``: of these tokens, those that a language model's
+        head reads; in prefill one for each sequence, elsewhere 0 means all. A scalar head reads
+        all. ``recompute`` is the blocks' forward pass again, without the ends.
         """
         if size <= 0:
             return StageCost()
@@ -168,8 +169,9 @@ class StageCosts:
             compute = compute + layer("embedding", operation, size)
             sums += 0.0 if what == "backward" else 1.0  # parts of the vocabulary are summed
         if stage.last and what in ("forward", "backward"):
-            compute = compute + layer("head", operation, size)
-            extra = self._head_collectives(spec, what, size, group)
+            read = rows if rows and spec.head == "lm" else size
+            compute = compute + layer("head", operation, read)
+            extra = self._head_collectives(spec, what, read, group)
             sums += 1.0 if what == "backward" and spec.head == "lm" else 0.0
         if stage.last and what in ("prefill", "decode"):
             count = rows if what == "prefill" else size

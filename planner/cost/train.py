@@ -78,8 +78,11 @@ def _pipeline(
     kinds = []
     for sequences, count in micro_batch_sizes(num_sequences, allocation.num_micro_batches):
         size = max(1, round(sequences * workload.expected_tokens))
+        answers = max(1, round(sequences * workload.expected_response_tokens))
         by_shape = {
-            shape: _stage(spec, shape, model, passes, tp=s.tp, size=size, length=length)
+            shape: _stage(
+                spec, shape, model, passes, tp=s.tp, size=size, length=length, rows=answers
+            )
             for shape in set(shapes)
         }
         hidden_bytes = float(size) * spec.hidden * model.value_bytes
@@ -90,11 +93,13 @@ def _pipeline(
 
 def _stage(
     spec: ModelSpec, shape: StageShape, model: CostModel, passes: tuple[Pass, ...], *, tp: int,
-    size: int, length: int,
+    size: int, length: int, rows: int,
 ) -> StageCost:  # fmt: skip
     total = StageCost()
     for what in passes:
-        total = total + model.stages.cost(spec, shape, what, tp=tp, size=size, length=length)
+        total = total + model.stages.cost(
+            spec, shape, what, tp=tp, size=size, length=length, rows=rows
+        )
     return total
 
 

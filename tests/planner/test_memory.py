@@ -99,8 +99,8 @@ def test_training_keeps_all_layers_or_only_their_inputs() -> None:
     assert kept.activations == 2 * TOKENS * (32 * block + working)
     again = call_memory(ppo(), "actor_train", allocate(m=16, recompute=True))
     assert again.activations == 2 * TOKENS * (32 * 4096 + block + working)
-    # bf16 logits of one micro-batch and their gradient.
-    assert kept.logits == 2 * 2 * TOKENS * 32000
+    # bf16 logits of the answers of one micro-batch (half its tokens) and their gradient.
+    assert kept.logits == 2 * 2 * (TOKENS // 2) * 32000
 
 
 def test_the_first_stage_of_1f1b_keeps_as_many_micro_batches_as_stages() -> None:
