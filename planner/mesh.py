@@ -52,7 +52,7 @@ def check_mesh(mesh: DeviceMesh, cluster: ClusterSpec, *, where: str) -> None:
         if mesh.first % per_node % count == 0 and mesh.first % per_node + count <= per_node:
             return
     raise PlanError(
-        f"mesh {mesh} is neither whole nodes of {per_node} nor an aligned power-of-two slice of one",
+        f"mesh {mesh} is neither whole nodes of {per_node} nor an aligned power-of-two part of one",
         where=where,
         remedy=f"start at a multiple of the mesh's size, or use multiples of {per_node} devices",
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
@@ -151,7 +152,7 @@ def split_evenly(count: int, parts: int) -> list[range]:
     """
     base, extra = divmod(count, parts)
     bounds = [part * base + min(part, extra) for part in range(parts + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 def assign_samples(batch_size: int, dp: int, num_mini_batches: int = 1) -> list[list[range]]:

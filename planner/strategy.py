@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from planner.mesh import DeviceMesh
 from profiles.errors import PlanError
@@ -85,7 +86,7 @@ def stage_layers(num_layers: int, pp: int) -> list[range]:
         raise PlanError(f"pp {pp} for {num_layers} layers", remedy=f"pp must be 1 to {num_layers}")
     base, extra = divmod(num_layers, pp)
     bounds = [stage * base + min(stage, extra) for stage in range(pp + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 def tensor_parallel_problem(spec: ModelSpec, tp: int) -> str | None:
