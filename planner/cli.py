@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -68,7 +69,8 @@ class _Parser(argparse.ArgumentParser):
     """Mistakes on the command line are ``ConfigError``s: one sentence, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, where=self.prog, remedy=f"see {self.prog} --help")
+        verb = self.prog.removeprefix("realplan").strip()
+        raise ConfigError(message, where=verb, remedy=f"see {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -269,6 +271,12 @@ def _costs_of_plan(plan: ExecutionPlan, profile: str | None, console: Console) -
     return make_costs(plan.problem.cluster, _load_table(profile))
 
 
+def _output() -> Console:
+    """For results on stdout: as wide as the terminal; in a file or a pipe 100 columns."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=100) if piped else Console()
+
+
 # ---- verbs ------------------------------------------------------------------------------------
 
 
@@ -335,6 +343,10 @@ def _search(args: argparse.Namespace) -> int:
     notes = Console(stderr=True)
     seed = _whole(args.seed, "--seed", least=0)
     time_limit_s = _seconds(args.time_limit, "--time-limit")
+    if not Path(args.output).absolute().parent.is_dir():
+        raise ConfigError(
+            f"no folder for {args.output}", where="-o", remedy="name a file in one that exists"
+        )
     table = _load_table(args.profile)
     problem = make_search_problem(args, table)
     costs = make_costs(problem.cluster, table)
@@ -350,8 +362,8 @@ def _search(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan_to_dict(plan)))
         return 0
-    print_plan(plan, _timeline(plan, costs)[1], Console())
-    _say(Console(), f"\n{result.evaluations} plans looked at; the best is in {args.output}")
+    print_plan(plan, _timeline(plan, costs)[1], _output())
+    _say(_output(), f"\n{result.evaluations} plans looked at; the best is in {args.output}")
     return 0
 
 
@@ -363,13 +375,13 @@ def _timeline(plan: ExecutionPlan, costs: CostModel) -> tuple[ExecutionPlan, Tim
 def _show(args: argparse.Namespace) -> int:
     plan = load_plan(args.plan)
     if args.rank is not None:
-        Console().print(program_table(plan, _whole(args.rank, "--rank", least=0)))
+        _output().print(program_table(plan, _whole(args.rank, "--rank", least=0)))
         return 0
     if args.json:
         print(json.dumps(plan_to_dict(plan)))
         return 0
     plan, timeline = _timeline(plan, _costs_of_plan(plan, args.profile, Console(stderr=True)))
-    print_plan(plan, timeline, Console())
+    print_plan(plan, timeline, _output())
     return 0
 
 
@@ -381,7 +393,7 @@ def _estimate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan_to_dict(plan)["estimate"]))
         return 0
-    print_plan(plan, timeline, Console())
+    print_plan(plan, timeline, _output())
     return 0
 
 
@@ -394,7 +406,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], headings: Iterable[str], as_j
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*(str(row[heading]) for heading in headings))
-    Console().print(table)
+    _output().print(table)
     return 0
 
 

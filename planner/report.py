@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +28,7 @@ from planner.program import (
 )
 from planner.simulate import Span, Timeline, sample_bytes
 from profiles.errors import ConfigError
-from profiles.units import format_bytes, format_seconds
+from profiles.units import GIB, MIB, format_bytes, format_seconds
 
 _COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow")
 
@@ -60,11 +61,12 @@ def strategy_text(allocation: Allocation) -> str:
 
 
 def plan_table(plan: ExecutionPlan) -> Table:
-    """One row a call: model, mesh, strategy, micro-batches, seconds, share of a step."""
+    """One row a call: model, mesh, strategy, micro-batches, seconds alone, share of a step."""
     estimate, problem = plan.estimate, plan.problem
-    table = Table(title=f"{problem.graph.name} on {problem.cluster.name}", title_justify="left")
-    for name in ("call", "model", "devices", "strategy", "micro-batches", "seconds", "of a step"):
-        right = name in ("micro-batches", "seconds", "of a step")
+    title = f"{problem.graph.name} on {problem.cluster.name}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("call", "model", "devices", "strategy", "micro", "alone", "of a step"):
+        right = name in ("micro", "alone", "of a step")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for call in problem.graph.calls:
         allocation, spec = plan.allocations[call.name], problem.spec_of(call.name)
@@ -140,7 +142,7 @@ def timeline_text(timeline: Timeline, *, width: int = 100, most_rows: int = 16) 
     start_s = end_s - timeline.step_s
     rows = _rows(timeline, start_s, end_s)
     names = [ranges_text(ranks) for ranks, _ in rows]
-    margin = max(len(name) for name in names) + 2
+    margin = max(5, *(len(name) for name in names)) + 2
     bar = max(20, width - margin - 7)
     text = Text(f"{'ranks':<{margin}}{'one steady step':<{bar}} idle\n", style="bold")
     colours = _colours(timeline)
@@ -215,25 +217,31 @@ def memory_table(plan: ExecutionPlan, *, most_rows: int = 12) -> Table:
         groups[need].append(device)
     ordered = sorted(groups.items(), key=lambda item: -item[0].total)
     items = [n for n in MemoryBreakdown().items() if any(need.items()[n] for need, _ in ordered)]
-    table = Table(title="memory of a device at its fullest moment", title_justify="left")
+    factor, unit = (GIB, "GiB") if ordered[0][0].total >= 8 * GIB else (MIB, "MiB")
+    table = Table(
+        title=f"{unit} on a device at its fullest moment, of {had / factor:,.1f}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("devices", no_wrap=True)
-    for name in (*(item.replace("_", " ") for item in items), "total", f"of {format_bytes(had)}"):
-        table.add_column(name, justify="right")
+    for name in (*(_SHORT.get(item, item) for item in items), "total", "used"):
+        table.add_column(name, justify="right", no_wrap=True)
     for need, devices in ordered[:most_rows]:
         style = "red" if need.total > had else ""
-        values = [_short_bytes(need.items()[item]) for item in items]
+        values = [*(need.items()[item] for item in items), need.total]
         table.add_row(
-            ranges_text(devices), *values, _short_bytes(need.total), f"{need.total / had:.0%}",
+            ranges_text(devices),
+            *(f"{value / factor:.1f}" if value else "-" for value in values),
+            f"{need.total / had:.0%}",
             style=style,
-        )  # fmt: skip
+        )
     if len(ordered) > most_rows:
         rest = sum(len(devices) for _, devices in ordered[most_rows:])
         table.add_row(f"… {rest} more", *["" for _ in range(len(items) + 2)])
     return table
 
 
-def _short_bytes(num_bytes: int) -> str:
-    return format_bytes(num_bytes) if num_bytes else "-"
+_SHORT = {"gradients": "grads", "optimizer": "optim", "activations": "activ", "kv_cache": "kv"}
 
 
 # ---- a rank's program -------------------------------------------------------------------------
@@ -251,7 +259,7 @@ def program_table(plan: ExecutionPlan, rank: int) -> Table:
             remedy=f"use 0 to {plan.num_devices - 1}",
         )  # fmt: skip
     program = compile_plan(plan)
-    table = Table(title=f"rank {rank}", title_justify="left")
+    table = Table(title=f"rank {rank}", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("#", justify="right")
     table.add_column("instruction")
     table.add_column("what")

@@ -20,7 +20,7 @@ from planner.search.baselines import BASELINES, Baseline
 from planner.search.bounds import lower_bound_s
 from planner.search.evaluate import Evaluator
 from planner.search.mcmc import Budget, Progress, Record, greedy, walk
-from planner.search.options import Assignment, OptionSpace
+from planner.search.options import Assignment, OptionSpace, more_memory
 from planner.simulate import StepPrices, Timeline, run_program
 from profiles.costs import Provenance
 from profiles.errors import ConfigError, InfeasibleError
@@ -135,14 +135,11 @@ def search(
 
 def _nothing_fits(evaluator: Evaluator, record: Record) -> InfeasibleError:
     """The error of the plan that lacks least, with a remedy that is in the user's hands."""
-    assignment = record.least_unfit[1] if record.least_unfit else greedy(evaluator)
-    cluster = evaluator.cluster
-    remedy = (
-        f"use more than {cluster.num_devices} devices, devices with more memory, or a smaller "
-        "batch_size"
-    )
+    plan = evaluator.plan(record.least_unfit[1] if record.least_unfit else greedy(evaluator))
+    fullest = max(plan_memory(plan).values(), key=lambda need: need.total)
+    remedy = more_memory(plan.problem, fullest.biggest[0])
     try:
-        check_memory(evaluator.plan(assignment))
+        check_memory(plan)
     except InfeasibleError as error:
         problem = f"no plan fits; in the one that lacks least {error.problem}"
         return InfeasibleError(problem, where=error.where, remedy=remedy)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from planner.program import assign_samples
 from planner.simulate import StepPrices
 from planner.strategy import ParallelStrategy, legal_strategies
 from profiles.errors import InfeasibleError
+from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 from profiles.units import format_bytes
 
@@ -135,6 +137,25 @@ def strategy_variants(
                 yield from ((strategy, count) for count in counts)
 
 
+def considered_meshes(cluster: ClusterSpec, *, most_runs: int = 16) -> Iterator[DeviceMesh]:
+    """Every legal mesh where there are at most ``most_runs`` nodes; a coarser set on more.
+
+    With ``step = ceil(nodes / most_runs)``: slices of a node, runs of a power of two of nodes
+    below ``step`` at multiples of their length, runs of multiples of ``step`` nodes at multiples
+    of ``step``, and the whole cluster. So the space does not grow with large clusters; a lower
+    bound is over plans with these meshes.
+    """
+    per_node = cluster.devices_per_node
+    step = ceil(cluster.num_nodes / most_runs)
+    for mesh in enumerate_meshes(cluster):
+        nodes, first = mesh.num_devices // per_node, mesh.first // per_node
+        slice_or_whole = mesh.num_devices % per_node or mesh.num_devices == cluster.num_devices
+        long_run = nodes % step == 0 and first % step == 0
+        short_run = nodes < step and nodes & (nodes - 1) == 0 and first % max(1, nodes) == 0
+        if slice_or_whole or long_run or short_run:
+            yield mesh
+
+
 def undominated(choices: Sequence[Choice]) -> list[Choice]:
     """Choices of one layout without those that another equals or beats in seconds and bytes.
 
@@ -169,7 +190,7 @@ class OptionSpace:
         self.prices = prices
         self.calls = problem.graph.calls
         self.meshes_by_size: dict[int, list[DeviceMesh]] = {}
-        for mesh in enumerate_meshes(problem.cluster):
+        for mesh in considered_meshes(problem.cluster):
             self.meshes_by_size.setdefault(mesh.num_devices, []).append(mesh)
         self.num_costed = 0
         self._options: dict[tuple[str, DeviceMesh, int], Option] = {}
@@ -300,8 +321,7 @@ class OptionSpace:
             f"{format_bytes(total - cluster.device.memory_bytes)} too little; most is {item} with "
             f"{format_bytes(num_bytes)}",
             where=call.name,
-            remedy=f"use more than {cluster.num_devices} devices, devices with more memory, or a "
-            "smaller batch_size",
+            remedy=more_memory(problem=self.problem, item=item),
         )
 
     # ---- placing ----
@@ -341,6 +361,18 @@ class OptionSpace:
                 sum(((1 << len(run)) - 1) << run.start for run in own if len(run)) for own in runs
             ]
         return self._masks[key]
+
+
+def more_memory(problem: Problem, item: str) -> str:
+    """What a user can do where ``item`` of a ``MemoryBreakdown`` takes too much."""
+    remedies = [
+        f"use more than {problem.cluster.num_devices} devices",
+        "devices with more memory",
+        "a smaller model",
+    ]
+    if item in ("kv_cache", "activations", "logits", "buffers"):
+        remedies[-1] = "a smaller batch_size"
+    return ", ".join(remedies[:-1]) + f", or {remedies[-1]}"
 
 
 def _over_cluster(problem: Problem, mesh: DeviceMesh, values: list[Any], outside: Any) -> list[Any]:

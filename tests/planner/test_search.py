@@ -10,15 +10,22 @@ from dataclasses import replace
 import pytest
 
 from planner.cost import CostModel
-from planner.memory import RESERVE_BYTES, plan_memory
-from planner.plan import Problem
+from planner.memory import RESERVE_BYTES, call_memory, check_memory, plan_memory
+from planner.mesh import DeviceMesh, enumerate_meshes
+from planner.plan import Allocation, Problem, validate_plan
 from planner.program import compile_plan
 from planner.search import search
 from planner.search.evaluate import Evaluator
-from planner.search.options import Assignment, OptionSpace
-from planner.simulate import StepPrices, run_program
+from planner.search.moves import MOVES
+from planner.search.options import (
+    Assignment,
+    OptionSpace,
+    considered_meshes,
+    strategy_variants,
+)
+from planner.simulate import StepPrices, run_program, simulate
 from profiles.collectives import Collectives
-from profiles.errors import InfeasibleError
+from profiles.errors import ConfigError, InfeasibleError
 from profiles.roofline import RooflineCosts
 from tests.planner.plans import SPEC, make_test_cluster, ppo, random_problem
 
@@ -114,3 +121,106 @@ def test_the_walk_finds_the_optimum_and_the_bound_is_below_it(seed: int) -> None
 def fullest_bytes(space: OptionSpace, rng: random.Random) -> int:
     plan = Evaluator(space).plan(random_assignment(rng, space))
     return max(need.total for need in plan_memory(plan).values())
+
+
+def test_a_seed_fixes_the_plan() -> None:
+    """Same seed, same plan and numbers, however long it took; all within an evaluation budget."""
+    problem = random_problem(random.Random(4))
+    runs = [
+        search(problem, model_of(problem), seed=7, max_evaluations=3000, gap=0.0, time_limit_s=600)
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0].plan.seed == 7
+    assert runs[0].evaluations <= 3001
+
+
+def test_the_plan_found_fits_and_its_estimate_is_the_simulators() -> None:
+    problem = random_problem(random.Random(9))
+    costs = model_of(problem)
+    plan = search(problem, costs, max_evaluations=3000).plan
+    check_memory(plan)
+    estimate = plan.estimate
+    assert estimate is not None
+    assert estimate.step_s == simulate(plan, compile_plan(plan), costs).step_s
+    assert estimate.peak_bytes == max(need.total for need in plan_memory(plan).values())
+    assert sum(estimate.provenance.values()) == pytest.approx(1.0)
+    assert {call.name for call in problem.graph.calls} <= set(estimate.per_call_s)
+
+
+def test_an_interrupt_leaves_the_best_so_far() -> None:
+    """Ctrl-C in the walk returns a plan that is no worse than what was seen before it."""
+    problem, seen = random_problem(random.Random(3)), []
+
+    def interrupt(evaluations: int, seconds: float) -> None:
+        seen.append(seconds)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    found = search(problem, model_of(problem), progress=interrupt, gap=0.0)
+    assert len(seen) == 2
+    assert found.plan.estimate is not None
+    assert found.plan.estimate.step_s == pytest.approx(min(seen), rel=1e-9)
+
+
+def test_no_call_fits_alone() -> None:
+    problem = ppo(make_test_cluster(1, 2, memory_bytes=1 << 20), ["batch_size=4"])
+    with pytest.raises(InfeasibleError, match=r"role actor does not fit.*too little.*devices"):
+        search(problem, model_of(problem))
+
+
+def test_a_brute_search_refuses_a_large_space() -> None:
+    problem = ppo(make_test_cluster(2, 8), ["batch_size=64"])
+    with pytest.raises(ConfigError, match=r"--engine brute: .* too many to try all"):
+        search(problem, model_of(problem), engine="brute")
+    with pytest.raises(ConfigError, match=r"unknown engine 'exact'; use mcmc or brute"):
+        search(problem, model_of(problem), engine="exact")
+
+
+@pytest.mark.parametrize(("num_nodes", "devices_per_node"), [(1, 8), (3, 4), (16, 8), (5, 6)])
+def test_up_to_16_nodes_every_mesh_is_considered(num_nodes: int, devices_per_node: int) -> None:
+    cluster = make_test_cluster(num_nodes, devices_per_node)
+    assert list(considered_meshes(cluster)) == list(enumerate_meshes(cluster))
+
+
+def test_large_clusters_have_a_space_that_does_not_grow() -> None:
+    cluster = make_test_cluster(128, 8)
+    meshes = list(considered_meshes(cluster))
+    assert len({mesh.num_devices for mesh in meshes}) == 3 + 3 + 16
+    assert DeviceMesh(0, 1024) in meshes
+    assert set(meshes) <= set(enumerate_meshes(cluster))
+
+
+def test_pruning_keeps_the_best_of_every_layout() -> None:
+    """Whatever variant exists, a kept one of its layout is no slower and no larger."""
+    problem = ppo(make_test_cluster(1, 4), ["batch_size=24"])
+    space = space_of(problem)
+    mesh = DeviceMesh(0, 4)
+    for call in space.calls:
+        for strategy, count in strategy_variants(problem, call, mesh):
+            allocation = Allocation(mesh=mesh, strategy=strategy, num_micro_batches=count)
+            seconds = space.prices.call(call.name, allocation).seconds
+            need = call_memory(problem, call.name, allocation).total
+            assert any(
+                choice.axes == (strategy.pp, strategy.tp, strategy.dp)
+                and choice.seconds <= seconds
+                and call_memory(problem, call.name, option.allocation).total <= need
+                for choice in space.choices[call.name][4]
+                for option in [space.option(call.name, mesh, choice)]
+            )
+
+
+@pytest.mark.parametrize("name", sorted(MOVES))
+def test_moves_make_legal_plans(name: str) -> None:
+    """Every move, from anywhere, gives a plan that can run; and it does move."""
+    rng, moved = random.Random(1), 0
+    space = space_of(ppo(make_test_cluster(2, 4), ["batch_size=24"]))
+    evaluator = Evaluator(space)
+    assignment = random_assignment(rng, space)
+    for _ in range(200):
+        found = MOVES[name][0](assignment, space, rng)
+        if found is not None and found != assignment:
+            moved += 1
+            validate_plan(evaluator.plan(found))
+            assignment = found
+    assert moved > 0
