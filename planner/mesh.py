@@ -47,10 +47,10 @@ def check_mesh(mesh: DeviceMesh, cluster: ClusterSpec, *, where: str) -> None:
         )
     if count % per_node == 0 and mesh.first % per_node == 0:
         return
-    if count < per_node and count & (count - 1) == 0 and mesh.first % count == 0:
-        # The slice is aligned within its node, whose size need not be a power of two.
-        if mesh.first % per_node % count == 0 and mesh.first % per_node + count <= per_node:
-            return
+    # A slice is aligned within its node, whose size need not be a power of two.
+    offset = mesh.first % per_node
+    if count & (count - 1) == 0 and offset % count == 0 and offset + count <= per_node:
+        return
     raise PlanError(
         f"mesh {mesh} is neither whole nodes of {per_node} nor an aligned power-of-two part of one",
         where=where,
