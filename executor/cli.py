@@ -144,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a mistake in the input, 1 a mistake of ours, 130 interrupted."""
+    """Exit codes: 0 done, 2 a mistake in the input, 1 a mistake of ours, 128 + signal if ended."""
     parser = build_parser()
     args = parse_with_words(parser, argv)
     try:
@@ -157,8 +157,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except local.WorkerError as error:
         print(f"realexec: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except local.Interrupted as error:
         print("realexec: interrupted; what was written stays", file=sys.stderr)
+        return 128 + error.signal_number
+    except KeyboardInterrupt:
+        print("realexec: interrupted", file=sys.stderr)
         return 130
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -35,13 +35,21 @@ class WorkerError(RuntimeError):
     """A worker failed by a mistake of ours; the message is its traceback."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The run was ended from outside, by ``signal_number``."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
 def launch(run: Run) -> None:
     """Run to the end.
 
     Raises:
         UserError: a worker refused its input.
         WorkerError: a worker failed otherwise.
-        KeyboardInterrupt: the run was interrupted; what it had written stays.
+        Interrupted: a signal ended the run; what it had written stays.
     """
     output = run.output
     prepare_output(output)
@@ -62,16 +70,17 @@ def launch(run: Run) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=str(output / "logs")),
     )
     # Elastic logs its own traceback of a worker's death; the launcher tells the worker's reason.
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+    for name in (
+        "torch.distributed.elastic", "torch.distributed.elastic.agent.server.api",
+        "torch.multiprocessing",
+    ):  # fmt: skip
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, _worker_process)(run, torch.get_num_threads())
-    except ChildFailedError:
-        raise _first_error(output) from None
-    except torch.distributed.elastic.multiprocessing.api.SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise
+    except ChildFailedError as error:
+        raise _first_error(output, error) from None
+    except SignalException as error:
+        raise Interrupted(int(error.sigval)) from None
 
 
 def prepare_output(output: Path) -> None:
@@ -85,9 +94,8 @@ def prepare_output(output: Path) -> None:
 def _worker_process(run: Run, num_threads: int) -> None:
     """Entry of one worker; its place comes from the environment that elastic sets."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Elastic ends workers by SIGTERM; an interrupt from the terminal reaches them as well, and
-    # only the parent should speak of it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An interrupt from the terminal reaches the workers as well: only the parent speaks of it.
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     try:
         torch.set_num_threads(max(1, num_threads // world_size))
         device = device_of(run.plan, rank)
@@ -133,14 +141,21 @@ def record_error(output: Path, rank: int, error: Exception) -> None:
     )
 
 
-def _first_error(output: Path) -> Exception:
-    """The earliest recorded failure; peers that lost their connection come later."""
+def _first_error(output: Path, error: ChildFailedError) -> Exception:
+    """The cause: a killed worker, else the earliest recorded failure.
+
+    Peers of a dead worker fail too, with lost connections, but later.
+    """
+    killed = {r: failure for r, failure in error.failures.items() if failure.exitcode < 0}
     records = [json.loads(file.read_text()) for file in (output / "errors").glob("rank*.json")]
-    if not records:
-        return WorkerError(
-            f"a worker died without a word (killed, or out of memory?); logs in {output / 'logs'}"
-        )
-    first = min(records, key=lambda record: (not record["user"], record["time"]))
-    if first["user"]:
+    first = min(records, key=lambda record: (not record["user"], record["time"]), default=None)
+    if first is not None and first["user"]:
         return UserError(first["problem"], where=first["where"], remedy=first["remedy"])
+    for rank, failure in killed.items():
+        if failure.exitcode != -signal.SIGTERM:  # that is how elastic ends the others
+            name = signal.Signals(-failure.exitcode).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            return WorkerError(f"rank {rank} was ended by {name}{hint}")
+    if first is None:
+        return WorkerError(f"a worker ended without a word; logs in {output / 'logs'}")
     return WorkerError(f"rank {first['rank']} failed:\n{first['traceback']}")
