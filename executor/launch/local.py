@@ -115,6 +115,9 @@ def _worker_process(run: Run, num_threads: int) -> None:
         dist.destroy_process_group()
     except Exception as error:
         record_error(run.output, rank, error)
+        if not isinstance(error, UserError):
+            # The cause may be a killed peer: the launcher must see that one's end first.
+            time.sleep(1.0)
         os._exit(1)  # peers may hang in a collective: do not wait for them in destructors
 
 

@@ -19,6 +19,7 @@ from planner.search.evaluate import Evaluator
 from planner.search.moves import MOVES
 from planner.search.options import (
     Assignment,
+    Option,
     OptionSpace,
     considered_meshes,
     strategy_variants,
@@ -41,7 +42,7 @@ def space_of(problem: Problem) -> OptionSpace:
 
 def random_assignment(rng: random.Random, space: OptionSpace) -> Assignment:
     """Any option for each call; now and then one call copies the mesh of another."""
-    chosen = []
+    chosen: list[Option] = []
     for call in space.calls:
         mesh = rng.choice(space.meshes[call.name])
         if chosen and rng.random() < 0.5 and chosen[-1].mesh in space.meshes[call.name]:
