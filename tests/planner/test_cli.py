@@ -1,0 +1,259 @@
+"""Protects ``realplan``: search, show and estimate work from the command line, the flags are
+those that were decided, and a user's mistake is one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from planner.cli import build_parser, main
+from planner.plan_schema import load_plan
+from profiles.catalogue import MODELS, make_cluster
+from profiles.roofline import RooflineCosts
+from profiles.table import CostRow, CostTable, shape_key
+
+FAST = ["--model", "tiny", "--gpus", "2", "--time-limit", "5"]
+SMALL = ["batch_size=8", "prompt_len=16", "response_len=16", "ppo.num_mini_batches=2"]
+
+
+@pytest.fixture(scope="module")
+def a_plan(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The text of a plan for two GPUs."""
+    file = tmp_path_factory.mktemp("plan") / "plan.json"
+    assert main(["search", *FAST, *SMALL, "-o", str(file)]) == 0
+    return file.read_text()
+
+
+@pytest.fixture
+def plan_file(a_plan: str, tmp_path: Path) -> Path:
+    file = tmp_path / "plan.json"
+    file.write_text(a_plan)
+    return file
+
+
+def test_search_writes_a_plan_and_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    flags = ["--batch-size", "8", "--prompt-len", "16", "--response-len", "12", "--seed", "3"]
+    assert main(["search", *FAST, *flags, "ppo.kl_coef=0.05", "-o", str(file)]) == 0
+    captured = capsys.readouterr()
+    plan = load_plan(file)
+    assert plan.seed == 3
+    assert plan.problem.workload.response_tokens == 12
+    assert plan.problem.config["ppo"]["kl_coef"] == 0.05
+    assert plan.estimate is not None
+    assert plan.estimate.lower_bound_s <= plan.estimate.step_s
+    assert "symmetric" in plan.baselines
+    for text in ("actor_train", "per step", "lower bound", "one steady step", str(file)):
+        assert text in captured.out
+    assert "costs are from a100's peak rates" in captured.err
+
+
+def test_json_is_the_plan_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["search", *FAST, *SMALL, "--json", "-o", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(file.read_text())
+
+
+def test_show_and_estimate_an_edited_plan(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``show`` prints today's numbers; ``estimate -o`` writes those of the edited plan."""
+    assert main(["show", str(plan_file)]) == 0
+    assert "critic_train" in capsys.readouterr().out
+    assert main(["show", str(plan_file), "--rank", "1"]) == 0
+    assert "rank 1" in capsys.readouterr().out
+    data = json.loads(plan_file.read_text())
+    one = {"dp": 1, "pp": 1, "tp": 1, "zero": 0, "recompute": False}
+    for allocation in data["allocations"].values():
+        allocation.update(mesh=[0, 1], strategy=one, num_micro_batches=1)
+    plan_file.write_text(json.dumps(data))
+    assert main(["estimate", str(plan_file), "-o", str(plan_file), "--json"]) == 0
+    estimate = json.loads(capsys.readouterr().out)
+    assert estimate["step_s"] == pytest.approx(sum(estimate["per_call_s"].values()))
+    saved = load_plan(plan_file).estimate
+    assert saved is not None
+    assert saved.step_s == estimate["step_s"]
+
+
+@pytest.mark.parametrize("verb", ["models", "devices"])
+def test_the_catalogue_is_listed(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--json"]) == 0
+    names = {row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert {"models": "llama-70b", "devices": "h100"}[verb] in names
+    assert main([verb]) == 0
+
+
+def _hf_folder(path: Path) -> Path:
+    spec = MODELS["tiny"]
+    path.mkdir()
+    config = {
+        "model_type": "llama", "hidden_size": spec.hidden, "num_hidden_layers": 2,
+        "num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads,
+        "intermediate_size": spec.ffn, "vocab_size": spec.vocab, "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_folders_become_the_roles_paths(tmp_path: Path) -> None:
+    """A critic may start from the actor's weights; a reward model needs its own."""
+    folder, out = _hf_folder(tmp_path / "sft"), tmp_path / "plan.json"
+    words = ["--gpus", "1", *SMALL, "-o", str(out)]
+    assert main(["search", "--model", str(folder), *words]) == 0
+    name = str(folder)
+    assert load_plan(out).problem.paths == {"actor": name, "ref": name, "critic": name}
+    other = str(_hf_folder(tmp_path / "rm"))
+    assert main(["search", "--model", name, "--critic", other, *words]) == 0
+    paths = {"actor": name, "ref": name, "critic": other, "reward": other}
+    assert load_plan(out).problem.paths == paths
+    assert main(["search", "--model", str(folder / "config.json"), *words]) == 0
+    assert load_plan(out).problem.paths == {}
+
+
+def test_large_llamas_have_a_critic_of_7b(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    flags = ["--gpus", "16", "--batch-size", "32", "--time-limit", "1"]
+    assert main(["search", "--model", "llama-13b", *flags, "-o", str(out)]) == 0
+    names = {role: spec.name for role, spec in load_plan(out).problem.models.items()}
+    large, small = "llama-13b", "llama-7b"
+    assert names == {"actor": large, "ref": large, "critic": small, "reward": small}
+
+
+def _profile(path: Path, *, device: str = "cpu") -> Path:
+    """A table in which every layer takes ten times what the roofline says."""
+    spec, cluster = MODELS["tiny"], make_cluster(device, 1)
+    roofline = RooflineCosts(cluster.device)
+    rows = []
+    for operation in ("forward", "backward", "decode"):
+        for size in (1, 64, 4096):
+            for length in (16, 64):
+                cost = roofline.layer(spec, "block", operation, tp=1, size=size, length=length)
+                rows.append(
+                    CostRow(
+                        component="block", operation=operation, shape=shape_key(spec), size=size,
+                        length=length, seconds=10 * cost.seconds,
+                    )
+                )  # fmt: skip
+    table = CostTable(
+        device=cluster.device, rows=tuple(rows), dtype="fp32", date="2025-01-01", source="test"
+    )
+    table.save(path)
+    return path
+
+
+def test_a_profile_is_used_and_remembered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured costs reach the estimate, and ``show`` takes them from where the plan says."""
+    profile, out = _profile(tmp_path / "profile.json"), tmp_path / "plan.json"
+    local = ["search", "--model", "tiny", "--cluster", "local", *SMALL, "-o", str(out)]
+    assert main([*local, "--profile", str(profile)]) == 0
+    plan = load_plan(out)
+    assert plan.num_devices == 2
+    assert plan.estimate is not None
+    assert plan.estimate.provenance.get("roofline", 0.0) < 0.9
+    assert plan.provenance["profile"] == str(profile)
+    assert "peak rates" not in capsys.readouterr().err
+    assert main(["estimate", str(out), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["step_s"] == plan.estimate.step_s
+    profile.unlink()
+    assert main(["show", str(out)]) == 0
+    assert "is not here: costs are from peak rates" in capsys.readouterr().err
+
+
+def test_the_flags_of_search() -> None:
+    """A new flag is a decision: options of the algorithm are key=value words."""
+    actions = build_parser()._subparsers._group_actions[0].choices["search"]._actions  # type: ignore[union-attr, index]
+    flags = sorted(flag for action in actions for flag in action.option_strings)
+    assert flags == sorted(
+        [
+            "-h", "--help", "--model", "--critic", "--gpus", "--device", "--cluster", "--profile",
+            "--algorithm", "--prompt-len", "--response-len", "--batch-size", "--engine",
+            "--time-limit", "--seed", "-o", "--output", "--json",
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["search", "--help"], ["show", "--help"]])
+def test_help_has_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 0
+    assert "examples:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["search"], "search: the following arguments are required: --model"),
+        (["search", "--model", "lama-70b"], "--model: unknown model 'lama-70b'; did you mean"),
+        (["search", "--model", "tiny", "--critic", "x"], "--critic: unknown model 'x'"),
+        (["search", "--model", "none/x"], "none/x/config.json|none/x: no such file"),
+        (["search", "--model", "tiny", "--gpus", "0"], "--gpus: 0 is below 1"),
+        (["search", "--model", "tiny", "--gpus", "3.5"], "--gpus: '3.5' is not a whole number"),
+        (["search", "--model", "tiny", "--gpus", "12"], "--gpus: 12 devices .*use 8 or 16"),
+        (["search", "--model", "tiny", "--device", "z9"], "--device: unknown device 'z9'"),
+        (["search", "--model", "tiny", "--device", "a100", "--cluster", "local"], "two devices"),
+        (["search", "--model", "tiny", "--batch-size", "0"], "--batch-size: 0 is below 1"),
+        (["search", "--model", "tiny", "--time-limit", "-1"], "--time-limit: '-1' is not a number"),
+        (["search", "--model", "tiny", "--algorithm", "dpoo"], "unknown algorithm 'dpoo'"),
+        (["search", "--model", "tiny", "--engine", "x"], "invalid choice: 'x'"),
+        (["search", "--model", "tiny", "--what"], "unrecognized arguments: --what"),
+        (["search", "--model", "tiny", "batchsize=3"], "override 'batchsize=3': .*batch_size"),
+        (["search", "--model", "tiny", "batch_size"], "override 'batch_size'.*write key=value"),
+        (["search", "--model", "tiny", "ppo.gamma=x"], "override 'ppo.gamma=x'"),
+        (["search", "--model", "tiny", "ppo.gamma=2"], "ppo.gamma: 2.0 is not in"),
+        (["search", "--model", "tiny", "--profile", "no.json"], "no.json: no such file"),
+        (["search", "--model", "tiny", "-o", "no/plan.json"], "-o: no folder for no/plan.json"),
+        (["search", "--model", "llama-70b", "--gpus", "8"], "role actor does not fit.*too little"),
+        (["show", "no.json"], "no.json: cannot be read"),
+        (["show", "plan.json", "--rank", "2"], "--rank: 2 is not a rank of this plan; use 0 to 1"),
+        (["show", "plan.json", "--rank", "x"], "--rank: 'x' is not a whole number"),
+        (["show", "cut.json"], "cut.json: is cut off at line"),
+        (["show", "tp.json"], "tp.json: allocations.ref_inf: tp 8 does not divide the 4 heads"),
+        (["estimate", "plan.json", "--profile", "gpu.json"], "--profile: was measured on a100"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(
+    argv: list[str],
+    message: str,
+    plan_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(plan_file.parent)
+    text = plan_file.read_text()
+    Path("cut.json").write_text(text[: len(text) // 2])
+    data = json.loads(text)
+    data["cluster"].update(devices_per_node=8)
+    data["allocations"]["ref_inf"].update(mesh=[0, 8])
+    data["allocations"]["ref_inf"]["strategy"].update(dp=1, pp=1, tp=8)
+    Path("tp.json").write_text(json.dumps(data))
+    _profile(Path("gpu.json"), device="a100")
+    if argv[:1] == ["estimate"]:
+        cpu = main(["search", "--model", "tiny", "--cluster", "local", *SMALL])
+        assert cpu == 0
+        capsys.readouterr()
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("realplan: ")
+    assert "Traceback" not in captured.err
+    assert re.search(message, last), last
+
+
+def test_json_errors_are_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", "--model", "x", "--json"]) == 2
+    error = json.loads(capsys.readouterr().out)
+    assert error["where"] == "--model"
