@@ -18,6 +18,8 @@ the steady seconds per step.
    at u = 0 it is the longest cycle, at u = 1 the work.
 
 Reallocations, transfers and memory shared by calls are left out; they only make T larger.
+"Every option" means those of ``OptionSpace``: meshes as in ``considered_meshes``, micro-batches as
+in ``micro_batch_counts``. What its pruning dropped is no faster than what it kept on that mesh.
 """
 
 from __future__ import annotations
