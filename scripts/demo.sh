@@ -14,9 +14,9 @@ source scripts/environment.sh
 # The experiment: set as environment variables, e.g. STEPS=20 BATCH_SIZE=32 bash scripts/demo.sh
 WORKERS="${WORKERS:-2}"
 BATCH_SIZE="${BATCH_SIZE:-16}"     # sequences per step
-MINI_BATCHES="${MINI_BATCHES:-4}"  # optimizer steps per batch
+MINI_BATCHES="${MINI_BATCHES:-2}"  # optimizer steps per batch
 PROMPT_LEN="${PROMPT_LEN:-64}"     # tokens; the longest prompt has 45 with its chat template
-RESPONSE_LEN="${RESPONSE_LEN:-64}" # tokens
+RESPONSE_LEN="${RESPONSE_LEN:-32}" # tokens
 STEPS="${STEPS:-3}"
 
 MODEL=models/smollm2-135m
