@@ -19,6 +19,8 @@ from torch import Tensor
 
 from executor.buffers import ParameterBuffer
 from executor.context import build_contexts, single_process
+from executor.generate.engine import generate
+from executor.generate.sampling import SamplingParams
 from executor.model.attention import pack
 from executor.model.families import hf_name
 from executor.model.hf_weights import init_random, load, save, weight_files
@@ -398,3 +400,26 @@ def test_a_real_checkpoint_gives_transformers_logits(tmp_path):
     assert expected.std() > 1
     # transformers' own fp32 logits, up to 34, are 1e-4 away from its float64 ones.
     torch.testing.assert_close(logits, expected, atol=2e-4, rtol=0)
+
+    chat = torch.randint(1, spec.vocab, (12,), generator=torch.Generator().manual_seed(2))
+    params = SamplingParams(max_new_tokens=24, greedy=True, stop_token_ids=(2,))
+    answer = generate(stage, [chat], samples=[0], params=params, seed=1, step=0).token_ids
+    greedy = model.generate(chat[None], max_new_tokens=24, do_sample=False, eos_token_id=2)[0]
+    assert answer.tolist() == greedy.tolist()
+
+    gradients = torch.zeros_like(buffer.flat)
+    trained = DecoderStage(stage.ctx, buffer, gradients=gradients)
+    logits = trained.head(trained.forward(chat, pack((12,))))
+    loss = torch.nn.functional.cross_entropy(logits[:-1], chat[1:])
+    loss.backward()
+    expected_loss = model(chat[None], labels=chat[None]).loss
+    expected_loss.backward()
+    assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-4)
+    for ours, theirs in (
+        ("embedding.weight", model.model.embed_tokens.weight),
+        ("layers.0.q.weight", model.model.layers[0].self_attn.q_proj.weight),
+        ("layers.17.down.weight", model.model.layers[17].mlp.down_proj.weight),
+        ("final_norm.weight", model.model.norm.weight),
+    ):
+        found = buffer.view(ours, of=gradients)
+        torch.testing.assert_close(found, theirs.grad, atol=1e-4, rtol=1e-4)
