@@ -123,11 +123,11 @@ def _resolve_run(args: argparse.Namespace) -> Run:
 
 def _run(args: argparse.Namespace) -> int:
     run = _resolve_run(args)
-    console = Console(stderr=True)
+    console, device = Console(stderr=True), run.plan.problem.cluster.device
     console.print(
         f"{run.plan.problem.graph.name}: {run.config.total_steps} steps of "
         f"{run.plan.problem.workload.batch_size} sequences on {run.plan.num_devices} "
-        f"{run.plan.problem.cluster.device.name} workers; results in {run.output}",
+        f"{'CPU workers' if device.kind == 'cpu' else device.name}; results in {run.output}",
         highlight=False,
         soft_wrap=True,
     )
