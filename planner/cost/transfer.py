@@ -28,7 +28,9 @@ def reallocation_seconds(
     """Seconds until every device of ``dst`` holds its layout.
 
     max over devices, directions and link classes of bytes / bandwidth + one latency for each
-    message; a copy inside a device is read and written at the memory's rate.
+    message, plus max over devices of the passes over memory: what is sent is packed, what comes
+    is unpacked and what stays is copied, one read and one write each, and the new buffer is
+    cleared. The executor does these on the device that also sends, so they add up.
     """
     src, dst = _at_the_start(src, dst, model.cluster)
     question = (src, dst, bytes_per_value)
@@ -55,20 +57,20 @@ def _reallocation_s(src: Layout, dst: Layout, bytes_per_value: int, model: CostM
     cluster = model.cluster
     lanes: dict[_Lane, int] = defaultdict(int)
     messages: dict[_Lane, int] = defaultdict(int)
-    copies: dict[int, int] = defaultdict(int)
+    passes: dict[int, int] = defaultdict(int)  # bytes read or written on each device
     for route in routes(src, dst, devices_per_node=cluster.devices_per_node):
         num_bytes = _route_values(src.spec, route) * bytes_per_value
+        passes[route.dst] += 3 * num_bytes  # read, written, and cleared before
         if route.src == route.dst:
-            copies[route.dst] += num_bytes
             continue
+        passes[route.src] += 2 * num_bytes
         inside = cluster.node_of(route.src) == cluster.node_of(route.dst)
         link = "intra" if inside else "inter"
         for lane in ((route.src, "out", link), (route.dst, "in", link)):
             lanes[lane] += num_bytes
             messages[lane] += 1
     slowest_s = _slowest_lane_s(lanes, messages, model)
-    copy_s = 2.0 * max(copies.values(), default=0) / cluster.device.memory_bytes_per_s
-    return max(slowest_s, copy_s)
+    return slowest_s + max(passes.values(), default=0) / cluster.device.memory_bytes_per_s
 
 
 def _slowest_lane_s(
