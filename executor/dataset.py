@@ -56,6 +56,11 @@ class PromptDataset:
         self.prompts: list[Tensor] = []
         for line, record in self.records:
             ids = prompt_ids(tokenizer, record["prompt"], chat_template=chat_template)
+            if not ids:
+                raise ConfigError(
+                    "the tokenizer makes no tokens of the prompt", where=f"{path}:{line}",
+                    remedy="remove the line",
+                )  # fmt: skip
             if len(ids) > max_prompt_tokens:
                 raise ConfigError(
                     f"the prompt has {len(ids)} tokens, more than prompt_len={max_prompt_tokens}",
@@ -95,6 +100,8 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat_template: bool) -> list[int]
 def read_records(path: Path) -> list[tuple[int, Record]]:
     """(line number, record) of a JSONL file whose lines have a ``prompt``.
 
+    A record without an ``id`` gets its line number as one.
+
     Raises:
         ConfigError: no path or file, not UTF-8, no records, or a line that is not a JSON object
             with a non-empty ``prompt``; names file and line.
@@ -102,16 +109,16 @@ def read_records(path: Path) -> list[tuple[int, Record]]:
     if str(path) in ("", "."):
         raise ConfigError("no prompts", where="data.path", remedy="give data.path=prompts.jsonl")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # without a byte order mark, if there is one
     except OSError as error:
         raise ConfigError(
             f"cannot be read ({error.strerror})", where=str(path), remedy="give data.path=FILE"
         ) from None
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise ConfigError("not UTF-8", where=f"{path}:{line}", remedy="save as UTF-8") from None
-    records = [
-        (number, _record(line, f"{path}:{number}"))
+    records: list[tuple[int, Record]] = [
+        (number, {"id": number, **_record(line, f"{path}:{number}")})
         for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
@@ -124,7 +131,9 @@ def _record(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"not JSON ({error.msg})", where=where) from None
+        raise ConfigError(
+            f"not JSON ({error.msg})", where=where, remedy='write one {"prompt": "…"} a line'
+        ) from None
     if not isinstance(record, dict):
         raise ConfigError("not a JSON object", where=where, remedy='write {"prompt": "…"}')
     prompt = record.get("prompt")
@@ -132,4 +141,10 @@ def _record(line: str, where: str) -> Record:
         raise ConfigError(
             f"prompt is {prompt!r}", where=where, remedy="every line needs a text under prompt"
         )
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(
+            "the prompt has half of a surrogate pair", where=where, remedy="repair its \\u escapes"
+        ) from None
     return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from executor.generate.sampling import SamplingParams
 from executor.parallel.tensor import vocab_parallel_log_probs
 from experiments.losses import (
     gae,
+    kl_estimates,
     last_token_index,
     policy_loss,
     response_mask,
@@ -24,15 +24,15 @@ from experiments.losses import (
     value_loss,
 )
 from experiments.ppo.config import PPOConfig, PPOExperiment
-from experiments.rewards import RewardFunction, load_reward
-from profiles.errors import ConfigError
+from experiments.rewards import RewardFunction, load_reward, rewards_of
 
 Statistics = Mapping[str, Tensor]
 
 
 def make_functions(config: PPOExperiment) -> dict[str, Any]:
     """One object for each of the six calls; see ``executor.calls``."""
-    temperature = 1.0 if config.generation.greedy else config.generation.temperature
+    # The sampler tells log-probabilities at this temperature even where it is greedy.
+    temperature = config.generation.temperature
     from_model = config.reward.source == "model"
     return {
         "actor_gen": Generate(config=config),
@@ -77,16 +77,7 @@ class Reward:
         self.function = function
 
     def run(self, batch: SequenceBatch, records: Records) -> Statistics:
-        values = []
-        for record in records:
-            value = float(self.function(record["prompt"], record["answer"], record))
-            if not math.isfinite(value):
-                raise ConfigError(
-                    f"the reward of sample {record.get('id', '?')} is {value}",
-                    where="reward.source", remedy="rewards must be finite numbers",
-                )  # fmt: skip
-            values.append(value)
-        return {"rewards": torch.tensor(values, dtype=torch.float32)}
+        return {"rewards": torch.tensor(rewards_of(self.function, records), dtype=torch.float32)}
 
 
 class Values:
@@ -108,7 +99,7 @@ def answer_log_probs(
     places = response_mask(batch).nonzero()[:, 0]
     logits = head(hidden[places - 1])  # [answer tokens, vocab / tp]
     if temperature != 1.0:
-        logits = logits / temperature
+        logits = logits.float() / temperature  # in fp32, as the sampler divides
     return vocab_parallel_log_probs(logits, batch.token_ids[places], ctx), places
 
 
@@ -180,11 +171,12 @@ class TrainActor:
         )
         loss = losses.sum() / denominator
         with torch.no_grad():
-            change = log_probs - old
+            k1, k3 = kl_estimates(log_probs, old)
             statistics = {
                 "loss": loss.detach(),
-                # k3 of Schulman 2020, "Approximating KL divergence": E[exp(x) - 1 - x] >= 0.
-                "approx_kl": (change.exp() - 1 - change).sum() / denominator,
+                "approx_kl": k3.sum() / denominator,
+                "approx_kl_k1": k1.sum() / denominator,
+                "mean_ratio": (-k1).exp().sum() / denominator,
                 "ref_kl": (old - batch.get("ref_log_probs")[places]).sum() / denominator,
                 "clip_fraction": clipped.sum() / denominator,
             }
@@ -193,6 +185,10 @@ class TrainActor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainCritic:
+    """Statistics give the explained variance of the values that the advantages came from:
+    1 - (error_square - mean_error^2) / (return_square - mean_return^2), error = return - value.
+    """
+
     ppo: PPOConfig
 
     def prepare(self, batch: SequenceBatch, sum_over_dp: Sum) -> SequenceBatch:
@@ -207,16 +203,16 @@ class TrainCritic:
     ) -> tuple[Tensor, Statistics]:  # fmt: skip
         places = response_mask(batch).nonzero()[:, 0]
         states = places - 1  # the state before an answer token
-        losses, clipped = value_loss(
-            head(hidden[states]),
-            batch.get("values")[states],
-            batch.get("returns")[places],
-            clip=self.ppo.value_clip,
-        )
+        old, returns = batch.get("values")[states], batch.get("returns")[places]
+        losses, clipped = value_loss(head(hidden[states]), old, returns, clip=self.ppo.value_clip)
         loss = losses.sum() / denominator
+        error = returns - old
         statistics = {
             "loss": loss.detach(),
             "clip_fraction": clipped.sum() / denominator,
-            "mean_return": batch.get("returns")[places].sum() / denominator,
+            "mean_return": returns.sum() / denominator,
+            "return_square": (returns**2).sum() / denominator,
+            "mean_error": error.sum() / denominator,
+            "error_square": (error**2).sum() / denominator,
         }
         return loss, statistics

@@ -13,12 +13,12 @@ from profiles.errors import ConfigError
 
 
 class Letters:
-    """A tokenizer of one token a character."""
+    """A tokenizer of one token a character but ~, of which it makes none."""
 
     chat_template = None
 
     def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
-        return {"input_ids": [ord(c) for c in text]}
+        return {"input_ids": [ord(c) for c in text if c != "~"]}
 
 
 def dataset(path: Path, *, longest: int = 20, seed: int = 1) -> PromptDataset:
@@ -51,6 +51,13 @@ def test_a_batch_follows_from_seed_and_step_alone(file: Path) -> None:
     assert "extra" in first[1][0]
 
 
+def test_records_have_an_id_of_their_own_or_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "id": "q"}\n\n{"prompt": "b"}\n')
+    _, records = dataset(path).batch(0, 2)
+    assert {record["prompt"]: record["id"] for record in records} == {"a": "q", "b": 3}
+
+
 def test_mock_prompts_are_the_same_everywhere_and_of_the_lengths_asked() -> None:
     prompts, _ = MockPrompts(vocab=50, prompt_len=8, seed=3).batch(2, 40)
     again, _ = MockPrompts(vocab=50, prompt_len=8, seed=3).batch(2, 40)
@@ -68,6 +75,9 @@ def test_mock_prompts_are_the_same_everywhere_and_of_the_lengths_asked() -> None
         (b'{"prompt": "  "}', r"jsonl:1: prompt is '  '"),
         (b'{"prompt": 5}', r"jsonl:1: prompt is 5"),
         (b'{"prompt": "a"}\n{"prompt": "\xff"}', r"jsonl:2: not UTF-8"),
+        (b'\xef\xbb\xbf{"prompt": "a"}\n\xff', r"jsonl:2: not UTF-8"),
+        (b'{"prompt": "a\\ud800"}', r"jsonl:1: .* half of a surrogate pair"),
+        (b'{"prompt": "a"}\n{"prompt": "~"}', r"jsonl:2: the tokenizer makes no tokens"),
         (b"\n", r"jsonl: no prompts in it"),
         (b'{"prompt": "a"}\n{"prompt": "123456789012345678901"}', r"jsonl:2: .* 21 tokens"),
     ],

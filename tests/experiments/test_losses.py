@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.batch import SequenceBatch
-from experiments.losses import gae, policy_loss, response_mask, token_rewards, value_loss
+from experiments.losses import (
+    gae,
+    kl_estimates,
+    policy_loss,
+    response_mask,
+    token_rewards,
+    value_loss,
+)
 
 shapes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=5)
 unit = st.floats(0.0, 1.0)
@@ -101,6 +108,16 @@ def test_rewards_are_the_penalty_of_answer_tokens_and_the_score_at_the_last(
             expected = -0.3 * float(log_probs[t] - ref[t]) if is_answer else 0.0
             expected += float(batch.get("scores")[i]) if t == end - 1 else 0.0
             assert float(rewards[t]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_both_estimates_of_the_divergence_are_right_in_the_mean() -> None:
+    rng = torch.Generator().manual_seed(0)
+    old, new = torch.randn(2, 5, generator=rng, dtype=torch.float64).log_softmax(-1)
+    exact = float((old.exp() * (old - new)).sum())
+    k1, k3 = kl_estimates(new, old)
+    assert float((old.exp() * k1).sum()) == pytest.approx(exact, abs=1e-12)
+    assert float((old.exp() * k3).sum()) == pytest.approx(exact, abs=1e-12)
+    assert (k3 >= 0).all()
 
 
 @given(

@@ -22,13 +22,8 @@ STEPS = 30
 OVERRIDES = (
     "batch_size=32", "prompt_len=4", "response_len=8", f"total_steps={STEPS}", "init=random",
     "ppo.num_mini_batches=4", "ppo.kl_coef=0.01", "ppo.reward_scale=2", "actor.lr=2e-3",
-    "critic.lr=2e-3", "reward.source=tests.experiments.test_ppo_learns:share_of_even_tokens",
+    "critic.lr=2e-3", "reward.source=experiments.rewards:share_of_even_tokens",
 )  # fmt: skip
-
-
-def share_of_even_tokens(prompt: str, answer: str, record: dict[str, list[int]]) -> float:
-    ids = record["answer_ids"]
-    return sum(i % 2 == 0 for i in ids) / len(ids)
 
 
 def rewards(plan_text: str, folder: Path, **calls: str) -> list[float]:
