@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -143,6 +144,56 @@ def test_the_critics_statistics_give_the_explained_variance() -> None:
     unexplained = found["error_square"] - found["mean_error"] ** 2
     explained = 1 - unexplained / (found["return_square"] - found["mean_return"] ** 2)
     assert float(explained) == pytest.approx(float(expected), abs=1e-4)
+
+
+def papers_losses(batch: SequenceBatch, new_log_probs: Tensor, new_values: Tensor) -> list[float]:
+    """[policy, value] loss of the whole batch in float64, sequence by sequence, with the defaults:
+    beta 0.1, gamma = lambda = 1, both clips 0.2, scores clipped to 20, normalised advantages."""
+    log_p, ref, values, scores, finished, prompts = (
+        batch.get(key).double().numpy()
+        for key in ("log_probs", "ref_log_probs", "values", "rewards", "finished", "prompt_lengths")
+    )
+    places, returns = [], []
+    for i, (start, end) in enumerate(zip(batch.offsets, batch.offsets[1:])):
+        # Without discount, what follows is the sum of rewards and, if truncated, the last value.
+        follows = np.clip(scores[i], -20, 20) + (0.0 if finished[i] else values[end - 1])
+        own = range(end - 1, start + int(prompts[i]) - 1, -1)
+        for t in own:
+            follows -= 0.1 * (log_p[t] - ref[t])
+            places.append(t)
+            returns.append(follows)
+    at, target = np.array(places), np.array(returns)
+    old = values[at - 1]
+    advantages = target - old
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-5)
+    ratio = np.exp(new_log_probs.double().numpy()[at] - log_p[at])
+    policy = -np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.2) * advantages).mean()
+    new = new_values.double().numpy()[at - 1]
+    near = np.clip(new, old - 0.2, old + 0.2)
+    value = 0.5 * np.maximum((new - target) ** 2, (near - target) ** 2).mean()
+    return [float(policy), float(value)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_both_losses_are_the_papers_from_scores_to_the_mean(seed: int) -> None:
+    batch = experience(seed)
+    hidden = torch.randn(batch.num_tokens, SPEC.hidden, generator=torch.Generator().manual_seed(9))
+    (_, lm_head), (_, value_head) = head_of(SPEC.vocab), head_of(1)
+    functions = make_functions(PPOExperiment())
+    new = functions["ref_inf"].read(lm_head, hidden, batch, CTX)["ref_log_probs"]
+    # Old log-probabilities near the new ones, so that some ratios are clipped and some are not.
+    near = 0.2 * torch.randn(new.shape, generator=torch.Generator().manual_seed(seed))
+    batch = batch.with_values(per_token={"log_probs": new + near})
+    losses, clipped = [], []
+    for call, head in (("actor_train", lm_head), ("critic_train", value_head)):
+        prepared = functions[call].prepare(batch, alone)
+        loss, found = functions[call].loss(
+            head, hidden, prepared, functions[call].count(batch), CTX
+        )
+        losses.append(float(loss))
+        clipped.append(float(found["clip_fraction"]))
+    assert losses == pytest.approx(papers_losses(batch, new, value_head(hidden)), abs=1e-5)
+    assert all(0 < fraction < 1 for fraction in clipped)
 
 
 def test_normalised_over_two_ranks_is_normalised_over_one() -> None:
