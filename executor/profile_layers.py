@@ -34,8 +34,9 @@ STAGES: tuple[Place, ...] = ("first", "middle", "last")
 # A run walks through all of a model's layers before it comes back to the first, so few weights
 # stay in a cache between two uses. Small batches are measured over as many layers as it takes to
 # leave the caches too: measured here with one matrix, 1 row takes 0.5 ms from the cache and
-# 1.4 ms from memory; from 256 rows on there is no difference.
-CACHE_BYTES = 128 * MIB
+# 1.4 ms from memory; from 256 rows on there is no difference. Server CPUs have up to some hundred
+# MiB of last-level cache (260 where this was found), shared by all workers.
+CACHE_BYTES = 512 * MIB
 STREAMING_TOKENS = 128
 # Tokens, times layers, that one action on a CPU runs at most beyond one layer.
 LAYER_TOKENS = 512
