@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,8 +26,8 @@ from planner.plan import Allocation, ExecutionPlan, Problem, largest_dp, validat
 from planner.program import compile_plan
 from planner.program_check import check_program
 from planner.strategy import ParallelStrategy, tensor_parallel_problem
-from profiles.errors import CheckpointError, ConfigError, PlanError
-from profiles.models import ModelSpec, read_hf_config
+from profiles.errors import CheckpointError, PlanError
+from profiles.models import read_hf_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +98,11 @@ def check_devices(plan: ExecutionPlan) -> None:
         )
 
 
-def _shape(spec: ModelSpec) -> tuple[Any, ...]:
-    return (
-        spec.num_layers, spec.hidden, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.ffn,
-        spec.vocab, spec.rope_theta, spec.qkv_bias,
-    )  # fmt: skip
+# What a checkpoint must share with the plan's model; the head may differ.
+_SHAPE = (
+    "num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "ffn", "vocab", "rope_theta",
+    "qkv_bias",
+)  # fmt: skip
 
 
 def check_weights(run: Run, role: str) -> None:
@@ -124,22 +123,17 @@ def check_weights(run: Run, role: str) -> None:
         )  # fmt: skip
     planned = run.plan.problem.models[role]
     found = read_hf_config(path, head=planned.head)
-    if _shape(found) != _shape(planned):
+    unlike = [
+        f"{name} {getattr(found, name)} instead of {getattr(planned, name)}"
+        for name in _SHAPE
+        if getattr(found, name) != getattr(planned, name)
+    ]
+    if unlike:
         raise CheckpointError(
-            f"{path} is not of the planned shape: {_difference(found, planned)}",
+            f"{path} is not of the planned shape: {', '.join(unlike)}",
             where=f"{role}.path",
             remedy="search a plan for this model",
         )
-
-
-def _difference(found: ModelSpec, planned: ModelSpec) -> str:
-    names = ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "ffn", "vocab",
-             "rope_theta", "qkv_bias")  # fmt: skip
-    return ", ".join(
-        f"{name} {getattr(found, name)} instead of {getattr(planned, name)}"
-        for name in names
-        if getattr(found, name) != getattr(planned, name)
-    )
 
 
 def functions_of(run: Run) -> dict[str, Any]:
@@ -178,15 +172,3 @@ def one_layout_plan(problem: Problem, strategy: ParallelStrategy, *, seed: int) 
     plan = ExecutionPlan(problem=problem, allocations=allocations, seed=seed)
     validate_plan(plan)
     return plan
-
-
-def versions() -> dict[str, str]:
-    """Versions that a run's record names."""
-    return {"realplan": importlib.metadata.version("realplan"), "torch": torch.__version__}
-
-
-def require_stop_tokens(stop: tuple[int, ...], *, where: str) -> tuple[int, ...]:
-    """``stop`` itself; ``ConfigError`` where a real tokenizer names no end token."""
-    if not stop:
-        raise ConfigError("the model names no end-of-sequence token", where=where)
-    return stop

@@ -392,18 +392,16 @@ class Worker:
     def save(self, folder: Path) -> list[Path]:
         """Write every trained role as a Hugging Face folder ``<role>/<folder>``; all ranks."""
         written = []
-        for role in self.problem.graph.roles:
-            for (name, layout), buffer in list(self.buffers.items()):
-                train = self.problem.graph.train_call(role)
-                if name != role or train is None or layout != call_layout(self.plan, train.name):
-                    continue
-                target = self.run.output / role / folder
-                path = self.run.model_path(role)
-                hf_weights.save(
-                    self.contexts[layout], buffer, target, self.problem.models[role],
-                    source_folder=Path(path) if path else None,
-                )  # fmt: skip
-                written.append(target)
+        for role, trainer in self.trainers.items():
+            target, source = self.run.output / role / folder, self.run.model_path(role)
+            hf_weights.save(
+                trainer.stage.ctx,
+                trainer.stage.buffer,
+                target,
+                self.problem.models[role],
+                source_folder=Path(source) if source else None,
+            )
+            written.append(target)
         return written
 
 

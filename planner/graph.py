@@ -6,7 +6,6 @@ Read ``ModelFunctionCall``, then ``DataflowGraph``. An algorithm's graph is buil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -154,7 +153,3 @@ class DataflowGraph:
                 if train is not None and call.name != train.name:
                     graph.add_edge(train.name, call.name, keys=[], next_step=True)
         return graph
-
-
-def keys_by_name(keys: Iterable[DataKey]) -> Mapping[str, DataKey]:
-    return {key.name: key for key in keys}

@@ -80,10 +80,6 @@ class ClusterSpec:
         """The link that a message from device ``a`` to device ``b`` takes."""
         return self.intra_link if self.node_of(a) == self.node_of(b) else self.inter_link
 
-    def link_within(self, first: int, count: int) -> LinkSpec:
-        """The slowest link inside ``count`` consecutive devices from ``first``."""
-        return self.link_between(first, first + count - 1)
-
     def with_memory_limit(self, memory_bytes: int) -> ClusterSpec:
         return replace(self, device=replace(self.device, memory_bytes=memory_bytes))
 

@@ -144,21 +144,23 @@ def normalized(values: Tensor, mask: Tensor, sum_over_dp: Sum) -> Tensor:
     return (((wide - mean) / (variance.sqrt() + 1e-5)) * mask).to(values.dtype)
 
 
-def answer_tokens(batch: SequenceBatch) -> Tensor:
-    """Number of answer tokens, float64 []."""
-    return response_mask(batch).sum().double()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainActor:
+class TrainOnExperience:
+    """What training the actor and the critic share: the experience, and what losses divide by."""
+
     ppo: PPOConfig
-    temperature: float
 
     def prepare(self, batch: SequenceBatch, sum_over_dp: Sum) -> SequenceBatch:
         return experience(batch, self.ppo, sum_over_dp)
 
     def count(self, batch: SequenceBatch) -> Tensor:
-        return answer_tokens(batch)
+        """Number of answer tokens, float64 []."""
+        return response_mask(batch).sum().double()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainActor(TrainOnExperience):
+    temperature: float
 
     def loss(
         self, head: Head, hidden: Tensor, batch: SequenceBatch, denominator: Tensor,
@@ -184,18 +186,10 @@ class TrainActor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainCritic:
+class TrainCritic(TrainOnExperience):
     """Statistics give the explained variance of the values that the advantages came from:
     1 - (error_square - mean_error^2) / (return_square - mean_return^2), error = return - value.
     """
-
-    ppo: PPOConfig
-
-    def prepare(self, batch: SequenceBatch, sum_over_dp: Sum) -> SequenceBatch:
-        return experience(batch, self.ppo, sum_over_dp)
-
-    def count(self, batch: SequenceBatch) -> Tensor:
-        return answer_tokens(batch)
 
     def loss(
         self, head: Head, hidden: Tensor, batch: SequenceBatch, denominator: Tensor,
