@@ -362,7 +362,7 @@ def _search(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan_to_dict(plan)))
         return 0
-    print_plan(plan, _timeline(plan, costs)[1], _output())
+    print_plan(plan, result.timeline, _output())
     _say(_output(), f"\n{result.evaluations} plans looked at; the best is in {args.output}")
     return 0
 

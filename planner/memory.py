@@ -37,7 +37,10 @@ OPTIMIZER_BYTES: Mapping[DeviceKind, int] = {"cuda": 12, "cpu": 8}
 # allocator's slack on a GPU; the interpreter with torch on a CPU.
 RESERVE_BYTES: Mapping[DeviceKind, int] = {"cuda": 2 * GIB, "cpu": 2 * GIB // 5}
 
-# What a reallocation has under way at most (executor/reallocate.py: STAGING_BYTES).
+# What a reallocation has under way at most: the executor takes it from here. Measured over gloo
+# on one machine, 285 to 570 MB moved: 16 MiB is 1.1 to 1.7 times as fast as 256 MiB (packed chunks
+# stay in the cache) and 1.9 to 3.3 times as fast as 1 MiB. Links between GPUs want messages of
+# tens of MiB, and a rank has about ten partners.
 STAGING_BYTES: Mapping[DeviceKind, int] = {"cuda": 256 * MIB, "cpu": 16 * MIB}
 
 

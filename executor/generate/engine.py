@@ -31,10 +31,8 @@ from executor.generate.kv_cache import KVCache, Turn
 from executor.generate.sampling import SamplingParams, sample, uniform
 from executor.model.transformer import DecoderStage
 from executor.parallel.tensor import gather_vocab
+from planner.cost.stage import MAX_PROMPT_TOKENS
 from profiles.errors import ConfigError
-
-# Prompt tokens that enter in one turn at most (but always one prompt): bounds the activations.
-MAX_PROMPT_TOKENS = 8192
 
 
 def generate(

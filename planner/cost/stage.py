@@ -25,7 +25,8 @@ _ORDER: Mapping[Provenance, int] = {p: i for i, p in enumerate(Provenance)}
 VALUE_BYTES = {"cuda": 2, "cpu": 4}
 # Gradients are summed in fp32 on every device.
 GRADIENT_BYTES = 4
-# Prompt tokens that enter in one turn of generation (executor/generate/engine.py).
+# Prompt tokens that enter in one turn of generation at most (but always one prompt): bounds the
+# activations. The executor's engine takes it from here.
 MAX_PROMPT_TOKENS = 8192
 
 

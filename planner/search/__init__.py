@@ -32,7 +32,8 @@ __all__ = ["ENGINES", "SearchResult", "estimate_plan", "search"]
 class SearchResult:
     """``plan`` carries its estimate. ``gap``: at most this share of the step can be saved.
 
-    ``baselines``: seconds per step by name. ``evaluations``: assignments looked at.
+    ``baselines``: seconds per step by name. ``evaluations``: assignments looked at. ``timeline``:
+    of the plan.
     """
 
     plan: ExecutionPlan
@@ -41,6 +42,7 @@ class SearchResult:
     evaluations: int
     baselines: Mapping[str, float]
     seed: int
+    timeline: Timeline
 
 
 Engine = Callable[[Evaluator, list[Assignment], Budget, int], Record]
@@ -121,7 +123,7 @@ def search(
     if record.best is None:
         raise _nothing_fits(evaluator, record)
     seconds = {name: b.score.step_s for name, b in baselines.items()}
-    plan, _ = estimate_plan(
+    plan, timeline = estimate_plan(
         replace(evaluator.plan(record.best, seed=seed), baselines=seconds),
         space.prices,
         lower_bound=bound_s,
@@ -129,7 +131,7 @@ def search(
     assert plan.estimate is not None
     return SearchResult(
         plan=plan, lower_bound_s=bound_s, gap=plan.estimate.gap, evaluations=record.looked_at,
-        baselines=seconds, seed=seed,
+        baselines=seconds, seed=seed, timeline=timeline,
     )  # fmt: skip
 
 
