@@ -23,7 +23,8 @@ from planner.arguments import parse_with_words
 from planner.plan import ExecutionPlan
 from planner.plan_schema import load_plan
 from planner.strategy import parse_strategy
-from profiles.catalogue import local_cluster, make_cluster, resolve_model
+from profiles.catalogue import resolve_model
+from profiles.clusters import local_cluster, make_cluster
 from profiles.errors import ConfigError, UserError
 
 _RUN_EXAMPLES = """examples:

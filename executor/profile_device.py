@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from executor.parallel import data
 from executor.profile_measure import Action, Lockstep, Probe
-from profiles.catalogue import machine_memory_bytes
+from profiles.clusters import machine_memory_bytes
 from profiles.hardware import DeviceSpec
 from profiles.units import KIB, MIB
 

@@ -164,7 +164,9 @@ class Worker:
         strategy = self.plan.allocations[call.name].strategy
         context = self.contexts[layout]
         gradients = torch.zeros(buffer.flat.numel(), dtype=torch.float32, device=self.device)
-        stage = DecoderStage(context, buffer, gradients=gradients, recompute=strategy.recompute)
+        stage = DecoderStage(
+            context, buffer, gradients=gradients, recompute=strategy.recompute == "full"
+        )
         model = self.run.config.models()[role]
         config = AdamConfig(
             lr=model.lr,

@@ -31,14 +31,8 @@ from planner.plan_schema import load_plan, plan_to_dict, save_plan
 from planner.report import print_plan, program_table
 from planner.search import ENGINES, estimate_plan, search
 from planner.simulate import StepPrices, Timeline
-from profiles.catalogue import (
-    DEVICES,
-    MODELS,
-    PLATFORMS,
-    local_cluster,
-    make_cluster,
-    resolve_model,
-)
+from profiles.catalogue import MODELS, resolve_model
+from profiles.clusters import DEVICES, PLATFORMS, local_cluster, make_cluster
 from profiles.collectives import Collectives
 from profiles.errors import ConfigError, UserError
 from profiles.hardware import ClusterSpec

@@ -163,9 +163,9 @@ def running_memory(
     kept = 0
     if call.kind is CallKind.TRAIN:
         in_flight = min(allocation.num_micro_batches, s.pp - stage)
-        block = spec.hidden if s.recompute else block_activation_values(spec, s.tp)
+        block = spec.hidden if s.recompute == "full" else block_activation_values(spec, s.tp)
         kept = in_flight * shape.num_layers * tokens * block
-        working += tokens * block_activation_values(spec, s.tp) if s.recompute else 0
+        working += tokens * block_activation_values(spec, s.tp) if s.recompute == "full" else 0
         logits *= 2  # and their gradient
         buffers += _largest_weight_values(spec, shape, s.tp)
     return MemoryBreakdown(

@@ -17,7 +17,7 @@ from profiles.errors import PlanError
 from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +75,21 @@ class Allocation:
 
     ``num_micro_batches`` counts the micro-batches of one data-parallel rank: of one PPO
     mini-batch for TRAIN, of the rank's whole share for INFER, and for GENERATE the groups of
-    sequences that are in flight between pipeline stages.
+    sequences that are in flight between pipeline stages. ``generation_batch`` is the most
+    sequences of a data-parallel rank that GENERATE decodes at once, 0 for all of them: the others
+    enter as rows become free.
     """
 
     mesh: DeviceMesh
     strategy: ParallelStrategy
     num_micro_batches: int = 1
+    generation_batch: int = 0
 
     def __post_init__(self) -> None:
         if self.num_micro_batches < 1:
             raise PlanError(f"num_micro_batches is {self.num_micro_batches}, not at least 1")
+        if self.generation_batch < 0:
+            raise PlanError(f"generation_batch is {self.generation_batch}, below 0")
 
     def __str__(self) -> str:
         return f"{self.mesh} {self.strategy.short} x{self.num_micro_batches}"
@@ -178,6 +183,10 @@ def allocation_problem(problem: Problem, call_name: str, allocation: Allocation)
         )
     if s.zero and problem.graph.call(call_name).kind is not CallKind.TRAIN:
         return "ZeRO applies to TRAIN calls only"
+    if s.recompute != "none" and problem.graph.call(call_name).kind is not CallKind.TRAIN:
+        return "recomputation applies to TRAIN calls only"
+    if allocation.generation_batch and problem.graph.call(call_name).kind is not CallKind.GENERATE:
+        return "generation_batch applies to GENERATE calls only"
     return None
 
 

@@ -54,7 +54,7 @@ def ranges_text(numbers: Iterable[int], *, most: int = 3) -> str:
 def strategy_text(allocation: Allocation) -> str:
     """``d4p8m4 zero recompute``: the axes, then what is switched on."""
     s = allocation.strategy
-    return s.short + (" zero" if s.zero else "") + (" recompute" if s.recompute else "")
+    return s.short + (" zero" if s.zero else "") + ("" if s.recompute == "none" else " recompute")
 
 
 # ---- the plan and its estimate ----------------------------------------------------------------

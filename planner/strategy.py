@@ -11,11 +11,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, get_args
 
 from planner.mesh import DeviceMesh
 from profiles.errors import PlanError
 from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
+
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -23,14 +26,17 @@ class ParallelStrategy:
     """``pp * tp * dp`` devices: pipeline stages, tensor shards, data-parallel replicas.
 
     ``zero`` is the ZeRO stage of a TRAIN call: 0 replicates the optimizer, 1 shards it over dp.
-    ``recompute`` drops a block's activations in the forward pass and recomputes them backward.
+    ``recompute`` drops activations in the forward pass and recomputes them backward: those of a
+    whole block (full), or only those that are large and cheap to make again (selective).
+    ``sequence_parallel`` splits what lies between tensor-parallel parts over their tokens.
     """
 
     pp: int = 1
     tp: int = 1
     dp: int = 1
     zero: int = 0
-    recompute: bool = False
+    recompute: Recompute = "none"
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         for axis in ("pp", "tp", "dp"):
@@ -39,6 +45,12 @@ class ParallelStrategy:
                 raise PlanError(f"{axis} is {value!r}, not a positive whole number")
         if self.zero not in (0, 1):
             raise PlanError(f"ZeRO stage {self.zero!r} is not supported", remedy="use 0 or 1")
+        if self.recompute not in get_args(Recompute):
+            raise PlanError(
+                f"recompute is {self.recompute!r}", remedy=f"use {', '.join(get_args(Recompute))}"
+            )
+        if self.sequence_parallel and self.tp == 1:
+            raise PlanError("sequence_parallel without tp", remedy="it splits over tp: raise tp")
 
     @property
     def num_devices(self) -> int:

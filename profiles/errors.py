@@ -6,6 +6,9 @@ or any other exception and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in the input: ``where`` (JSON path, file:line or flag), ``problem``, ``remedy``."""
@@ -39,3 +42,13 @@ class CheckpointError(UserError):
 
 class InfeasibleError(UserError):
     """No plan fits: the message names the role, the device and the bytes that lack."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str], *, where: str) -> ConfigError:
+    """The error for a name that is not among ``known``, with the nearest ones."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return ConfigError(
+        f"unknown {what} '{name}'", where=where, remedy=f"{hint}known: {', '.join(names)}"
+    )

@@ -42,7 +42,8 @@ from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, Problem, Workload
 from planner.strategy import ParallelStrategy
-from profiles.catalogue import local_cluster, resolve_model
+from profiles.catalogue import resolve_model
+from profiles.clusters import local_cluster
 from profiles.collectives import Collectives
 from profiles.errors import UserError
 from profiles.models import ModelSpec

@@ -72,7 +72,9 @@ def make_plan(
     def allocation(text: str) -> Allocation:
         first, layout, micro, *flags = text.split(":")
         strategy = replace(
-            parse_strategy(layout), zero=int("zero" in flags), recompute="recompute" in flags
+            parse_strategy(layout),
+            zero=int("zero" in flags),
+            recompute="full" if "recompute" in flags else "none",
         )
         mesh = DeviceMesh(int(first), strategy.num_devices)
         return Allocation(mesh=mesh, strategy=strategy, num_micro_batches=int(micro))

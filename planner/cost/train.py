@@ -44,7 +44,7 @@ def train_parts(
     s = allocation.strategy
     mini_batch = ceil(workload.batch_size / num_mini_batches)
     passes: tuple[Pass, ...] = ("forward", "backward")
-    if s.recompute:
+    if s.recompute == "full":
         passes = ("forward", "recompute", "backward")
     parts = dict(
         _pipeline(spec, workload, allocation, model, ceil(mini_batch / s.dp), passes=passes)

@@ -33,13 +33,15 @@ from planner.mesh import DeviceMesh, enumerate_meshes
 from planner.plan import Allocation, Problem, largest_dp
 from planner.program import assign_samples
 from planner.simulate import StepPrices
-from planner.strategy import ParallelStrategy, legal_strategies
+from planner.strategy import ParallelStrategy, Recompute, legal_strategies
 from profiles.errors import InfeasibleError
 from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 from profiles.units import format_bytes
 
 Bytes = npt.NDArray[np.int64]
+
+RECOMPUTE: Sequence[Recompute] = ("none", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -132,7 +134,7 @@ def strategy_variants(
             yield from ((legal, count) for count in counts)
             continue
         for zero in (0, 1) if legal.dp > 1 else (0,):
-            for recompute in (False, True):
+            for recompute in RECOMPUTE:
                 strategy = replace(legal, zero=zero, recompute=recompute)
                 yield from ((strategy, count) for count in counts)
 

@@ -36,7 +36,7 @@ def random_plan(problem: Problem, rng: random.Random) -> ExecutionPlan:
         mesh, strategy = rng.choice(legal)
         if call.kind is CallKind.TRAIN:
             strategy = replace(
-                strategy, zero=rng.choice((0, 1)), recompute=rng.choice((False, True))
+                strategy, zero=rng.choice((0, 1)), recompute=rng.choice(("none", "full"))
             )
         micro_batches = rng.randint(1, max(1, most // strategy.dp))
         allocations[call.name] = Allocation(

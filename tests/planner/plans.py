@@ -71,7 +71,9 @@ def random_allocation(rng: random.Random, problem: Problem, call_name: str) -> A
             break
     strategy: ParallelStrategy = rng.choice(legal)
     if problem.graph.call(call_name).kind is CallKind.TRAIN:
-        strategy = replace(strategy, zero=rng.choice([0, 1]), recompute=rng.choice([False, True]))
+        strategy = replace(
+            strategy, zero=rng.choice([0, 1]), recompute=rng.choice(["none", "full"])
+        )
     num_micro_batches = 1 if spec is None else rng.randint(1, max(1, most // strategy.dp))
     return Allocation(mesh=mesh, strategy=strategy, num_micro_batches=num_micro_batches)
 

@@ -12,7 +12,8 @@ import pytest
 
 from planner.cli import build_parser, main
 from planner.plan_schema import load_plan
-from profiles.catalogue import MODELS, make_cluster
+from profiles.catalogue import MODELS
+from profiles.clusters import make_cluster
 from profiles.roofline import RooflineCosts
 from profiles.table import CostRow, CostTable, shape_key
 
@@ -71,7 +72,7 @@ def test_show_and_estimate_an_edited_plan(
     assert main(["show", str(plan_file), "--rank", "1"]) == 0
     assert "rank 1" in capsys.readouterr().out
     data = json.loads(plan_file.read_text())
-    one = {"dp": 1, "pp": 1, "tp": 1, "zero": 0, "recompute": False}
+    one = {"dp": 1, "pp": 1, "tp": 1, "zero": 0, "recompute": "none", "sequence_parallel": False}
     for allocation in data["allocations"].values():
         allocation.update(mesh=[0, 1], strategy=one, num_micro_batches=1)
     plan_file.write_text(json.dumps(data))

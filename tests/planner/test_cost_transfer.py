@@ -13,7 +13,8 @@ from planner.cost.transfer import reallocation_seconds, transfer_seconds
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.reallocation import reallocate
-from profiles.catalogue import MODELS, make_cluster
+from profiles.catalogue import MODELS
+from profiles.clusters import make_cluster
 from profiles.collectives import Collectives
 from profiles.hardware import ClusterSpec, LinkSpec
 from profiles.roofline import RooflineCosts

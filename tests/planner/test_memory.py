@@ -25,7 +25,8 @@ from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem
 from planner.program import home_layouts
 from planner.strategy import ParallelStrategy
-from profiles.catalogue import MODELS, make_cluster, resolve_model
+from profiles.catalogue import MODELS, resolve_model
+from profiles.clusters import make_cluster
 from profiles.errors import InfeasibleError
 from profiles.hardware import ClusterSpec
 from profiles.units import GIB
@@ -97,7 +98,7 @@ def test_training_keeps_all_layers_or_only_their_inputs() -> None:
     kept = call_memory(ppo(), "actor_train", allocate(m=16))
     block, working = block_activation_values(SPEC, 1), block_working_values(SPEC, 1)
     assert kept.activations == 2 * TOKENS * (32 * block + working)
-    again = call_memory(ppo(), "actor_train", allocate(m=16, recompute=True))
+    again = call_memory(ppo(), "actor_train", allocate(m=16, recompute="full"))
     assert again.activations == 2 * TOKENS * (32 * 4096 + block + working)
     # bf16 logits of the answers of one micro-batch (half its tokens) and their gradient.
     assert kept.logits == 2 * 2 * (TOKENS // 2) * 32000

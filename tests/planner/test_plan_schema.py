@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.plan import Estimate, ExecutionPlan
+from planner.plan import Allocation, Estimate, ExecutionPlan
 from planner.plan_schema import dumps, load_plan, plan_from_dict, plan_to_dict, save_plan
+from planner.strategy import ParallelStrategy
 from profiles.errors import PlanError
 from tests.planner.plans import random_plan
 
@@ -55,8 +56,8 @@ def test_saved_files_are_equal_and_leave_nothing_beside(
 
 def test_allocations_are_easy_to_edit(plan: ExecutionPlan) -> None:
     allocation = plan_to_dict(plan)["allocations"]["actor_gen"]
-    assert set(allocation) == {"mesh", "strategy", "num_micro_batches"}
-    assert set(allocation["strategy"]) == {"dp", "pp", "tp", "zero", "recompute"}
+    assert set(allocation) == set(Allocation.__slots__)
+    assert set(allocation["strategy"]) == set(ParallelStrategy.__slots__)
     mesh = plan.allocations["actor_gen"].mesh
     assert allocation["mesh"] == [mesh.first, mesh.num_devices]
 
@@ -74,7 +75,7 @@ def _edit(data: Any, path: list[Any], value: Any) -> None:
     ("path", "value", "message"),
     [
         (["schema"], "other", r"schema: schema is 'other'; a plan has"),
-        (["version"], 2, "version is 2; this realplan reads version 1"),
+        (["version"], 1, "version is 1; this realplan reads version 2"),
         (["version"], KeyError, "version is None"),
         (["workload"], KeyError, "workload: missing field"),
         (["extra"], 1, "extra: unknown field; known: .*allocations"),
@@ -153,7 +154,14 @@ def test_missing_file_and_missing_folder(plan: ExecutionPlan, tmp_path: Path) ->
 def test_an_edited_strategy_must_divide_the_heads(plan: ExecutionPlan) -> None:
     data = plan_to_dict(plan)
     data["cluster"].update(num_nodes=1, devices_per_node=8)
-    strategy = {"dp": 1, "pp": 1, "tp": 8, "zero": 0, "recompute": False}
+    strategy = {
+        "dp": 1,
+        "pp": 1,
+        "tp": 8,
+        "zero": 0,
+        "recompute": "none",
+        "sequence_parallel": False,
+    }
     data["allocations"]["ref_inf"] = {"mesh": [0, 8], "strategy": strategy, "num_micro_batches": 1}
     for name, allocation in data["allocations"].items():
         if name != "ref_inf":

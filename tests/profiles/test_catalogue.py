@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from profiles.catalogue import (
-    DEVICES,
-    MODELS,
-    PLATFORMS,
-    local_cluster,
-    machine_memory_bytes,
-    make_cluster,
-    resolve_model,
-)
+from profiles.catalogue import MODELS, resolve_model
+from profiles.clusters import DEVICES, PLATFORMS, local_cluster, machine_memory_bytes, make_cluster
 from profiles.errors import ConfigError
 from profiles.units import GIB
 

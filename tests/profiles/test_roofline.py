@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.catalogue import DEVICES, MODELS, make_cluster
+from profiles.catalogue import MODELS
+from profiles.clusters import DEVICES, make_cluster
 from profiles.collectives import Collectives
 from profiles.costs import Component, Operation
 from profiles.hardware import DeviceSpec

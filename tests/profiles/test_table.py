@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from profiles.catalogue import DEVICES, MODELS
+from profiles.catalogue import MODELS
+from profiles.clusters import DEVICES
 from profiles.costs import Provenance
 from profiles.errors import ProfileError
 from profiles.roofline import RooflineCosts
