@@ -154,15 +154,8 @@ def test_missing_file_and_missing_folder(plan: ExecutionPlan, tmp_path: Path) ->
 def test_an_edited_strategy_must_divide_the_heads(plan: ExecutionPlan) -> None:
     data = plan_to_dict(plan)
     data["cluster"].update(num_nodes=1, devices_per_node=8)
-    strategy = {
-        "dp": 1,
-        "pp": 1,
-        "tp": 8,
-        "zero": 0,
-        "recompute": "none",
-        "sequence_parallel": False,
-    }
-    data["allocations"]["ref_inf"] = {"mesh": [0, 8], "strategy": strategy, "num_micro_batches": 1}
+    strategy = {**data["allocations"]["ref_inf"]["strategy"], "dp": 1, "pp": 1, "tp": 8}
+    data["allocations"]["ref_inf"].update(mesh=[0, 8], strategy=strategy)
     for name, allocation in data["allocations"].items():
         if name != "ref_inf":
             allocation["mesh"] = [0, 1]
