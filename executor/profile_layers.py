@@ -18,6 +18,7 @@ from torch import Tensor
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.generate.kv_cache import KVCache, Turn
+from executor.generate.sampling import SamplingParams, sample, uniform
 from executor.model.attention import pack
 from executor.model.transformer import DecoderStage, rms_norm
 from executor.parallel.optimizer import Adam, AdamConfig
@@ -147,13 +148,19 @@ class LayerBench:
         return _forward_backward(forward, train)
 
     def head_decode(self, num_sequences: int, context: int) -> Probe:
-        """Final norm and the logits of ``num_sequences`` rows; choosing tokens is not counted."""
+        """Final norm, the logits of ``num_sequences`` rows, and a token of each drawn from them.
+
+        Where tp cuts the vocabulary, the shard's logits stand in for the others'.
+        """
         stage = self._stage("last", num_layers=1)
         hidden = self._hidden(num_sequences)
+        places = torch.arange(num_sequences, device=self.device)
+        params = SamplingParams(max_new_tokens=1)
 
         @torch.no_grad()
         def step() -> None:
-            stage.head(_final_norm(stage, hidden))
+            logits = stage.head(_final_norm(stage, hidden)).repeat(1, self.tp)
+            sample(logits, uniform(0, 0, places, places), params)
 
         return Probe(actions=(step,), readings={"decode": (1,)})
 

@@ -132,10 +132,9 @@ def tasks_of(job: WorkerJob) -> list[Task]:
         ]
         for head in dict.fromkeys((spec.head, "lm", "scalar")):
             share = 0.16 if head == "lm" else 0.01
-            found += [
-                task("head", "train", head_tokens, share, of=spec.with_head(head)),
-                task("head", "decode", sequences, share / 4, of=spec.with_head(head)),
-            ]
+            found.append(task("head", "train", head_tokens, share, of=spec.with_head(head)))
+            if head == "lm":
+                found.append(task("head", "decode", sequences, share / 4, of=spec.with_head("lm")))
     blocks = max(1, min(spec.num_layers, LARGEST_OPTIMIZER // spec.block_parameters))
     sizes = tuple(dict.fromkeys(min(blocks, 4**i) for i in range(blocks.bit_length())))
     grid = Grid(sizes=sizes, lengths=(0,))

@@ -50,7 +50,8 @@ class LayerCosts(Protocol):
 
         ``forward`` / ``backward``: ``size`` packed tokens in sequences of ``length`` tokens.
         ``decode``: ``size`` sequences, one new token each, ``length`` tokens of live context.
-        ``head`` in ``decode`` gives the logits of ``size`` rows.
+        ``head`` in ``decode`` gives the logits of ``size`` rows and chooses a token of each, from
+        the whole vocabulary on every shard; a scalar head has no decode.
         """
         ...
 

@@ -30,6 +30,11 @@ class RooflineCosts:
 
     ``memory_efficiency``: share of the memory's peak rate that kernels reach. 0.8, as
     aiconfigurator found on A100 and H100 (``mem_bw_empirical_scaling_factor``).
+
+    Choosing tokens is counted as the longer of ``sampling_passes`` fp32 passes over the logits
+    [sequences, vocab] (temperature, largest, exponentials, sum, filter, cumulative sum, search,
+    log-probability, one read or write each) and ``sampling_launches`` operations, most of them
+    on one value a sequence: the hash that makes the noise.
     """
 
     def __init__(
@@ -39,12 +44,16 @@ class RooflineCosts:
         matmul_efficiency: float = 0.75,
         attention_efficiency: float = 0.5,
         memory_efficiency: float = 0.8,
+        sampling_passes: float = 8.0,
+        sampling_launches: int = 40,
     ) -> None:
         self.device = device
         self.matmul_flops_per_s = device.peak_flops * matmul_efficiency
         self.attention_flops_per_s = device.peak_flops * attention_efficiency
         self.memory_bytes_per_s = device.memory_bytes_per_s * memory_efficiency
         self.value_bytes = VALUE_BYTES[device.kind]
+        self.sampling_passes = sampling_passes
+        self.sampling_launches = sampling_launches
         self._answers: dict[tuple[object, ...], Cost] = {}
 
     # ---- kernels ------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ class RooflineCosts:
     def _head_s(self, spec: ModelSpec, operation: Operation, tp: int, size: int) -> float:
         """Final norm, product with the head, and three fp32 passes over the logits: largest,
 
-        sum of exponentials, and (backward) the gradient. Decode wants the logits only.
+        sum of exponentials, and (backward) the gradient. Decode: logits, and a token of each row.
         """
         norm_s = self.stream_s(2 * self.value_bytes * spec.hidden * float(size))
         passes = 2 if operation == "backward" else 1
@@ -149,9 +158,14 @@ class RooflineCosts:
             return passes * (norm_s + self.matmul_s(size, spec.hidden, 1, value_bytes=4))
         columns = spec.vocab // tp
         seconds = passes * (norm_s + self.matmul_s(size, spec.hidden, columns))
-        if operation != "decode":
-            seconds += 3 * self.stream_s(4.0 * columns * size)
-        return seconds
+        if operation == "decode":
+            return seconds + self._sampling_s(spec, size)
+        return seconds + 3 * self.stream_s(4.0 * columns * size)
+
+    def _sampling_s(self, spec: ModelSpec, rows: int) -> float:
+        """Choosing one token of each of ``rows`` rows of the whole vocabulary's logits."""
+        passes_s = self.sampling_passes * 4.0 * rows * spec.vocab / self.memory_bytes_per_s
+        return max(passes_s, self.sampling_launches * self.device.launch_s)
 
     def optimizer_step(self, num_parameters: int) -> Cost:
         """Adam, bytes of every state once read and once written.

@@ -101,29 +101,14 @@ def stage_shapes(spec: ModelSpec, pp: int) -> tuple[StageShape, ...]:
 
 
 class StageCosts:
-    """Answers ``cost(...)`` from layer costs and collectives, and remembers the answers.
-
-    Choosing tokens is counted as the longer of ``sampling_passes`` fp32 passes over the logits
-    [sequences, vocab] at the memory's rate (temperature, largest, exponentials, sum, filter,
-    cumulative sum, search, log-probability, one read or write each) and ``sampling_launches``
-    operations, most of them on one value a sequence: the hash that makes the noise.
-    """
+    """Answers ``cost(...)`` from layer costs and collectives, and remembers the answers."""
 
     def __init__(
-        self,
-        device: DeviceSpec,
-        layer_costs: LayerCosts,
-        collectives: Collectives,
-        *,
-        sampling_passes: float = 8.0,
-        sampling_launches: int = 40,
+        self, device: DeviceSpec, layer_costs: LayerCosts, collectives: Collectives
     ) -> None:
-        self.device = device
         self.layers = layer_costs
         self.collectives = collectives
         self.value_bytes = VALUE_BYTES[device.kind]
-        self.sampling_passes = sampling_passes
-        self.sampling_launches = sampling_launches
         self._answers: dict[tuple[object, ...], StageCost] = {}
 
     def cost(
@@ -176,7 +161,7 @@ class StageCosts:
             sums += 1.0 if what == "backward" and spec.head == "lm" else 0.0
         if stage.last and what in ("prefill", "decode"):
             count = rows if what == "prefill" else size
-            compute = compute + layer("head", "decode", count) + self.sampling(spec, count)
+            compute = compute + layer("head", "decode", count)
             logits_bytes = float(count) * spec.vocab * self.value_bytes
             extra = Priced.of(self.collectives.all_gather(logits_bytes, group))
         return StageCost(compute=compute, tensor_parallel=reduce * sums + extra)
@@ -186,12 +171,6 @@ class StageCosts:
         if spec.head == "scalar" or what == "backward":
             return ZERO
         return Priced.of(self.collectives.all_reduce(4.0 * size, group)) * 3.0
-
-    def sampling(self, spec: ModelSpec, rows: int) -> Priced:
-        """Choosing one token of ``rows`` rows of logits."""
-        num_bytes = self.sampling_passes * 4.0 * rows * spec.vocab
-        launches_s = self.sampling_launches * self.device.launch_s
-        return Priced.modelled(max(num_bytes / self.device.memory_bytes_per_s, launches_s))
 
 
 def stage_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:

@@ -272,14 +272,6 @@ def test_prefill_gives_a_head_to_last_tokens_only() -> None:
     assert cost.parts["decode"] == pytest.approx(BATCH * (RESPONSE - 1))
 
 
-def test_choosing_tokens_passes_over_the_logits() -> None:
-    cluster = free_links(make_cluster("a100", 8))
-    slow = replace(cluster, device=replace(cluster.device, memory_bytes_per_s=1.0))
-    model = CostModel(slow, RoundCosts(block=0.0), Collectives(slow))
-    found = call_cost(ppo(slow), "actor_gen", allocate(), model)
-    assert found.seconds == pytest.approx(RESPONSE * 8 * 4 * BATCH * MODELS["tiny"].vocab)
-
-
 # ---- pieces -----------------------------------------------------------------------------------
 
 
