@@ -20,11 +20,11 @@ from executor.context import RankContext
 from executor.generate.kv_cache import KVCache, Turn
 from executor.generate.sampling import SamplingParams, sample, uniform
 from executor.model.attention import pack
-from executor.model.transformer import DecoderStage, rms_norm
+from executor.model.transformer import DecoderStage, normalize
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.tensor import vocab_parallel_log_probs
 from executor.profile_measure import Action, Probe
-from planner.layout import Layout
+from planner.layout import Layout, cached_kv_heads
 from planner.mesh import DeviceMesh
 from profiles.models import ModelSpec
 from profiles.units import MIB
@@ -102,17 +102,19 @@ class LayerBench:
         """As ``block_train``; ``length`` changes nothing. Backward's gradient is dense."""
         stage = self._stage("first", num_layers=1)
         ids, slope = self._ids(tokens), self._hidden(tokens)
+        places = torch.zeros_like(ids)
 
         def forward() -> None:
             with torch.no_grad():
-                stage.embed(ids)
+                stage.embed(ids, places)
 
-        return _forward_backward(forward, lambda: stage.embed(ids).backward(slope))
+        return _forward_backward(forward, lambda: stage.embed(ids, places).backward(slope))
 
     def embedding_decode(self, num_sequences: int, context: int) -> Probe:
         """The embedding, and what every decode step does once: the cache's next turn."""
         stage = self._stage("first", num_layers=1)
         ids = self._ids(num_sequences)
+        places = torch.zeros_like(ids)
         cache = self._cache(num_sequences, self.spec.max_positions, num_layers=1)
         cache.turn([1] * num_sequences)
 
@@ -120,7 +122,7 @@ class LayerBench:
         def step() -> None:
             cache.lengths = [1] * num_sequences
             cache.turn()
-            stage.embed(ids)
+            stage.embed(ids, places)
 
         return Probe(actions=(step,), readings={"decode": (1,)})
 
@@ -217,12 +219,13 @@ class LayerBench:
     def _cache(self, num_rows: int, max_columns: int, *, num_layers: int) -> KVCache:
         return KVCache(
             num_layers=num_layers,
-            num_kv_heads=self.spec.num_kv_heads // self.tp,
+            num_kv_heads=cached_kv_heads(self.spec, self.tp),
             head_dim=self.spec.head_dim,
             max_rows=num_rows,
             max_columns=max_columns,
             dtype=self.dtype,
             device=self.device,
+            window=self.spec.sliding_window,
         )
 
     def _turn(self, num_sequences: int, context: int, num_layers: int) -> Turn:
@@ -254,4 +257,4 @@ def _forward_backward(forward: Action, train: Action, *, count: int = 1) -> Prob
 
 def _final_norm(stage: DecoderStage, hidden: Tensor) -> Tensor:
     assert stage.final_norm is not None, "the final norm is on the last stage"
-    return rms_norm(hidden, stage.final_norm, stage.spec.norm_eps)
+    return normalize(hidden, stage.final_norm, stage.spec)

@@ -27,7 +27,7 @@ from planner.program import compile_plan
 from planner.program_check import check_program
 from planner.strategy import ParallelStrategy, tensor_parallel_problem
 from profiles.errors import CheckpointError, PlanError
-from profiles.models import read_hf_config
+from profiles.hf_config import read_hf_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

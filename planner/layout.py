@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import gcd, lcm, prod
 
 from planner.mesh import DeviceMesh
 from planner.strategy import ParallelStrategy, stage_layers
 from profiles.models import ModelSpec
 
-# The two ends of the model count as layers of their own: they sit on the outer stages.
+# The ends of the model count as layers of their own: they sit on the outer stages. Learned
+# positions are apart from the embedding, of which the last stage may hold a copy.
 EMBEDDING_LAYER = -1
+POSITION_LAYER = -2
 
 
 def head_layer(spec: ModelSpec) -> int:
@@ -30,12 +32,23 @@ def head_layer(spec: ModelSpec) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterShape:
-    """One parameter of the whole model; ``shard_dim`` is split over tp, None is replicated."""
+    """One parameter of the whole model; ``shard_dim`` is split over tp, None is replicated.
+
+    It is cut into gcd(tp, ``max_parts``) parts, 0: tp; neighbouring shards hold the same part
+    where these are fewer than tp. Keys and values have a part for each kv head at most.
+    """
 
     name: str
     shape: tuple[int, ...]
     layer: int
     shard_dim: int | None
+    max_parts: int = 0
+
+    def num_parts(self, tp: int) -> int:
+        """Different parts under ``tp``: each is held by tp / parts shards."""
+        if self.shard_dim is None:
+            return 1
+        return gcd(tp, self.max_parts) if self.max_parts else tp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,31 +72,78 @@ class ParameterSlice:
         )
 
 
+# (name inside the block, shape, shard dimension, most parts)
+_Row = tuple[str, tuple[int, ...], int | None, int]
+
+
 def block_parameters(spec: ModelSpec, layer: int) -> tuple[ParameterShape, ...]:
     """The parameters of one block, in the order of the flat buffer.
 
     q, k, v are neighbours, and so are gate and up: the executor multiplies each group at once.
     """
-    q, kv, h = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.hidden
-    rows: list[tuple[str, tuple[int, ...], int | None]] = [
-        ("attention_norm.weight", (h,), None),
-        ("q.weight", (q, h), 0),
-        ("k.weight", (kv, h), 0),
-        ("v.weight", (kv, h), 0),
-    ]
-    if spec.qkv_bias:
-        rows += [("q.bias", (q,), 0), ("k.bias", (kv,), 0), ("v.bias", (kv,), 0)]
-    rows += [
-        ("o.weight", (h, q), 1),
-        ("ffn_norm.weight", (h,), None),
-        ("gate.weight", (spec.ffn, h), 0),
-        ("up.weight", (spec.ffn, h), 0),
-        ("down.weight", (h, spec.ffn), 1),
+    rows = [
+        *_norm("attention_norm", spec),
+        *_attention_rows(spec),
+        *_norm("ffn_norm", spec),
+        *_feed_forward_rows(spec),
     ]
     return tuple(
-        ParameterShape(name=f"layers.{layer}.{name}", shape=shape, layer=layer, shard_dim=dim)
-        for name, shape, dim in rows
+        ParameterShape(
+            name=f"layers.{layer}.{name}", shape=shape, layer=layer, shard_dim=dim, max_parts=parts
+        )
+        for name, shape, dim, parts in rows
     )
+
+
+def _norm(name: str, spec: ModelSpec) -> list[_Row]:
+    weight: _Row = (f"{name}.weight", (spec.hidden,), None, 0)
+    bias: _Row = (f"{name}.bias", (spec.hidden,), None, 0)
+    return [weight, bias] if spec.norm == "layer" else [weight]
+
+
+def _attention_rows(spec: ModelSpec) -> list[_Row]:
+    q, kv, h = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.hidden
+    heads = spec.num_kv_heads
+    rows: list[_Row] = [
+        ("q.weight", (q, h), 0, 0),
+        ("k.weight", (kv, h), 0, heads),
+        ("v.weight", (kv, h), 0, heads),
+    ]
+    if spec.qkv_bias:
+        rows += [("q.bias", (q,), 0, 0), ("k.bias", (kv,), 0, heads), ("v.bias", (kv,), 0, heads)]
+    if spec.qk_norm:
+        rows += [(f"{name}.weight", (spec.head_dim,), None, 0) for name in ("q_norm", "k_norm")]
+    rows.append(("o.weight", (h, q), 1, 0))
+    if spec.o_bias:
+        rows.append(("o.bias", (h,), None, 0))
+    return rows
+
+
+def _feed_forward_rows(spec: ModelSpec) -> list[_Row]:
+    if not spec.num_experts:
+        return _dense_rows("", spec, spec.ffn)
+    n, h = spec.num_experts, spec.hidden
+    rows: list[_Row] = [
+        ("router.weight", (n, h), None, 0),
+        # Of every expert its gate and its up, in this order.
+        ("experts.gate_up.weight", (n, 2 if spec.gated else 1, spec.ffn, h), 2, 0),
+        ("experts.down.weight", (n, h, spec.ffn), 2, 0),
+    ]
+    if spec.shared_ffn:
+        rows += _dense_rows("shared.", spec, spec.shared_ffn)
+        rows.append(("shared_gate.weight", (1, h), None, 0))
+    return rows
+
+
+def _dense_rows(prefix: str, spec: ModelSpec, ffn: int) -> list[_Row]:
+    first = ("gate", "up") if spec.gated else ("up",)
+    rows: list[_Row] = [(f"{prefix}{name}.weight", (ffn, spec.hidden), 0, 0) for name in first]
+    if spec.ffn_bias:
+        rows += [(f"{prefix}{name}.bias", (ffn,), 0, 0) for name in first]
+    rows.append((f"{prefix}down.weight", (spec.hidden, ffn), 1, 0))
+    if spec.ffn_bias:
+        rows.append((f"{prefix}down.bias", (spec.hidden,), None, 0))
+    return rows
 
 
 def embedding_parameter(spec: ModelSpec) -> ParameterShape:
@@ -92,39 +152,101 @@ def embedding_parameter(spec: ModelSpec) -> ParameterShape:
     )
 
 
+def position_parameters(spec: ModelSpec) -> tuple[ParameterShape, ...]:
+    """The table of learned positions, if there is one."""
+    shape = (spec.max_positions, spec.hidden)
+    if spec.positions != "learned":
+        return ()
+    return (
+        ParameterShape(name="position.weight", shape=shape, layer=POSITION_LAYER, shard_dim=None),
+    )
+
+
 def head_parameters(spec: ModelSpec) -> tuple[ParameterShape, ...]:
     """Final norm and head; with a tied embedding the norm only."""
     layer = head_layer(spec)
-    norm = ParameterShape(
-        name="final_norm.weight", shape=(spec.hidden,), layer=layer, shard_dim=None
+    norm = tuple(
+        ParameterShape(name=name, shape=shape, layer=layer, shard_dim=None)
+        for name, shape, _, _ in _norm("final_norm", spec)
     )
     if spec.tied_embedding:
-        return (norm,)
+        return norm
     head = ParameterShape(
         name="head.weight",
         shape=(spec.output_size, spec.hidden),
         layer=layer,
         shard_dim=0 if spec.head == "lm" else None,
     )
-    return (norm, head)
+    return (*norm, head)
+
+
+def layer_parameters(spec: ModelSpec, layer: int) -> tuple[ParameterShape, ...]:
+    """The parameters of a block or of one of the pseudo-layers."""
+    if layer == EMBEDDING_LAYER:
+        return (embedding_parameter(spec),)
+    if layer == POSITION_LAYER:
+        return position_parameters(spec)
+    if layer == head_layer(spec):
+        return head_parameters(spec)
+    return block_parameters(spec, layer)
 
 
 @lru_cache(maxsize=64)
 def parameters(spec: ModelSpec) -> tuple[ParameterShape, ...]:
     """Every parameter of the model, once, in model order."""
     blocks = (p for layer in range(spec.num_layers) for p in block_parameters(spec, layer))
-    return (embedding_parameter(spec), *blocks, *head_parameters(spec))
+    ends = embedding_parameter(spec), *position_parameters(spec)
+    return (*ends, *blocks, *head_parameters(spec))
 
 
 def shard(parameter: ParameterShape, tp: int, tp_rank: int) -> ParameterSlice:
-    """The box of ``parameter`` that one tensor-parallel rank holds."""
+    """The box of ``parameter`` that one tensor-parallel rank holds.
+
+    Part i of n begins at floor(size i / n): parts differ by one row where n does not divide.
+    """
     offset, length = [0] * len(parameter.shape), list(parameter.shape)
-    if parameter.shard_dim is not None:
-        size = parameter.shape[parameter.shard_dim]
-        assert size % tp == 0, (parameter.name, size, tp)
-        length[parameter.shard_dim] = size // tp
-        offset[parameter.shard_dim] = size // tp * tp_rank
+    if (dim := parameter.shard_dim) is not None:
+        num_parts = parameter.num_parts(tp)
+        part, size = tp_rank * num_parts // tp, parameter.shape[dim]
+        offset[dim] = size * part // num_parts
+        length[dim] = size * (part + 1) // num_parts - offset[dim]
     return ParameterSlice(name=parameter.name, offset=tuple(offset), length=tuple(length))
+
+
+@lru_cache(maxsize=1024)
+def shard_values(spec: ModelSpec, layer: int, tp: int) -> int:
+    """Values of a block or pseudo-layer on the shard that holds most."""
+    return sum(
+        max(shard(parameter, tp, rank).num_values for rank in range(tp))
+        for parameter in layer_parameters(spec, layer)
+    )
+
+
+def cached_kv_heads(spec: ModelSpec, tp: int) -> int:
+    """Kv heads that a shard attends with, and keeps in its cache.
+
+    kv heads / tp, or 1 where there are fewer of them than shards. Where neither divides the other
+    a shard repeats some of those that it holds, so that its heads share them evenly.
+    """
+    return lcm(spec.num_kv_heads, tp) // tp
+
+
+def repeated_kv_heads(spec: ModelSpec, tp: int, tp_rank: int) -> tuple[int, ...] | None:
+    """For each of ``cached_kv_heads`` its index among the kv heads that a shard holds.
+
+    None: those that it holds, as they are.
+
+    >>> from profiles.catalogue import MODELS
+    >>> repeated_kv_heads(MODELS["phi3-medium"], 4, 1)  # 10 kv heads, 5 on a shard
+    (2, 3, 3, 4, 4)
+    """
+    num_parts = gcd(tp, spec.num_kv_heads)
+    count = cached_kv_heads(spec, tp)
+    if num_parts == tp or num_parts == spec.num_kv_heads:
+        return None
+    repeats = count * tp // spec.num_kv_heads
+    first = tp_rank * num_parts // tp * (spec.num_kv_heads // num_parts)
+    return tuple((tp_rank * count + i) // repeats - first for i in range(count))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +286,8 @@ class Layout:
         found: list[ParameterShape] = []
         if first or (last and self.spec.tied_embedding):
             found.append(embedding_parameter(self.spec))
+        if first:
+            found.extend(position_parameters(self.spec))
         for layer in self.layers(pp_rank):
             found.extend(block_parameters(self.spec, layer))
         if last:

@@ -20,13 +20,11 @@ from math import lcm
 
 from planner.layout import (
     EMBEDDING_LAYER,
+    POSITION_LAYER,
     Layout,
-    ParameterShape,
     ParameterSlice,
-    block_parameters,
-    embedding_parameter,
     head_layer,
-    head_parameters,
+    layer_parameters,
 )
 from profiles.models import ModelSpec
 
@@ -78,18 +76,11 @@ def _held_layers(layout: Layout, pp_rank: int) -> frozenset[int]:
     last = pp_rank == layout.pp - 1
     if pp_rank == 0 or (last and layout.spec.tied_embedding):
         held.add(EMBEDDING_LAYER)
+    if pp_rank == 0 and layout.spec.positions == "learned":
+        held.add(POSITION_LAYER)
     if last:
         held.add(head_layer(layout.spec))
     return frozenset(held)
-
-
-def layer_parameters(spec: ModelSpec, layer: int) -> tuple[ParameterShape, ...]:
-    """The parameters of a block or of one of the two pseudo-layers."""
-    if layer == EMBEDDING_LAYER:
-        return (embedding_parameter(spec),)
-    if layer == head_layer(spec):
-        return head_parameters(spec)
-    return block_parameters(spec, layer)
 
 
 @lru_cache(maxsize=512)

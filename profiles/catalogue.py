@@ -1,6 +1,6 @@
 """Names of models: one row each, with the source of its figures.
 
-To add a model write one row in ``MODELS``; ``resolve_model`` turns what a user typed into one.
+To add a model write one row in ``_MODEL_ROWS``; ``resolve_model`` turns what a user typed into one.
 """
 
 from __future__ import annotations
@@ -8,75 +8,226 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from profiles.errors import unknown_name
-from profiles.models import HeadKind, ModelSpec, read_hf_config
+from profiles.hf_config import FAMILIES, read_hf_config
+from profiles.models import HeadKind, ModelSpec, RopeScaling
+
+
+def _row(
+    name: str, shape: tuple[int, int, int, int, int, int], vocab: int, source: str, **fields: Any
+) -> ModelSpec:
+    """``shape``: layers, hidden, heads, kv heads, head_dim, ffn; ``source``: a folder of the hub.
+
+    The switches that a family implies need not be given.
+    """
+    num_layers, hidden, num_heads, num_kv_heads, head_dim, ffn = shape
+    source = f"config.json of {source}" if "/" in source else source
+    return ModelSpec(
+        name=name, num_layers=num_layers, hidden=hidden, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, ffn=ffn, vocab=vocab, source=source,
+        **{**FAMILIES[fields.get("family", "llama")].fixed, **fields},
+    )  # fmt: skip
+
 
 # ---- models -----------------------------------------------------------------------------------
 
-_LLAMA2 = "Touvron et al. 2023 (Llama 2), and config.json of meta-llama/Llama-2-{}-hf"
-_LLAMA3 = "config.json of meta-llama/Meta-Llama-3-{}"
-_QWEN = "config.json of Qwen/Qwen2.5-{}-Instruct"
+_LLAMA1: dict[str, Any] = {"norm_eps": 1e-6, "max_positions": 2048}
+_CODE_LLAMA: dict[str, Any] = {"rope_theta": 1e6, "max_positions": 16384}
+_LLAMA3: dict[str, Any] = {"rope_theta": 5e5, "max_positions": 8192}
+
+
+def _llama3(factor: float) -> dict[str, Any]:
+    """3.1 and later: positions stretched from 8192 to 131072."""
+    scaling = RopeScaling(kind="llama3", factor=factor, original_positions=8192)
+    return {"rope_theta": 5e5, "rope_scaling": scaling, "max_positions": 131072}
+
+
+_QWEN2: dict[str, Any] = {
+    "family": "qwen2", "rope_theta": 1e6, "norm_eps": 1e-6, "max_positions": 32768,
+}  # fmt: skip
+_QWEN3: dict[str, Any] = {
+    "family": "qwen3", "rope_theta": 1e6, "norm_eps": 1e-6, "max_positions": 40960,
+}  # fmt: skip
+_QWEN2_MOE: dict[str, Any] = {**_QWEN2, "family": "qwen2_moe", "normalize_top_k": False}
+_QWEN3_MOE: dict[str, Any] = {
+    **_QWEN3, "family": "qwen3_moe", "num_experts": 128, "experts_per_token": 8,
+}  # fmt: skip
+_MIXTRAL: dict[str, Any] = {
+    "family": "mixtral", "num_experts": 8, "experts_per_token": 2, "rope_theta": 1e6,
+}  # fmt: skip
+_GEMMA: dict[str, Any] = {
+    "family": "gemma", "activation": "gelu_tanh", "tied_embedding": True, "norm_eps": 1e-6,
+    "max_positions": 8192,
+}  # fmt: skip
+_GPT2: dict[str, Any] = {
+    "family": "gpt2", "activation": "gelu_tanh", "tied_embedding": True, "max_positions": 1024,
+}  # fmt: skip
+_PHI3: dict[str, Any] = {"family": "phi3", "sliding_window": 2047, "max_positions": 4096}
 
 _MODEL_ROWS = (
-    ModelSpec(
-        name="llama-7b", num_layers=32, hidden=4096, num_heads=32, num_kv_heads=32, head_dim=128,
-        ffn=11008, vocab=32000, max_positions=4096, source=_LLAMA2.format("7b"),
+    _row("llama1-7b", (32, 4096, 32, 32, 128, 11008), 32000, "huggyllama/llama-7b", **_LLAMA1),
+    _row("llama1-13b", (40, 5120, 40, 40, 128, 13824), 32000, "huggyllama/llama-13b", **_LLAMA1),
+    _row("llama1-30b", (60, 6656, 52, 52, 128, 17920), 32000, "huggyllama/llama-30b", **_LLAMA1),
+    _row("llama1-65b", (80, 8192, 64, 64, 128, 22016), 32000, "huggyllama/llama-65b", **_LLAMA1),
+    _row("llama-7b", (32, 4096, 32, 32, 128, 11008), 32000, "meta-llama/Llama-2-7b-hf"),
+    _row("llama-13b", (40, 5120, 40, 40, 128, 13824), 32000, "meta-llama/Llama-2-13b-hf"),
+    _row(
+        "llama-34b", (48, 8192, 64, 8, 128, 22016), 32000,
+        "codellama/CodeLlama-34b-hf (Llama 2 34B was not released)", **_CODE_LLAMA,
     ),
-    ModelSpec(
-        name="llama-13b", num_layers=40, hidden=5120, num_heads=40, num_kv_heads=40, head_dim=128,
-        ffn=13824, vocab=32000, max_positions=4096, source=_LLAMA2.format("13b"),
+    _row("llama-70b", (80, 8192, 64, 8, 128, 28672), 32000, "meta-llama/Llama-2-70b-hf"),
+    _row(
+        "codellama-7b", (32, 4096, 32, 32, 128, 11008), 32016,
+        "codellama/CodeLlama-7b-hf", **_CODE_LLAMA,
     ),
-    ModelSpec(
-        name="llama-34b", num_layers=48, hidden=8192, num_heads=64, num_kv_heads=8, head_dim=128,
-        ffn=22016, vocab=32000, rope_theta=1e6, max_positions=16384,
-        source="config.json of codellama/CodeLlama-34b-hf (Llama 2 34B was not released)",
+    _row(
+        "codellama-13b", (40, 5120, 40, 40, 128, 13824), 32016,
+        "codellama/CodeLlama-13b-hf", **_CODE_LLAMA,
     ),
-    ModelSpec(
-        name="llama-70b", num_layers=80, hidden=8192, num_heads=64, num_kv_heads=8, head_dim=128,
-        ffn=28672, vocab=32000, max_positions=4096, source=_LLAMA2.format("70b"),
+    _row(
+        "codellama-34b", (48, 8192, 64, 8, 128, 22016), 32000,
+        "codellama/CodeLlama-34b-hf", **_CODE_LLAMA,
     ),
-    ModelSpec(
-        name="llama3-8b", num_layers=32, hidden=4096, num_heads=32, num_kv_heads=8, head_dim=128,
-        ffn=14336, vocab=128256, rope_theta=5e5, max_positions=8192, source=_LLAMA3.format("8B"),
+    _row(
+        "llama3-8b", (32, 4096, 32, 8, 128, 14336), 128256, "meta-llama/Meta-Llama-3-8B", **_LLAMA3
     ),
-    ModelSpec(
-        name="llama3-70b", num_layers=80, hidden=8192, num_heads=64, num_kv_heads=8, head_dim=128,
-        ffn=28672, vocab=128256, rope_theta=5e5, max_positions=8192, source=_LLAMA3.format("70B"),
+    _row(
+        "llama3-70b", (80, 8192, 64, 8, 128, 28672), 128256,
+        "meta-llama/Meta-Llama-3-70B", **_LLAMA3,
     ),
-    ModelSpec(
-        name="smollm2-135m", num_layers=30, hidden=576, num_heads=9, num_kv_heads=3, head_dim=64,
-        ffn=1536, vocab=49152, tied_embedding=True, rope_theta=1e5, max_positions=8192,
-        source="config.json of HuggingFaceTB/SmolLM2-135M-Instruct",
+    _row(
+        "llama3.1-8b", (32, 4096, 32, 8, 128, 14336), 128256,
+        "meta-llama/Llama-3.1-8B", **_llama3(8.0),
     ),
-    ModelSpec(
-        name="qwen2.5-0.5b", family="qwen2", num_layers=24, hidden=896, num_heads=14,
-        num_kv_heads=2, head_dim=64, ffn=4864, vocab=151936, tied_embedding=True, rope_theta=1e6,
-        norm_eps=1e-6, max_positions=32768, qkv_bias=True, source=_QWEN.format("0.5B"),
+    _row(
+        "llama3.1-70b", (80, 8192, 64, 8, 128, 28672), 128256,
+        "meta-llama/Llama-3.1-70B", **_llama3(8.0),
     ),
-    ModelSpec(
-        name="qwen2.5-1.5b", family="qwen2", num_layers=28, hidden=1536, num_heads=12,
-        num_kv_heads=2, head_dim=128, ffn=8960, vocab=151936, tied_embedding=True, rope_theta=1e6,
-        norm_eps=1e-6, max_positions=32768, qkv_bias=True, source=_QWEN.format("1.5B"),
+    _row(
+        "llama3.1-405b", (126, 16384, 128, 8, 128, 53248), 128256,
+        "meta-llama/Llama-3.1-405B", **_llama3(8.0),
     ),
-    ModelSpec(
-        name="qwen2.5-7b", family="qwen2", num_layers=28, hidden=3584, num_heads=28,
-        num_kv_heads=4, head_dim=128, ffn=18944, vocab=152064, rope_theta=1e6, norm_eps=1e-6,
-        max_positions=32768, qkv_bias=True, source=_QWEN.format("7B"),
+    _row(
+        "llama3.2-1b", (16, 2048, 32, 8, 64, 8192), 128256,
+        "meta-llama/Llama-3.2-1B", tied_embedding=True, **_llama3(32.0),
     ),
-    ModelSpec(
-        name="mistral-7b", family="mistral", num_layers=32, hidden=4096, num_heads=32,
-        num_kv_heads=8, head_dim=128, ffn=14336, vocab=32000, rope_theta=1e6, max_positions=32768,
-        source="config.json of mistralai/Mistral-7B-Instruct-v0.2 (no sliding window)",
+    _row(
+        "llama3.2-3b", (28, 3072, 24, 8, 128, 8192), 128256,
+        "meta-llama/Llama-3.2-3B", tied_embedding=True, **_llama3(32.0),
     ),
-    ModelSpec(
-        name="tinyllama-1.1b", num_layers=22, hidden=2048, num_heads=32, num_kv_heads=4,
-        head_dim=64, ffn=5632, vocab=32000, max_positions=2048,
-        source="config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    _row(
+        "tinyllama-1.1b", (22, 2048, 32, 4, 64, 5632), 32000,
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", max_positions=2048,
     ),
-    ModelSpec(
-        name="tiny", num_layers=4, hidden=64, num_heads=4, num_kv_heads=2, head_dim=16, ffn=128,
-        vocab=512, tied_embedding=True, max_positions=4096, source="ours: a shape for tests",
+    _row(
+        "smollm2-135m", (30, 576, 9, 3, 64, 1536), 49152, "HuggingFaceTB/SmolLM2-135M-Instruct",
+        tied_embedding=True, rope_theta=1e5, max_positions=8192,
+    ),
+    _row(
+        "qwen2-7b", (28, 3584, 28, 4, 128, 18944), 152064, "Qwen/Qwen2-7B-Instruct", **_QWEN2
+    ),
+    _row(
+        "qwen2.5-0.5b", (24, 896, 14, 2, 64, 4864), 151936, "Qwen/Qwen2.5-0.5B-Instruct",
+        tied_embedding=True, **_QWEN2,
+    ),
+    _row(
+        "qwen2.5-1.5b", (28, 1536, 12, 2, 128, 8960), 151936, "Qwen/Qwen2.5-1.5B-Instruct",
+        tied_embedding=True, **_QWEN2,
+    ),
+    _row(
+        "qwen2.5-3b", (36, 2048, 16, 2, 128, 11008), 151936, "Qwen/Qwen2.5-3B-Instruct",
+        tied_embedding=True, **_QWEN2,
+    ),
+    _row(
+        "qwen2.5-7b", (28, 3584, 28, 4, 128, 18944), 152064, "Qwen/Qwen2.5-7B-Instruct", **_QWEN2
+    ),
+    _row(
+        "qwen2.5-14b", (48, 5120, 40, 8, 128, 13824), 152064, "Qwen/Qwen2.5-14B-Instruct", **_QWEN2
+    ),
+    _row(
+        "qwen2.5-32b", (64, 5120, 40, 8, 128, 27648), 152064, "Qwen/Qwen2.5-32B-Instruct", **_QWEN2
+    ),
+    _row(
+        "qwen2.5-72b", (80, 8192, 64, 8, 128, 29568), 152064, "Qwen/Qwen2.5-72B-Instruct", **_QWEN2
+    ),
+    _row(
+        "qwen3-0.6b", (28, 1024, 16, 8, 128, 3072), 151936, "Qwen/Qwen3-0.6B",
+        tied_embedding=True, **_QWEN3,
+    ),
+    _row(
+        "qwen3-1.7b", (28, 2048, 16, 8, 128, 6144), 151936, "Qwen/Qwen3-1.7B",
+        tied_embedding=True, **_QWEN3,
+    ),
+    _row(
+        "qwen3-4b", (36, 2560, 32, 8, 128, 9728), 151936, "Qwen/Qwen3-4B",
+        tied_embedding=True, **_QWEN3,
+    ),
+    _row("qwen3-8b", (36, 4096, 32, 8, 128, 12288), 151936, "Qwen/Qwen3-8B", **_QWEN3),
+    _row("qwen3-14b", (40, 5120, 40, 8, 128, 17408), 151936, "Qwen/Qwen3-14B", **_QWEN3),
+    _row("qwen3-32b", (64, 5120, 64, 8, 128, 25600), 151936, "Qwen/Qwen3-32B", **_QWEN3),
+    _row(
+        "qwen1.5-moe-a2.7b", (24, 2048, 16, 16, 128, 1408), 151936, "Qwen/Qwen1.5-MoE-A2.7B",
+        num_experts=60, experts_per_token=4, shared_ffn=5632,
+        **{**_QWEN2_MOE, "max_positions": 8192},
+    ),
+    _row(
+        "qwen2-57b-a14b", (28, 3584, 28, 4, 128, 2560), 151936, "Qwen/Qwen2-57B-A14B-Instruct",
+        num_experts=64, experts_per_token=8, shared_ffn=20480, **_QWEN2_MOE,
+    ),
+    _row("qwen3-30b-a3b", (48, 2048, 32, 4, 128, 768), 151936, "Qwen/Qwen3-30B-A3B", **_QWEN3_MOE),
+    _row(
+        "qwen3-235b-a22b", (94, 4096, 64, 4, 128, 1536), 151936, "Qwen/Qwen3-235B-A22B",
+        **_QWEN3_MOE,
+    ),
+    _row(
+        "mistral-7b-v0.1", (32, 4096, 32, 8, 128, 14336), 32000, "mistralai/Mistral-7B-v0.1",
+        family="mistral", sliding_window=4096, max_positions=32768,
+    ),
+    _row(
+        "mistral-7b", (32, 4096, 32, 8, 128, 14336), 32000,
+        "mistralai/Mistral-7B-Instruct-v0.2 (no sliding window)",
+        family="mistral", rope_theta=1e6, max_positions=32768,
+    ),
+    _row(
+        "mistral-nemo-12b", (40, 5120, 32, 8, 128, 14336), 131072,
+        "mistralai/Mistral-Nemo-Instruct-2407",
+        family="mistral", rope_theta=1e6, max_positions=131072,
+    ),
+    _row(
+        "mixtral-8x7b", (32, 4096, 32, 8, 128, 14336), 32000, "mistralai/Mixtral-8x7B-v0.1",
+        max_positions=32768, **_MIXTRAL,
+    ),
+    _row(
+        "mixtral-8x22b", (56, 6144, 48, 8, 128, 16384), 32000, "mistralai/Mixtral-8x22B-v0.1",
+        max_positions=65536, **_MIXTRAL,
+    ),
+    _row("gemma-2b", (18, 2048, 8, 1, 256, 16384), 256000, "google/gemma-2b", **_GEMMA),
+    _row("gemma-7b", (28, 3072, 16, 16, 256, 24576), 256000, "google/gemma-7b", **_GEMMA),
+    _row("gpt2", (12, 768, 12, 12, 64, 3072), 50257, "openai-community/gpt2", **_GPT2),
+    _row(
+        "gpt2-medium", (24, 1024, 16, 16, 64, 4096), 50257, "openai-community/gpt2-medium", **_GPT2
+    ),
+    _row(
+        "gpt2-large", (36, 1280, 20, 20, 64, 5120), 50257, "openai-community/gpt2-large", **_GPT2
+    ),
+    _row("gpt2-xl", (48, 1600, 25, 25, 64, 6400), 50257, "openai-community/gpt2-xl", **_GPT2),
+    _row(
+        "phi3-mini", (32, 3072, 32, 32, 96, 8192), 32064, "microsoft/Phi-3-mini-4k-instruct",
+        **_PHI3,
+    ),
+    _row(
+        "phi3-medium", (40, 5120, 40, 10, 128, 17920), 32064, "microsoft/Phi-3-medium-4k-instruct",
+        **_PHI3,
+    ),
+    _row(
+        "phi4", (40, 5120, 40, 10, 128, 17920), 100352, "microsoft/phi-4",
+        family="phi3", rope_theta=2.5e5, max_positions=16384,
+    ),
+    _row(
+        "tiny", (4, 64, 4, 2, 16, 128), 512, "ours: a shape for tests",
+        tied_embedding=True, max_positions=4096,
     ),
 )  # fmt: skip
 MODELS: Mapping[str, ModelSpec] = {spec.name: spec for spec in _MODEL_ROWS}

@@ -27,7 +27,8 @@ class KVCache:
 
     A row's tokens lie side by side, as they come out of the projections: storing a packed batch
     is one indexed copy, for prompts and single tokens alike. ``max_rows`` rows are there from
-    the start; columns grow as sequences do, up to ``max_columns``.
+    the start; columns grow as sequences do, up to ``max_columns``. With a ``window`` a token sees
+    itself and the window - 1 before it, though all are kept.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class KVCache:
         max_columns: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        window: int = 0,
     ) -> None:
+        self.window = window
         self.max_rows = max_rows
         self.max_columns = max_columns
         self.num_columns = 0
@@ -162,10 +165,14 @@ class Turn:
         if num_old:
             old = decode_attention(
                 q[:num_old], keys[:num_old], values[:num_old], self.old_lengths,
-                max_length=self.max_old_length,
+                max_length=self.max_old_length, window=self.cache.window,
             )  # fmt: skip
             parts.append(old)
         if self.prompts is not None:
             # A prompt sees itself only: its keys need not be read back.
-            parts.append(packed_attention(q[num_old:], k[num_old:], v[num_old:], self.prompts))
+            parts.append(
+                packed_attention(
+                    q[num_old:], k[num_old:], v[num_old:], self.prompts, window=self.cache.window
+                )
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -75,28 +75,30 @@ class KVCacheLike(Protocol):
         ...
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths, *, window: int = 0
+) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v within every sequence, causal; differentiable.
 
     q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim].
-    ``packed`` holds whole sequences, or their first parts: positions start at 0.
+    ``packed`` holds whole sequences, or their first parts: positions start at 0. ``window``: a
+    token sees itself and the window - 1 before it; 0: all.
     """
     if q.is_cuda:
-        return _cuda_attention(q, k, v, packed)
-    if len(set(packed.lengths)) <= 1:
-        return _equal_lengths(q, k, v, len(packed.lengths))
-    return _grouped_by_length(q, k, v, packed.lengths)
+        return _cuda_attention(q, k, v, packed, window)
+    return _by_segments(q, k, v, packed.lengths, window)
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, max_length: int | None = None
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, max_length: int | None = None,
+    window: int = 0,
+) -> Tensor:  # fmt: skip
     """Attention of one new token of each of n sequences over the tokens it may see.
 
     q [n, heads, head_dim]; caches [n, max_len, kv_heads, head_dim], the new token's key and value
     included; ``lengths`` [n] counts the valid tokens of each row, the new one included. Returns
     [n, heads, head_dim]. ``max_length``: a bound of ``lengths`` known without asking the device,
-    so that the rest of the cache is not read.
+    so that the rest of the cache is not read. ``window`` as in ``packed_attention``.
 
     The heads that share a kv head become rows of one small matrix: no copy of keys or values.
     """
@@ -106,6 +108,8 @@ def decode_attention(
         k_cache, v_cache = k_cache[:, :max_length], v_cache[:, :max_length]
     places = torch.arange(k_cache.shape[1], device=q.device)
     mask = places < lengths[:, None]  # [n, max_length]
+    if window:
+        mask &= places >= lengths[:, None] - window
     out = F.scaled_dot_product_attention(
         q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim),
         k_cache.transpose(1, 2),  # [n, kv_heads, max_length, head_dim]
@@ -118,7 +122,13 @@ def decode_attention(
 # ---- CPU, and anything else without a variable-length kernel ----------------------------------
 
 
-def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, num_sequences: int) -> Tensor:
+def _by_segments(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int) -> Tensor:
+    if len(set(lengths)) <= 1:
+        return _equal_lengths(q, k, v, len(lengths), window)
+    return _grouped_by_length(q, k, v, lengths, window)
+
+
+def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, num_sequences: int, window: int) -> Tensor:
     """All sequences have one length: the packed row is already a batch."""
 
     def batch(x: Tensor) -> Tensor:
@@ -127,13 +137,23 @@ def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, num_sequences: int) -> Tenso
 
     if q.shape[0] == 0:
         return torch.zeros_like(q)
+    length = q.shape[0] // num_sequences
+    seen = _seen(length, window, q.device) if 0 < window < length else None
     out = F.scaled_dot_product_attention(
-        batch(q), batch(k), batch(v), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-    )
+        batch(q), batch(k), batch(v), attn_mask=seen, is_causal=seen is None,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
     return out.transpose(1, 2).reshape(q.shape)
 
 
-def _grouped_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _seen(length: int, window: int, device: torch.device) -> Tensor:
+    """Which key (column) a query (row) sees, [length, length] bool."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+def _grouped_by_length(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int
+) -> Tensor:
     """One call for every distinct length; split and cat move each value once, both ways."""
     parts = [x.split(lengths) for x in (q, k, v)]
     found: dict[int, Tensor] = {}
@@ -143,7 +163,7 @@ def _grouped_by_length(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]
             part[indices[0]] if len(indices) == 1 else torch.cat([part[i] for i in indices])
             for part in parts
         ]
-        out = _equal_lengths(together[0], together[1], together[2], len(indices))
+        out = _equal_lengths(together[0], together[1], together[2], len(indices), window)
         found.update(zip(indices, out.split(length), strict=True))
     return torch.cat([found[i] for i in sorted(found)])
 
@@ -162,31 +182,38 @@ def _flash_attention() -> Any | None:
 
 
 @cache
-def _torch_varlen() -> Any | None:
-    """torch's own packed kernel (torch 2.10 and later), causal, or None."""
+def _torch_varlen() -> tuple[Any, bool] | None:
+    """torch's own packed kernel (torch 2.10 and later) and whether it takes a window, or None."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    options = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in options else {"is_causal": True}
-    )
-    return partial(varlen_attn, **causal)
+    return varlen_attn, "window_size" in inspect.signature(varlen_attn).parameters
 
 
-def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths) -> Tensor:
+def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths, window: int) -> Tensor:
     """The first of flash-attn, torch's packed kernel and SDPA by segments that can run this."""
     if q.dtype in (torch.bfloat16, torch.float16):
         ends, longest = packed.cu_seqlens, packed.max_length
+        left = window - 1 if window else -1  # tokens to the left that are seen
         if (flash := _flash_attention()) is not None:
-            return flash(q, k, v, ends, ends, longest, longest, causal=True)
-        if (varlen := _torch_varlen()) is not None:
+            return flash(
+                q,
+                k,
+                v,
+                ends,
+                ends,
+                longest,
+                longest,
+                causal=True,
+                window_size=(left, 0 if window else -1),
+            )
+        varlen, windowed = _torch_varlen() or (None, False)
+        if varlen is not None and (windowed or not window):
+            causal: dict[str, Any] = {"window_size": (left, 0)} if windowed else {"is_causal": True}
             # Not every version shares kv heads among query heads: give each its own.
             group = q.shape[1] // k.shape[1]
             if group > 1:
                 k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            return varlen(q, k, v, ends, ends, longest, longest)
-    if len(set(packed.lengths)) <= 1:
-        return _equal_lengths(q, k, v, len(packed.lengths))
-    return _grouped_by_length(q, k, v, packed.lengths)
+            return varlen(q, k, v, ends, ends, longest, longest, **causal)
+    return _by_segments(q, k, v, packed.lengths, window)

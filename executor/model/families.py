@@ -1,102 +1,207 @@
-"""Hugging Face's names and configs for the families that ``DecoderStage`` runs, as tables.
+"""Hugging Face's names of tensors and classes for the families that ``DecoderStage`` runs.
 
-A family is a row: what its config says and what its classes are called. The three share their
-tensors' names. Files are ``hf_weights``'s.
+Read ``stored`` first: where in a checkpoint one of our parameters lies. A family is a row of
+tables; ``config.json`` is ``profiles.hf_config``'s, files are ``hf_weights``'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
+from planner.layout import ParameterShape, parameters
 from profiles.models import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """``model_type`` of config.json is the key in FAMILIES; class names are transformers'."""
+    """``model_type`` of config.json is the key in FAMILIES; class names are transformers'.
+
+    ``prefix``: of the decoder's tensors, which a checkpoint of the bare decoder lacks. ``outer``
+    and ``blocks``: ours -> theirs, after the prefix and after "<prefix>.<layers>.N.". Ours with one
+    name of theirs lie in it one below the other, in the table's order. ``{}`` in a name of theirs
+    is an expert; a tuple names what lies at the second index of ours. ``transposed``: theirs are
+    [in, out] as in GPT-2's Conv1D. ``ignored``: endings of tensors that hold nothing.
+    """
 
     lm_class: str
     scalar_class: str
-    # Fields of config.json beyond those that follow from the shape.
-    config: Mapping[str, Any]
+    prefix: str = "model"
+    layers: str = "layers"
+    outer: Mapping[str, str]
+    blocks: Mapping[str, str | tuple[str, ...]]
+    transposed: frozenset[str] = field(default_factory=frozenset)
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(
-        lm_class="LlamaForCausalLM",
-        scalar_class="LlamaForSequenceClassification",
-        config={"attention_bias": False, "mlp_bias": False},
-    ),
-    "mistral": Family(
-        lm_class="MistralForCausalLM",
-        scalar_class="MistralForSequenceClassification",
-        config={"sliding_window": None},
-    ),
-    "qwen2": Family(
-        lm_class="Qwen2ForCausalLM",
-        scalar_class="Qwen2ForSequenceClassification",
-        config={"use_sliding_window": False},
-    ),
-}
-
-# Ours -> theirs, outside the blocks. The head's name depends on its kind.
-OUTER_NAMES: Mapping[str, str] = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "final_norm.weight": "model.norm.weight",
+OUTER: Mapping[str, str] = {
+    "embedding.weight": "embed_tokens.weight",
+    "final_norm.weight": "norm.weight",
 }
 HEAD_NAMES: Mapping[str, str] = {"lm": "lm_head.weight", "scalar": "score.weight"}
 
-# Ours -> theirs, after "layers.N." and "model.layers.N.".
-BLOCK_NAMES: Mapping[str, str] = {
+ATTENTION: Mapping[str, str] = {
     "attention_norm.weight": "input_layernorm.weight",
-    "q.weight": "self_attn.q_proj.weight",
-    "k.weight": "self_attn.k_proj.weight",
-    "v.weight": "self_attn.v_proj.weight",
-    "q.bias": "self_attn.q_proj.bias",
-    "k.bias": "self_attn.k_proj.bias",
-    "v.bias": "self_attn.v_proj.bias",
-    "o.weight": "self_attn.o_proj.weight",
+    **{f"{x}.{kind}": f"self_attn.{x}_proj.{kind}" for x in "qkvo" for kind in ("weight", "bias")},
+    "q_norm.weight": "self_attn.q_norm.weight",
+    "k_norm.weight": "self_attn.k_norm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
-    "gate.weight": "mlp.gate_proj.weight",
-    "up.weight": "mlp.up_proj.weight",
-    "down.weight": "mlp.down_proj.weight",
+}
+DENSE: Mapping[str, str] = {
+    **ATTENTION,
+    **{
+        f"{x}.{kind}": f"mlp.{x}_proj.{kind}"
+        for x in ("gate", "up", "down")
+        for kind in ("weight", "bias")
+    },
+}
+QWEN_EXPERTS: Mapping[str, str | tuple[str, ...]] = {
+    **ATTENTION,
+    "router.weight": "mlp.gate.weight",
+    "experts.gate_up.weight": (
+        "mlp.experts.{}.gate_proj.weight",
+        "mlp.experts.{}.up_proj.weight",
+    ),
+    "experts.down.weight": "mlp.experts.{}.down_proj.weight",
+    **{f"shared.{x}.weight": f"mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up", "down")},
+    "shared_gate.weight": "mlp.shared_expert_gate.weight",
 }
 
 
-def hf_name(name: str, spec: ModelSpec) -> str:
-    """Hugging Face's name of one of our parameters.
+def _llama_like(name: str, blocks: Mapping[str, str | tuple[str, ...]] = DENSE) -> Family:
+    return Family(
+        lm_class=f"{name}ForCausalLM",
+        scalar_class=f"{name}ForSequenceClassification",
+        outer=OUTER,
+        blocks=blocks,
+    )
 
-    ``layers.3.q.weight`` is ``model.layers.3.self_attn.q_proj.weight``.
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": _llama_like("Llama"),
+    "mistral": _llama_like("Mistral"),
+    "qwen2": _llama_like("Qwen2"),
+    "qwen3": _llama_like("Qwen3"),
+    "gemma": _llama_like("Gemma"),
+    "phi3": _llama_like(
+        "Phi3",
+        {
+            **DENSE,
+            **{f"{x}.weight": "self_attn.qkv_proj.weight" for x in "qkv"},
+            **{f"{x}.weight": "mlp.gate_up_proj.weight" for x in ("gate", "up")},
+        },
+    ),
+    "gpt2": Family(
+        lm_class="GPT2LMHeadModel",
+        scalar_class="GPT2ForSequenceClassification",
+        prefix="transformer",
+        layers="h",
+        outer={
+            "embedding.weight": "wte.weight",
+            "position.weight": "wpe.weight",
+            "final_norm.weight": "ln_f.weight",
+            "final_norm.bias": "ln_f.bias",
+        },
+        blocks={
+            **{f"attention_norm.{kind}": f"ln_1.{kind}" for kind in ("weight", "bias")},
+            **{f"{x}.{kind}": f"attn.c_attn.{kind}" for kind in ("weight", "bias") for x in "qkv"},
+            **{f"o.{kind}": f"attn.c_proj.{kind}" for kind in ("weight", "bias")},
+            **{f"ffn_norm.{kind}": f"ln_2.{kind}" for kind in ("weight", "bias")},
+            **{f"up.{kind}": f"mlp.c_fc.{kind}" for kind in ("weight", "bias")},
+            **{f"down.{kind}": f"mlp.c_proj.{kind}" for kind in ("weight", "bias")},
+        },
+        transposed=frozenset({"q", "k", "v", "o", "up", "down"}),
+        ignored=(".attn.bias", ".attn.masked_bias"),
+    ),
+    "mixtral": _llama_like(
+        "Mixtral",
+        {
+            **ATTENTION,
+            "router.weight": "block_sparse_moe.gate.weight",
+            "experts.gate_up.weight": (
+                "block_sparse_moe.experts.{}.w1.weight",
+                "block_sparse_moe.experts.{}.w3.weight",
+            ),
+            "experts.down.weight": "block_sparse_moe.experts.{}.w2.weight",
+        },
+    ),
+    "qwen2_moe": _llama_like("Qwen2Moe", QWEN_EXPERTS),
+    "qwen3_moe": _llama_like("Qwen3Moe", QWEN_EXPERTS),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Where a checkpoint keeps (a part of) one of our parameters.
+
+    ``ours[index]`` is rows ``first_row`` … of tensor ``name``, which is ``shape`` and, where
+    ``transposed``, has our rows as columns.
     """
+
+    name: str
+    index: tuple[int, ...] = ()
+    first_row: int = 0
+    transposed: bool = False
+
+
+@lru_cache(maxsize=32)
+def stored(spec: ModelSpec) -> Mapping[str, tuple[Stored, ...]]:
+    """Every parameter of ``spec`` by our name, with its places in a checkpoint."""
+    rows: dict[str, int] = {}  # of each tensor of theirs, those that are taken
+    found: dict[str, tuple[Stored, ...]] = {}
+    for parameter in parameters(spec):
+        places = []
+        for name, index in _their_names(parameter, spec):
+            place = Stored(
+                name=name,
+                index=index,
+                first_row=rows.get(name, 0),
+                transposed=_is_transposed(parameter, spec),
+            )
+            rows[name] = place.first_row + parameter.shape[len(index)]
+            places.append(place)
+        found[parameter.name] = tuple(places)
+    return found
+
+
+def _their_names(parameter: ParameterShape, spec: ModelSpec) -> list[tuple[str, tuple[int, ...]]]:
+    """(name of theirs, leading index into ours) of every tensor that holds a part of ours."""
+    family, name = FAMILIES[spec.family], parameter.name
     if name == "head.weight":
-        return HEAD_NAMES[spec.head]
-    if name in OUTER_NAMES:
-        return OUTER_NAMES[name]
+        return [(HEAD_NAMES[spec.head], ())]
+    if name in family.outer:
+        return [(f"{family.prefix}.{family.outer[name]}", ())]
     _, layer, rest = name.split(".", 2)
-    return f"model.layers.{layer}.{BLOCK_NAMES[rest]}"
+    theirs, base = family.blocks[rest], f"{family.prefix}.{family.layers}.{layer}."
+    if isinstance(theirs, str) and "{}" not in theirs:
+        return [(base + theirs, ())]
+    if isinstance(theirs, str):
+        return [(base + theirs.format(e), (e,)) for e in range(parameter.shape[0])]
+    indices = product(range(parameter.shape[0]), range(len(theirs)))
+    return [(base + theirs[part].format(e), (e, part)) for e, part in indices]
 
 
-def hf_config(spec: ModelSpec) -> dict[str, Any]:
-    """config.json of ``spec`` from its shape alone: what transformers needs to open the weights."""
-    return {
-        "model_type": spec.family,
-        "hidden_act": "silu",
-        "hidden_size": spec.hidden,
-        "intermediate_size": spec.ffn,
-        "max_position_embeddings": spec.max_positions,
-        "num_attention_heads": spec.num_heads,
-        "num_hidden_layers": spec.num_layers,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "rms_norm_eps": spec.norm_eps,
-        # Version 5 of transformers reads the first, earlier ones the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": spec.rope_theta},
-        "rope_theta": spec.rope_theta,
-        "vocab_size": spec.vocab,
-        **FAMILIES[spec.family].config,
-    }
+def _is_transposed(parameter: ParameterShape, spec: ModelSpec) -> bool:
+    return (
+        len(parameter.shape) == 2
+        and parameter.name.split(".")[-2] in FAMILIES[spec.family].transposed
+    )
+
+
+@lru_cache(maxsize=32)
+def stored_shapes(spec: ModelSpec) -> Mapping[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint of ``spec``."""
+    wholes = {parameter.name: parameter for parameter in parameters(spec)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ours, places in stored(spec).items():
+        for place in places:
+            rows, *rest = wholes[ours].shape[len(place.index) :]
+            shape = (place.first_row + rows, *rest)
+            shapes[place.name] = shape[::-1] if place.transposed else shape
+    return shapes
 
 
 def head_config(spec: ModelSpec) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext
-from executor.model.families import FAMILIES, head_config, hf_config, hf_name
+from executor.model.families import FAMILIES, Stored, head_config, stored, stored_shapes
 from executor.model.random_weights import init_random, init_scalar_head
-from planner.layout import Layout, ParameterShape, ParameterSlice, parameters
+from planner.layout import Layout, ParameterShape, ParameterSlice, shard
+from profiles import hf_config
 from profiles.errors import CheckpointError
 from profiles.models import ModelSpec
 from profiles.units import GIB
@@ -66,46 +67,55 @@ def load(buffer: ParameterBuffer, folder: str | Path, spec: ModelSpec, *, seed: 
     folder = Path(folder)
     files = _tensor_files(folder)
     _refuse_unknown(files, spec, folder)
-    wholes = {parameter.name: parameter for parameter in parameters(spec)}
-    wanted: dict[Path, list[tuple[str, ParameterSlice]]] = defaultdict(list)
+    wanted: dict[Path, list[tuple[str, Stored, ParameterSlice]]] = defaultdict(list)
     for piece in buffer.slices:
-        stored = _stored_name(hf_name(piece.name, spec), files, folder)
-        if stored is None and piece.name == "head.weight" and spec.head == "scalar":
-            init_scalar_head(buffer, spec, seed)
-        elif stored is None:
-            raise CheckpointError(
-                f"no tensor {hf_name(piece.name, spec)}",
-                where=str(folder),
-                remedy=f"the checkpoint is not of {spec.name} or is incomplete",
-            )
-        else:
-            wanted[files[stored]].append((stored, piece))
+        for place in stored(spec)[piece.name]:
+            name = _stored_name(place.name, files, folder, spec)
+            if name is None and piece.name == "head.weight" and spec.head == "scalar":
+                init_scalar_head(buffer, spec, seed)
+            elif name is None:
+                raise CheckpointError(
+                    f"no tensor {place.name}",
+                    where=str(folder),
+                    remedy=f"the checkpoint is not of {spec.name} or is incomplete",
+                )
+            else:
+                wanted[files[name]].append((name, place, piece))
     for file, pieces in wanted.items():
         with _opened(file) as tensors:
-            for stored, piece in pieces:
-                _read(tensors, stored, piece, wholes[piece.name], buffer, file)
+            for name, place, piece in pieces:
+                shape = stored_shapes(spec)[place.name]
+                _read(_part(tensors, name, shape, file), place, piece, buffer)
 
 
-def _read(
-    tensors: Any, stored: str, piece: ParameterSlice, whole: ParameterShape,
-    buffer: ParameterBuffer, file: Path,
-) -> None:  # fmt: skip
-    """One slice of one tensor from the mapped file into the buffer."""
+def _part(tensors: Any, name: str, expected: tuple[int, ...], file: Path) -> Any:
+    """A tensor of the mapped file, of which slices can be read."""
     try:
-        part = tensors.get_slice(stored)
+        part = tensors.get_slice(name)
     except SafetensorError:
         raise CheckpointError(
-            f"no tensor {stored}, which the index says is here", where=str(file)
+            f"no tensor {name}, which the index says is here", where=str(file)
         ) from None
     shape = tuple(part.get_shape())
-    if shape != whole.shape:
+    if shape != expected:
         raise CheckpointError(
-            f"{stored} is {list(shape)}, but the model needs {list(whole.shape)}",
+            f"{name} is {list(shape)}, but the model needs {list(expected)}",
             where=str(file),
             remedy="use the config.json of this checkpoint",
         )
-    box = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.length, strict=True))
-    buffer.view(piece.name).copy_(part[box])
+    return part
+
+
+def _read(part: Any, place: Stored, piece: ParameterSlice, buffer: ParameterBuffer) -> None:
+    """What ``piece`` has of one tensor of the checkpoint, from there into the buffer."""
+    lead = len(place.index)
+    inside = tuple(i - o for i, o in zip(place.index, piece.offset[:lead], strict=True))
+    if any(not 0 <= i < n for i, n in zip(inside, piece.length[:lead], strict=True)):
+        return
+    box = [slice(o, o + n) for o, n in zip(piece.offset[lead:], piece.length[lead:], strict=True)]
+    box[0] = slice(box[0].start + place.first_row, box[0].stop + place.first_row)
+    values = part[tuple(reversed(box))].T if place.transposed else part[tuple(box)]
+    buffer.view(piece.name)[inside].copy_(values)
 
 
 def _opened(file: Path) -> Any:
@@ -154,24 +164,28 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     )
 
 
-def _stored_name(name: str, files: Mapping[str, Path], folder: Path) -> str | None:
-    """What the checkpoint calls ``name``: bare decoders lack ``model.``, tied ones the head."""
-    for stored in (name, name.removeprefix("model.")):
-        if stored in files:
-            return stored
-    if name == "lm_head.weight" and _read_config(folder).get("tie_word_embeddings"):
-        return _stored_name("model.embed_tokens.weight", files, folder)
+def _stored_name(name: str, files: Mapping[str, Path], folder: Path, spec: ModelSpec) -> str | None:
+    """What the checkpoint calls ``name``: bare decoders lack a prefix, tied ones the head."""
+    family = FAMILIES[spec.family]
+    for found in (name, name.removeprefix(f"{family.prefix}.")):
+        if found in files:
+            return found
+    tied = hf_config.FAMILIES[spec.family].defaults.get("tie_word_embeddings", False)
+    if name == "lm_head.weight" and _read_config(folder).get("tie_word_embeddings", tied):
+        embedding = f"{family.prefix}.{family.outer['embedding.weight']}"
+        return _stored_name(embedding, files, folder, spec)
     return None
 
 
 def _refuse_unknown(files: Mapping[str, Path], spec: ModelSpec, folder: Path) -> None:
     """Raise where the decoder of the checkpoint has more than ours: it would compute otherwise."""
-    ours = {hf_name(parameter.name, spec) for parameter in parameters(spec)}
-    for stored in files:
-        name = stored if stored.startswith(("model.", "lm_head.", "score.")) else f"model.{stored}"
-        if name.startswith("model.") and name not in ours and "rotary_emb" not in name:
+    family, ours = FAMILIES[spec.family], stored_shapes(spec)
+    prefix = f"{family.prefix}."
+    for found in files:
+        name = found if found.startswith((prefix, "lm_head.", "score.")) else prefix + found
+        if name.startswith(prefix) and name not in ours and not name.endswith(family.ignored):
             raise CheckpointError(
-                f"tensor {stored} has no place in {spec.name} "
+                f"tensor {found} has no place in {spec.name} "
                 f"({spec.family}, {spec.num_layers} layers)",
                 where=str(folder),
                 remedy="the checkpoint is of another model, or quantised",
@@ -211,19 +225,18 @@ def weight_files(
 ) -> tuple[WeightFile, ...]:
     """Which file holds which parameter: stage by stage, each at most ``max_bytes`` or one tensor.
 
+    (Of an expert layer: all experts' first or second matrices.)
     A tied embedding that the last stage copies is written once, by the first.
     """
     parts: list[tuple[int, list[ParameterShape]]] = []
     for pp_rank in range(layout.pp):
         num_bytes = max_bytes  # a stage begins a new file
-        for parameter in layout.stage_parameters(pp_rank):
-            if parameter.name == "embedding.weight" and pp_rank > 0:
-                continue
-            size_bytes = prod(parameter.shape) * bytes_per_value
+        for together in _joined(layout, pp_rank):
+            size_bytes = sum(prod(parameter.shape) for parameter in together) * bytes_per_value
             if num_bytes + size_bytes > max_bytes or parts[-1][0] != pp_rank:
                 parts.append((pp_rank, []))
                 num_bytes = 0
-            parts[-1][1].append(parameter)
+            parts[-1][1].extend(together)
             num_bytes += size_bytes
     if len(parts) == 1:
         names = [SINGLE_FILE]
@@ -233,6 +246,22 @@ def weight_files(
         WeightFile(name=name, pp_rank=pp_rank, parameters=tuple(found))
         for name, (pp_rank, found) in zip(names, parts, strict=True)
     )
+
+
+def _joined(layout: Layout, pp_rank: int) -> list[list[ParameterShape]]:
+    """The parameters that a stage writes; those that share a tensor of the checkpoint together."""
+    found: list[list[ParameterShape]] = []
+    last: set[str] = set()
+    for parameter in layout.stage_parameters(pp_rank):
+        if parameter.name == "embedding.weight" and pp_rank > 0:
+            continue
+        names = {place.name for place in stored(layout.spec)[parameter.name]}
+        if names & last:
+            found[-1].append(parameter)
+        else:
+            found.append([parameter])
+        last = names
+    return found
 
 
 def save(
@@ -317,7 +346,7 @@ def _write_stage(
         for parameter in file.parameters:
             whole = _gathered(ctx, buffer.view(parameter.name), parameter)
             if whole is not None:
-                tensors[hf_name(parameter.name, spec)] = whole.cpu()
+                _add(tensors, stored(spec)[parameter.name], whole.cpu())
         if ctx.tp_rank == 0 and problem is None:
             try:
                 save_file(tensors, str(work / file.name), metadata={"format": "pt"})
@@ -326,15 +355,39 @@ def _write_stage(
     return problem
 
 
+def _add(tensors: dict[str, Tensor], places: tuple[Stored, ...], whole: Tensor) -> None:
+    """One of our parameters into the tensors of a file; rows below those that are there."""
+    for place in places:
+        part = whole[place.index]
+        if place.transposed:
+            part = part.T
+        if place.first_row > 0:
+            part = torch.cat((tensors[place.name], part), dim=-1 if place.transposed else 0)
+        tensors[place.name] = part.contiguous()
+
+
 def _gathered(ctx: RankContext, local: Tensor, parameter: ParameterShape) -> Tensor | None:
     """The whole parameter on the first shard's rank, None on the others."""
-    local = local.detach().contiguous()
-    if ctx.tp_group is None or parameter.shard_dim is None:
+    tp, local = ctx.layout.tp, local.detach().contiguous()
+    num_parts = parameter.num_parts(tp)
+    holds_first = ctx.tp_rank % (tp // num_parts) == 0
+    if num_parts == 1:
         return local if ctx.tp_rank == 0 else None
-    first = ctx.layout.device(ctx.pp_rank, ctx.dp_rank, 0)
-    parts = [torch.empty_like(local) for _ in range(ctx.layout.tp)] if ctx.rank == first else None
-    dist.gather(local, parts, dst=first, group=ctx.tp_group)
-    return None if parts is None else torch.cat(parts, dim=parameter.shard_dim)
+    if ctx.tp_rank > 0:
+        if holds_first:
+            first = ctx.layout.device(ctx.pp_rank, ctx.dp_rank, 0)
+            dist.send(local, dst=first, group=ctx.tp_group)
+        return None
+    whole = local.new_empty(parameter.shape)
+    for tp_rank in range(0, tp, tp // num_parts):
+        piece = shard(parameter, tp, tp_rank)
+        part = local
+        if tp_rank > 0:
+            part = local.new_empty(piece.length)
+            device = ctx.layout.device(ctx.pp_rank, ctx.dp_rank, tp_rank)
+            dist.recv(part, src=device, group=ctx.tp_group)
+        whole[tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.length))].copy_(part)
+    return whole
 
 
 def _finish(
@@ -348,7 +401,12 @@ def _finish(
         if source is not None:
             _copy_files(source, work, spec)
         if len(files) > 1:
-            places = {hf_name(p.name, spec): file.name for file in files for p in file.parameters}
+            places = {
+                place.name: file.name
+                for file in files
+                for parameter in file.parameters
+                for place in stored(spec)[parameter.name]
+            }
             total_bytes = sum(file.num_values for file in files) * dtype.itemsize
             _write_json(
                 work / INDEX_FILE,
@@ -370,7 +428,7 @@ def _copy_files(source: Path, work: Path, spec: ModelSpec) -> None:
 
 def _config_to_save(spec: ModelSpec, dtype: torch.dtype, source: dict[str, Any]) -> dict[str, Any]:
     """The source's fields win over the shape's, and the head's over both."""
-    config = {**hf_config(spec), **source, **head_config(spec)}
+    config = {**hf_config.hf_config(spec), **source, **head_config(spec)}
     config.pop("torch_dtype", None)  # the older name of dtype
     config["dtype"] = str(dtype).removeprefix("torch.")
     if spec.head == "lm":

@@ -21,7 +21,7 @@ BLOCK_VALUES = 2**20
 
 
 def init_random(buffer: ParameterBuffer, spec: ModelSpec, seed: int, std: float = 0.02) -> None:
-    """Fill ``buffer`` with N(0, std^2); norms with 1 and biases with 0, as transformers does.
+    """Fill ``buffer`` with N(0, std^2); norms scale by 1 and biases are 0, as transformers does.
 
     A value depends on ``seed``, the parameter's name and its place in the whole parameter, and
     not on the layout. Running time: of all row blocks that the slices touch, whole rows.
@@ -30,7 +30,7 @@ def init_random(buffer: ParameterBuffer, spec: ModelSpec, seed: int, std: float 
     for piece in buffer.slices:
         view = buffer.view(piece.name)
         if piece.name.endswith("norm.weight"):
-            view.fill_(1.0)
+            view.fill_(0.0 if spec.norm == "rms_plus_one" else 1.0)
         elif piece.name.endswith(".bias"):
             view.zero_()
         else:

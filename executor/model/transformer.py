@@ -1,9 +1,10 @@
-"""``DecoderStage``: one pipeline stage and one tensor shard of a LLaMA-type decoder.
+"""``DecoderStage``: one pipeline stage and one tensor shard of a decoder of any family.
 
 Read ``block_forward`` first: it is the whole of a block. The weights are views of the rank's
 ``ParameterBuffer``; with a flat gradient tensor they are autograd leaves whose ``.grad`` are
-views of it, so that backward adds straight into what is reduced and optimised. Which blocks a
-stage holds is ``planner.layout``'s; schedules over stages are ``executor.parallel.pipeline``'s.
+views of it, so that backward adds straight into what is reduced and optimised. Families differ
+by the switches of ``ModelSpec``. Which blocks a stage holds is ``planner.layout``'s; schedules
+over stages are ``executor.parallel.pipeline``'s.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,108 +21,99 @@ from torch.utils.checkpoint import checkpoint
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.model.attention import KVCacheLike, PackedLengths, packed_attention
+from executor.model.feed_forward import Experts, FeedForward, Linear, dense, mixture
+from executor.model.rotary import Rotary, rotary_of, rotate
 from executor.parallel.tensor import copy_to_tp, reduce_from_tp, vocab_parallel_embedding
+from planner.layout import repeated_kv_heads
 from profiles.models import ModelSpec
 
-# (q [tokens, heads / tp, head_dim], k and v [tokens, kv_heads / tp, head_dim]) -> q's shape.
+# (q [tokens, heads / tp, head_dim], k and v [tokens, kv_heads, head_dim]) -> q's shape.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """``weight`` and, of a layer norm, ``bias``, [hidden]."""
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockWeights:
     """One block's shard: columns of the first matrices and rows of the second are split over tp.
 
-    ``qkv`` [(heads + 2 kv_heads) / tp * head_dim, hidden] and ``gate_up`` [2 ffn / tp, hidden]
-    are neighbours in the buffer, multiplied at once; ``o`` [hidden, heads / tp * head_dim];
-    ``down`` [hidden, ffn / tp]; the norms [hidden].
+    ``qkv`` [(heads + 2 kv_heads) / tp * head_dim, hidden]: neighbours in the buffer, multiplied
+    at once; ``qk_norm`` [2 * head_dim]: of queries, then of keys; ``o``
+    [hidden, heads / tp * head_dim], whose bias is whole on every shard.
     """
 
-    attention_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    o: Tensor
-    ffn_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    attention_norm: Norm
+    qkv: Linear
+    qk_norm: Tensor | None
+    o: Linear
+    ffn_norm: Norm
+    feed_forward: FeedForward | Experts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rotary:
-    """Cosines and sines of the tokens' angles, [tokens, 1, head_dim / 2], fp32."""
+def normalize(x: Tensor, norm: Norm, spec: ModelSpec) -> Tensor:
+    """The norm of ``spec``'s kind over the last dimension, statistics in fp32.
 
-    cos: Tensor
-    sin: Tensor
-
-
-def rotary_of(positions: Tensor, spec: ModelSpec) -> Rotary:
-    """Angles position * theta^(-2 i / head_dim), i < head_dim / 2 (Su et al. 2021, RoFormer)."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = 1.0 / (spec.rope_theta ** (exponents / spec.head_dim))
-    angles = (positions[:, None].float() * frequencies)[:, None, :]
-    return Rotary(cos=angles.cos(), sin=angles.sin())
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """``x`` [tokens, heads, head_dim] with coordinate i and i + head_dim / 2 turned as one pair.
-
-    Halves and not neighbours: Hugging Face's convention, in which checkpoints are stored.
+    ``rms``: x / sqrt(mean x^2 + eps) * weight; ``rms_plus_one``: times 1 + weight, in fp32;
+    ``layer``: (x - mean) / sqrt(variance + eps) * weight + bias.
     """
-    return _Rotate.apply(x, rotary.cos, rotary.sin)
-
-
-class _Rotate(torch.autograd.Function):
-    """Keeps the angles only; backward turns the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """fp32 inside, the type of ``x`` outside."""
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x^2 + eps) * weight over the last dimension, statistics in fp32."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    if spec.norm == "layer":
+        return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, spec.norm_eps)
+    if spec.norm == "rms_plus_one":
+        weight = 1.0 + norm.weight.float()
+        return F.rms_norm(x.float(), (x.shape[-1],), weight, spec.norm_eps).to(x.dtype)
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, spec.norm_eps)
 
 
 def block_forward(
-    weights: BlockWeights, hidden: Tensor, rotary: Rotary, attend: Attend, ctx: RankContext
+    weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, ctx: RankContext
 ) -> Tensor:
     """One block: hidden [tokens, hidden] -> [tokens, hidden].
 
-    x += o(attention(qkv(norm(x)))); x += down(silu(gate(norm(x))) * up(norm(x))).
+    x += o(attention(qkv(norm(x)))); x += feed_forward(norm(x)).
     """
     hidden = hidden + _attention(weights, hidden, rotary, attend, ctx)
     return hidden + _feed_forward(weights, hidden, ctx)
 
 
 def _attention(
-    weights: BlockWeights, hidden: Tensor, rotary: Rotary, attend: Attend, ctx: RankContext
+    weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, ctx: RankContext
 ) -> Tensor:
     spec, tp = ctx.layout.spec, ctx.layout.tp
-    num_heads, num_kv_heads = spec.num_heads // tp, spec.num_kv_heads // tp
-    x = copy_to_tp(rms_norm(hidden, weights.attention_norm, spec.norm_eps), ctx)
+    x = copy_to_tp(normalize(hidden, weights.attention_norm, spec), ctx)
     # [tokens, heads + 2 kv_heads, head_dim], all of this shard
-    qkv = F.linear(x, weights.qkv, weights.qkv_bias).unflatten(-1, (-1, spec.head_dim))
+    qkv = F.linear(x, weights.qkv.weight, weights.qkv.bias).unflatten(-1, (-1, spec.head_dim))
+    num_heads = spec.num_heads // tp
+    num_kv_heads = (qkv.shape[1] - num_heads) // 2
     qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+    if weights.qk_norm is not None:
+        # Whole on every shard, but used on this shard's heads only: gradients are summed.
+        of_q, of_k = copy_to_tp(weights.qk_norm, ctx).unflatten(0, (2, 1, -1))
+        scales = torch.cat((of_q.expand(num_heads, -1), of_k.expand(num_kv_heads, -1)))
+        qk = F.rms_norm(qk, (spec.head_dim,), None, spec.norm_eps) * scales
     q, k = rotate(qk, rotary).split((num_heads, num_kv_heads), dim=1)
-    return reduce_from_tp(F.linear(attend(q, k, v).flatten(1), weights.o), ctx)
+    if (repeated := repeated_kv_heads(spec, tp, ctx.tp_rank)) is not None:
+        k, v = k[:, repeated], v[:, repeated]
+    return _row_parallel(F.linear(attend(q, k, v).flatten(1), weights.o.weight), weights.o, ctx)
 
 
 def _feed_forward(weights: BlockWeights, hidden: Tensor, ctx: RankContext) -> Tensor:
-    x = copy_to_tp(rms_norm(hidden, weights.ffn_norm, ctx.layout.spec.norm_eps), ctx)
-    gate, up = F.linear(x, weights.gate_up).chunk(2, dim=-1)  # [tokens, ffn / tp] each
-    return reduce_from_tp(F.linear(F.silu(gate) * up, weights.down), ctx)
+    spec, feed_forward = ctx.layout.spec, weights.feed_forward
+    x = normalize(hidden, weights.ffn_norm, spec)
+    if isinstance(feed_forward, Experts):
+        return reduce_from_tp(mixture(feed_forward, x, ctx), ctx)
+    return _row_parallel(dense(feed_forward, copy_to_tp(x, ctx), spec), feed_forward.down, ctx)
+
+
+def _row_parallel(part: Tensor, linear: Linear, ctx: RankContext) -> Tensor:
+    """The sum of the shards' parts, and the bias once."""
+    out = reduce_from_tp(part, ctx)
+    return out if linear.bias is None else out + linear.bias
 
 
 class DecoderStage:
@@ -152,8 +143,10 @@ class DecoderStage:
         first, last, spec = ctx.is_first_stage, ctx.is_last_stage, self.spec
         tied = spec.tied_embedding
         self.embedding = self._weight("embedding.weight") if first or (last and tied) else None
+        learned = first and spec.positions == "learned"
+        self.positions = self._weight("position.weight") if learned else None
         self.layers = [self._block(index) for index in ctx.layout.layers(ctx.pp_rank)]
-        self.final_norm = self._weight("final_norm.weight") if last else None
+        self.final_norm = self._norm("final_norm") if last else None
         self.head_weight: Tensor | None = None
         if last:
             self.head_weight = self.embedding if tied else self._weight("head.weight")
@@ -166,18 +159,43 @@ class DecoderStage:
             self.leaves.append(weight)
         return weight
 
-    def _block(self, index: int) -> BlockWeights:
-        def weight(*names: str) -> Tensor:
-            return self._weight(*(f"layers.{index}.{name}" for name in names))
+    def _norm(self, name: str) -> Norm:
+        bias = self._weight(f"{name}.bias") if self.spec.norm == "layer" else None
+        return Norm(weight=self._weight(f"{name}.weight"), bias=bias)
 
+    def _linear(self, prefix: str, *names: str, bias: bool) -> Linear:
+        return Linear(
+            weight=self._weight(*(f"{prefix}{name}.weight" for name in names)),
+            bias=self._weight(*(f"{prefix}{name}.bias" for name in names)) if bias else None,
+        )
+
+    def _block(self, index: int) -> BlockWeights:
+        prefix, spec = f"layers.{index}.", self.spec
+        norms = (f"{prefix}q_norm.weight", f"{prefix}k_norm.weight")
         return BlockWeights(
-            attention_norm=weight("attention_norm.weight"),
-            qkv=weight("q.weight", "k.weight", "v.weight"),
-            qkv_bias=weight("q.bias", "k.bias", "v.bias") if self.spec.qkv_bias else None,
-            o=weight("o.weight"),
-            ffn_norm=weight("ffn_norm.weight"),
-            gate_up=weight("gate.weight", "up.weight"),
-            down=weight("down.weight"),
+            attention_norm=self._norm(f"{prefix}attention_norm"),
+            qkv=self._linear(prefix, "q", "k", "v", bias=spec.qkv_bias),
+            qk_norm=self._weight(*norms) if spec.qk_norm else None,
+            o=self._linear(prefix, "o", bias=spec.o_bias),
+            ffn_norm=self._norm(f"{prefix}ffn_norm"),
+            feed_forward=self._experts(prefix) if spec.num_experts else self._dense(prefix),
+        )
+
+    def _dense(self, prefix: str) -> FeedForward:
+        first = ("gate", "up") if self.spec.gated else ("up",)
+        return FeedForward(
+            up=self._linear(prefix, *first, bias=self.spec.ffn_bias),
+            down=self._linear(prefix, "down", bias=self.spec.ffn_bias),
+        )
+
+    def _experts(self, prefix: str) -> Experts:
+        shared = bool(self.spec.shared_ffn)
+        return Experts(
+            router=self._weight(f"{prefix}router.weight"),
+            up=self._weight(f"{prefix}experts.gate_up.weight"),
+            down=self._weight(f"{prefix}experts.down.weight"),
+            shared=self._dense(f"{prefix}shared.") if shared else None,
+            shared_gate=self._weight(f"{prefix}shared_gate.weight") if shared else None,
         )
 
     def forward(
@@ -191,22 +209,22 @@ class DecoderStage:
         train = self.gradients is not None and cache is None and torch.is_grad_enabled()
         with torch.set_grad_enabled(train):
             rotary = rotary_of(packed.positions, self.spec)
-            hidden = self.embed(inputs) if self.ctx.is_first_stage else inputs
+            hidden = self.embed(inputs, packed.positions) if self.ctx.is_first_stage else inputs
             for index, weights in enumerate(self.layers):
                 attend: Attend = (
-                    partial(packed_attention, packed=packed)
+                    partial(packed_attention, packed=packed, window=self.spec.sliding_window)
                     if cache is None
                     else partial(cache.attend, index, packed=packed)
                 )
                 hidden = self._run(weights, hidden, rotary, attend, recompute=train)
             if self.final_norm is not None:
-                hidden = rms_norm(hidden, self.final_norm, self.spec.norm_eps)
+                hidden = normalize(hidden, self.final_norm, self.spec)
             return hidden
 
     __call__ = forward
 
     def _run(
-        self, weights: BlockWeights, hidden: Tensor, rotary: Rotary, attend: Attend, *,
+        self, weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, *,
         recompute: bool,
     ) -> Tensor:  # fmt: skip
         if not (recompute and self.recompute):
@@ -217,10 +235,16 @@ class DecoderStage:
         )  # fmt: skip
         return out
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """[tokens] -> [tokens, hidden]; first stage only."""
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """[tokens] and their places [tokens] -> [tokens, hidden]; first stage only."""
         assert self.embedding is not None, "the embedding is on the first stage"
-        return vocab_parallel_embedding(token_ids, self.embedding, self.ctx)
+        hidden = vocab_parallel_embedding(token_ids, self.embedding, self.ctx)
+        if self.spec.scaled_embedding:
+            # Rounded to the weights' type first, as the family was trained.
+            hidden = hidden * torch.tensor(self.spec.hidden**0.5, dtype=hidden.dtype).item()
+        if self.positions is not None:
+            hidden = hidden + F.embedding(positions, self.positions)
+        return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """Last stage only: hidden [rows, hidden] after the final norm to

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from planner.layout import EMBEDDING_LAYER, POSITION_LAYER, head_layer, shard_values
 from planner.strategy import stage_layers
 from profiles.collectives import Collectives
 from profiles.costs import Component, Cost, LayerCosts, Operation, Provenance
@@ -174,15 +175,15 @@ class StageCosts:
 
 
 def stage_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
-    """Parameter values that one device of a stage holds; norms are whole on every shard.
+    """Parameter values that the fullest device of a stage holds.
 
     The same number as ``planner.layout.Layout.num_values``, without listing the slices.
     """
-    norms = 2 * spec.hidden
-    values = stage.num_layers * ((spec.block_parameters - norms) // tp + norms)
+    values = stage.num_layers * shard_values(spec, 0, tp)
     if stage.first or (stage.last and spec.tied_embedding):
-        values += spec.embedding_parameters // tp
+        values += shard_values(spec, EMBEDDING_LAYER, tp)
+    if stage.first:
+        values += shard_values(spec, POSITION_LAYER, tp)
     if stage.last:
-        head = spec.head_parameters - spec.hidden
-        values += spec.hidden + (head // tp if spec.head == "lm" else head)
+        values += shard_values(spec, head_layer(spec), tp)
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext, single_process
-from executor.model.families import hf_config, hf_name
+from executor.model.hf_weights import load, save
 from executor.model.random_weights import init_random
 from executor.model.transformer import DecoderStage
 from planner.layout import Layout, parameters
 from planner.mesh import DeviceMesh
-from profiles.models import ModelSpec
+from profiles.models import ModelSpec, RopeScaling
 
 LENGTHS = (5, 9, 5, 1, 7)
 
@@ -27,6 +28,41 @@ def small_spec(**changes: Any) -> ModelSpec:
         "head_dim": 8, "ffn": 40, "vocab": 64, "rope_theta": 500.0,
     }  # fmt: skip
     return ModelSpec(**{**shape, **changes})
+
+
+SCALINGS = {
+    "linear": RopeScaling(kind="linear", factor=4.0),
+    "llama3": RopeScaling(kind="llama3", factor=8.0, original_positions=32),
+    "yarn": RopeScaling(kind="yarn", factor=4.0, original_positions=32),
+}
+
+# One of each family, with the family's switches and shapes that no two parameters share.
+FAMILY_SPECS: dict[str, ModelSpec] = {
+    "mistral": small_spec(family="mistral"),
+    "mistral window": small_spec(family="mistral", sliding_window=4),
+    "qwen2 tied": small_spec(family="qwen2", qkv_bias=True, tied_embedding=True),
+    "qwen3": small_spec(family="qwen3", qk_norm=True, norm_eps=1e-6),
+    **{f"llama {name}": small_spec(rope_scaling=scaling) for name, scaling in SCALINGS.items()},
+    "llama biases": small_spec(qkv_bias=True, o_bias=True, ffn_bias=True),
+    "gemma": small_spec(
+        family="gemma", norm="rms_plus_one", activation="gelu_tanh", scaled_embedding=True,
+        tied_embedding=True, num_kv_heads=1,
+    ),
+    "gpt2": small_spec(
+        family="gpt2", norm="layer", positions="learned", max_positions=48, gated=False,
+        activation="gelu_tanh", qkv_bias=True, o_bias=True, ffn_bias=True, tied_embedding=True,
+        hidden=32, num_kv_heads=4, rope_theta=10000.0,
+    ),
+    "phi3": small_spec(family="phi3", hidden=32, sliding_window=6),
+    "mixtral": small_spec(family="mixtral", num_experts=4, experts_per_token=2),
+    "qwen2_moe": small_spec(
+        family="qwen2_moe", qkv_bias=True, num_experts=6, experts_per_token=3,
+        normalize_top_k=False, shared_ffn=56,
+    ),
+    "qwen3_moe": small_spec(
+        family="qwen3_moe", qk_norm=True, num_experts=8, experts_per_token=2, tied_embedding=True
+    ),
+}  # fmt: skip
 
 
 def single_layout(spec: ModelSpec) -> Layout:
@@ -71,21 +107,29 @@ def random_ids(spec: ModelSpec, lengths: Sequence[int] = LENGTHS, seed: int = 3)
 
 def hf_twin(stage: DecoderStage) -> Any:
     """transformers' model with the weights of a single stage: the oracle of our decoder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    spec = stage.spec
-    fields = hf_config(spec)
-    config = AutoConfig.for_model(
-        fields.pop("model_type"), **fields, tie_word_embeddings=spec.tied_embedding
-    )
-    model = AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
-    own = dict(model.named_parameters())
-    names = {hf_name(piece.name, spec): piece.name for piece in stage.buffer.slices}
-    assert own.keys() == names.keys(), own.keys() ^ names.keys()
+    with tempfile.TemporaryDirectory() as folder:
+        save(stage.ctx, stage.buffer, folder, stage.spec)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    # It makes up what it does not find, and drops what it does not know.
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def hf_gradients(model: Any, spec: ModelSpec) -> ParameterBuffer:
+    """The gradients of transformers' model under our names: it writes them as a checkpoint."""
+    assert all(parameter.grad is not None for parameter in model.parameters())
     with torch.no_grad():
-        for theirs, ours in names.items():
-            own[theirs].copy_(stage.buffer.view(ours))
-    return model
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    buffer = ParameterBuffer.for_rank(single_layout(spec), 0, dtype=torch.float32, device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        load(buffer, folder, spec)
+    return buffer
 
 
 def hf_logits(model: Any, ids: Tensor, lengths: Sequence[int] = LENGTHS) -> Tensor:

@@ -156,7 +156,7 @@ def test_a_shard_runs_alone(kind: str, phase: str, head: str, tp: int) -> None:
         assert stage.gradients.abs().max() > 0, "backward adds to the flat gradients"
     if kind == "block":
         assert probe.count == len(stage.layers) == TINY.num_layers
-        assert stage.layers[0].down.shape == (TINY.hidden, TINY.ffn // tp)
+        assert stage.layers[0].feed_forward.down.weight.shape == (TINY.hidden, TINY.ffn // tp)
         assert stage.embedding is None
         assert stage.final_norm is None
 

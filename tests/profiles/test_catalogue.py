@@ -3,29 +3,85 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
 
+from planner.layout import parameters
 from profiles.catalogue import MODELS, resolve_model
 from profiles.clusters import DEVICES, PLATFORMS, local_cluster, machine_memory_bytes, make_cluster
 from profiles.errors import ConfigError
+from profiles.hf_config import hf_config, spec_from_hf
 from profiles.units import GIB
 
 # Of the checkpoints on the Hugging Face hub: the sum of their tensors' sizes.
 PUBLISHED_PARAMETERS = {
+    "llama1-7b": 6_738_415_616,
+    "llama1-13b": 13_015_864_320,
+    "llama1-30b": 32_528_943_616,
+    "llama1-65b": 65_285_660_672,
     "llama-7b": 6_738_415_616,
     "llama-13b": 13_015_864_320,
     "llama-34b": 33_743_970_304,
     "llama-70b": 68_976_648_192,
+    "codellama-7b": 6_738_546_688,
+    "codellama-13b": 13_016_028_160,
+    "codellama-34b": 33_743_970_304,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.1-405b": 405_853_388_800,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "tinyllama-1.1b": 1_100_048_384,
     "smollm2-135m": 134_515_008,
+    "qwen2-7b": 7_615_616_512,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "mistral-7b-v0.1": 7_241_732_096,
     "mistral-7b": 7_241_732_096,
-    "tinyllama-1.1b": 1_100_048_384,
+    "mistral-nemo-12b": 12_247_782_400,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "phi3-mini": 3_821_079_552,
+    "phi3-medium": 13_960_238_080,
+    "phi4": 14_659_507_200,
+}
+
+# Of these only the rounded total is known to us, in billions.
+PUBLISHED_BILLIONS = {"qwen2-57b-a14b": 57.4}
+
+# Billions that one token passes through, as the models' cards say.
+PUBLISHED_ACTIVE = {
+    "mixtral-8x7b": 12.9,
+    "mixtral-8x22b": 39.0,
+    "qwen1.5-moe-a2.7b": 2.7,
+    "qwen2-57b-a14b": 14.0,
+    "qwen3-30b-a3b": 3.3,
+    "qwen3-235b-a22b": 22.0,
+    "llama-7b": 6.7,
 }
 
 
@@ -34,8 +90,34 @@ def test_models_have_the_published_number_of_parameters(name: str) -> None:
     assert MODELS[name].num_parameters == PUBLISHED_PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name", PUBLISHED_BILLIONS)
+def test_models_have_the_published_size(name: str) -> None:
+    assert round(MODELS[name].num_parameters / 1e9, 1) == PUBLISHED_BILLIONS[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ACTIVE)
+def test_models_have_the_published_number_of_active_parameters(name: str) -> None:
+    assert MODELS[name].active_parameters / 1e9 == pytest.approx(PUBLISHED_ACTIVE[name], rel=0.04)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_layout_has_every_parameter_that_is_counted(name: str) -> None:
+    for head in ("lm", "scalar"):
+        spec = MODELS[name].with_head(head)
+        assert sum(prod(p.shape) for p in parameters(spec)) == spec.num_parameters
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_read_back_from_its_config(name: str) -> None:
+    """A row has exactly the switches of its family."""
+    spec = MODELS[name]
+    config = hf_config(spec) | {"tie_word_embeddings": spec.tied_embedding}
+    found = spec_from_hf(config, name=name, where=spec.source)
+    assert found == spec
+
+
 def test_every_row_has_a_source() -> None:
-    assert set(MODELS) == {*PUBLISHED_PARAMETERS, "tiny"}
+    assert set(MODELS) == {*PUBLISHED_PARAMETERS, *PUBLISHED_BILLIONS, "tiny"}
     rows = [*MODELS.values(), *DEVICES.values()]
     links = [link for p in PLATFORMS.values() for link in (p.intra, p.inter, p.host)]
     assert all(row.source for row in rows)

@@ -1,0 +1,137 @@
+"""The feed-forward half of a block: one for all tokens, or experts that a router chooses among.
+
+Read ``dense`` and ``mixture`` first. Both take hidden states that are whole on every shard and
+give the shard's part of the sum over shards: columns of the first matrices and rows of the second
+are split over tp, of every expert alike, so that no token crosses to another shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from executor.context import RankContext
+from executor.parallel.tensor import copy_to_tp
+from profiles.models import Activation, ModelSpec
+
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """``weight`` [out, in], ``bias`` [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedForward:
+    """``up`` [ffn / tp, hidden], with a gate [2 ffn / tp, hidden], the gate's rows first; ``down``
+
+    [hidden, ffn / tp], whose bias is whole on every shard.
+    """
+
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """``router`` [experts, hidden]; ``up`` [experts, 2 or 1, ffn / tp, hidden] with the gate first;
+
+    ``down`` [experts, hidden, ffn / tp]; ``shared_gate`` [1, hidden].
+    """
+
+    router: Tensor
+    up: Tensor
+    down: Tensor
+    shared: FeedForward | None
+    shared_gate: Tensor | None
+
+
+def dense(weights: FeedForward, x: Tensor, spec: ModelSpec) -> Tensor:
+    """down(act(gate(x)) * up(x)), or down(act(up(x))): [tokens, hidden] -> this shard's part.
+
+    Without ``down``'s bias, which belongs to the sum over shards.
+    """
+    inner = _activated(F.linear(x, weights.up.weight, weights.up.bias), spec)
+    return F.linear(inner, weights.down.weight)
+
+
+def _activated(x: Tensor, spec: ModelSpec) -> Tensor:
+    """[rows, 2 ffn] -> act(first half) * second half, ungated [rows, ffn] -> act(x)."""
+    act = ACTIVATIONS[spec.activation]
+    if not spec.gated:
+        return act(x)
+    gate, up = x.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+def mixture(weights: Experts, x: Tensor, ctx: RankContext) -> Tensor:
+    """sum over a token's experts of probability * expert(x), [tokens, hidden], this shard's part.
+
+    ``x`` [tokens, hidden] before ``copy_to_tp``. The router is whole on every shard, which all
+    make the same choice; its gradient is, as x's, the sum of what the shards' parts give. With a
+    shared expert: + sigmoid(shared_gate(x)) * shared(x).
+    Source: Jiang et al. 2024 (Mixtral), section 2.1; Qwen team 2024 (Qwen1.5-MoE).
+    """
+    spec = ctx.layout.spec
+    logits = copy_to_tp(F.linear(x, weights.router), ctx)
+    gate = None
+    if weights.shared_gate is not None:
+        gate = copy_to_tp(F.linear(x, weights.shared_gate), ctx).sigmoid()  # [tokens, 1]
+    x = copy_to_tp(x, ctx)
+    probabilities, chosen = route(logits, spec)
+    out = _experts(weights, x, probabilities, chosen, spec)
+    if gate is not None:
+        assert weights.shared is not None
+        out = out + gate * dense(weights.shared, x, spec)
+    return out
+
+
+def route(logits: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """(weights, experts) of every token, [tokens, experts_per_token] each; logits' type and int64.
+
+    The likeliest of softmax(logits) in fp32, largest first; where ``normalize_top_k`` the weights
+    sum to 1.
+    """
+    weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(spec.experts_per_token, dim=-1)
+    if spec.normalize_top_k:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.to(logits.dtype), chosen
+
+
+def _experts(
+    weights: Experts, x: Tensor, probabilities: Tensor, chosen: Tensor, spec: ModelSpec
+) -> Tensor:
+    """Rows sorted by their expert, one product for each, and back in the order of the tokens.
+
+    Sums run over a token's experts in the order of ``chosen``, whatever the other tokens do.
+    """
+    order = chosen.flatten().argsort(stable=True)  # [tokens * k]
+    counts = torch.bincount(chosen.flatten(), minlength=spec.num_experts)
+    rows = x[order // spec.experts_per_token]
+    inner = _activated(_grouped(rows, weights.up.flatten(1, 2), counts), spec)
+    done = _grouped(inner, weights.down, counts)
+    back = torch.empty_like(done).index_copy(0, order, done)
+    return (back.unflatten(0, chosen.shape) * probabilities[..., None]).sum(1)
+
+
+def _grouped(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """rows [n, in], the first counts[0] of expert 0 and so on; weights [experts, out, in]."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        ends = counts.cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+    parts = rows.split(counts.tolist())
+    # One unbind and not an index for each: its gradient is made once, not per expert.
+    return torch.cat([F.linear(p, w) for p, w in zip(parts, weights.unbind(0), strict=True)])

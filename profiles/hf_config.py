@@ -1,0 +1,327 @@
+"""``config.json`` of Hugging Face: which of its fields is which of ``ModelSpec``'s, both ways.
+
+Read ``FAMILIES`` first: a row per ``model_type``. ``spec_from_hf`` reads by these rows and
+``hf_config`` writes by them. What the decoder would silently compute otherwise is refused. Names
+of tensors are ``executor.model.families``'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import ConfigError
+from profiles.models import Activation, HeadKind, ModelSpec, RopeScaling
+
+# Our field -> theirs, where a family has no other name for it.
+COMMON_KEYS: Mapping[str, str] = {
+    "num_layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn": "intermediate_size",
+    "vocab": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "activation": "hidden_act",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigFamily:
+    """A ``model_type``.
+
+    ``keys``: other names of fields than ``COMMON_KEYS``, empty for one that it lacks.
+    ``defaults``: what transformers takes for a field of theirs that the file leaves out.
+    ``fixed``: fields of ``ModelSpec`` that the family implies. ``extra``: fields of theirs that
+    must have these values, and are written so.
+    """
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+FAMILIES: Mapping[str, ConfigFamily] = {
+    "llama": ConfigFamily(),
+    "mistral": ConfigFamily(defaults={"sliding_window": 4096}),
+    "qwen2": ConfigFamily(defaults={"max_window_layers": 28}, fixed={"qkv_bias": True}),
+    "qwen3": ConfigFamily(
+        defaults={"head_dim": 128, "max_window_layers": 28}, fixed={"qk_norm": True}
+    ),
+    "gemma": ConfigFamily(
+        defaults={
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+        },
+        fixed={"norm": "rms_plus_one", "scaled_embedding": True},
+    ),
+    "gpt2": ConfigFamily(
+        keys={
+            "num_layers": "n_layer",
+            "hidden": "n_embd",
+            "num_heads": "n_head",
+            "num_kv_heads": "",
+            "head_dim": "",
+            "ffn": "n_inner",
+            "max_positions": "n_positions",
+            "norm_eps": "layer_norm_epsilon",
+            "activation": "activation_function",
+        },
+        defaults={"activation_function": "gelu_new", "tie_word_embeddings": True},
+        fixed={
+            "norm": "layer",
+            "positions": "learned",
+            "gated": False,
+            "qkv_bias": True,
+            "o_bias": True,
+            "ffn_bias": True,
+        },
+        extra={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+    ),
+    "phi3": ConfigFamily(extra={"partial_rotary_factor": 1.0}),
+    "mixtral": ConfigFamily(
+        keys={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
+        defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6},
+    ),
+    "qwen2_moe": ConfigFamily(
+        keys={
+            "ffn": "moe_intermediate_size",
+            "shared_ffn": "shared_expert_intermediate_size",
+            "num_experts": "num_experts",
+            "experts_per_token": "num_experts_per_tok",
+            "normalize_top_k": "norm_topk_prob",
+        },
+        defaults={"norm_topk_prob": False},
+        fixed={"qkv_bias": True},
+        extra={"decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "qwen3_moe": ConfigFamily(
+        keys={
+            "ffn": "moe_intermediate_size",
+            "num_experts": "num_experts",
+            "experts_per_token": "num_experts_per_tok",
+            "normalize_top_k": "norm_topk_prob",
+        },
+        defaults={"norm_topk_prob": False},
+        fixed={"qk_norm": True},
+        extra={"decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+}
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+# What the llama3 and yarn kinds of ``RopeScaling`` are called there.
+ROPE_KEYS: Mapping[str, str] = {
+    "factor": "factor",
+    "original_positions": "original_max_position_embeddings",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+}
+ROPE_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "original_positions", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_positions", "beta_fast", "beta_slow", "attention_factor"),
+}
+
+
+# ---- reading ----------------------------------------------------------------------------------
+
+
+def read_hf_config(path: str | Path, *, head: HeadKind = "lm") -> ModelSpec:
+    """The ``ModelSpec`` of a Hugging Face ``config.json`` (the file, or a folder that holds it).
+
+    Raises:
+        ConfigError: no such file, not JSON, a needed field missing, or a ``model_type`` or an
+            option that the decoder does not compute.
+    """
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            "no such file", where=str(file), remedy="give a Hugging Face folder or a catalogue name"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"not JSON ({error})", where=str(file)) from None
+    if not isinstance(config, dict):
+        raise ConfigError("not a JSON object", where=str(file))
+    return spec_from_hf(config, head=head, where=str(file), name=file.parent.name or "model")
+
+
+def spec_from_hf(
+    config: Mapping[str, Any], *, head: HeadKind = "lm", where: str = "config.json", name: str
+) -> ModelSpec:
+    """The ``ModelSpec`` of a parsed Hugging Face config; raises ``ConfigError`` as above."""
+    model_type = config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise ConfigError(
+            f"model_type {model_type!r} is not supported",
+            where=where,
+            remedy=f"supported: {', '.join(sorted(FAMILIES))}",
+        )
+    # A null is what transformers takes by default, but of a window it says that there is none.
+    given = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
+    config = {**family.defaults, **given}
+    if "num_local_experts" in config:  # transformers 5 writes Qwen's number of experts so
+        config.setdefault("num_experts", config["num_local_experts"])
+    keys = {**COMMON_KEYS, **family.keys}
+    for key, value in family.extra.items():
+        if config.get(key, value) != value:
+            raise ConfigError(f"{key} {config[key]!r} is not supported", where=where)
+    derived = _derived(config, keys, where)
+    found: dict[str, Any] = {}
+    for ours, theirs in keys.items():
+        value = config.get(theirs, derived.get(ours))
+        if ours not in ("activation", "norm_eps", "normalize_top_k"):
+            value = _whole_number(theirs, value, where)
+        found[ours] = value
+    found["norm_eps"] = float(found["norm_eps"] or 1e-6)
+    found["activation"] = _activation(str(model_type), found["activation"], where)
+    return ModelSpec(
+        name=name,
+        family=str(model_type),
+        tied_embedding=bool(config.get("tie_word_embeddings", False)) and head == "lm",
+        head=head,
+        source=where,
+        sliding_window=_window(config, str(model_type), where),
+        **_rope(config, where),
+        **{**_biases(config, str(model_type)), **found, **family.fixed},
+    )
+
+
+def _whole_number(key: str, value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{key} is {value!r}", where=where, remedy="it must be a whole number")
+    return value
+
+
+def _derived(config: Mapping[str, Any], keys: Mapping[str, str], where: str) -> dict[str, Any]:
+    """What a field is where the file leaves it out: as many kv heads as heads, and so on."""
+    hidden = _whole_number(keys["hidden"], config.get(keys["hidden"]), where)
+    num_heads = _whole_number(keys["num_heads"], config.get(keys["num_heads"]), where)
+    return {
+        "num_kv_heads": num_heads,
+        "head_dim": hidden // max(num_heads, 1),
+        "ffn": 4 * hidden if keys["ffn"] == "n_inner" else None,
+        "activation": "silu",
+    }
+
+
+def _activation(model_type: str, name: Any, where: str) -> Activation:
+    # Gemma's first configs say gelu and mean its approximation.
+    if model_type == "gemma" and name == "gelu":
+        return "gelu_tanh"
+    if name not in ACTIVATIONS:
+        raise ConfigError(
+            f"the activation {name!r} is not supported",
+            where=where,
+            remedy=f"supported: {', '.join(ACTIVATIONS)}",
+        )
+    return ACTIVATIONS[name]
+
+
+def _biases(config: Mapping[str, Any], model_type: str) -> dict[str, bool]:
+    """``attention_bias`` is a bias of q, k, v and o; Qwen2 has its own without such a field."""
+    bias = bool(config.get("attention_bias")) and model_type not in ("qwen2", "qwen2_moe")
+    return {"qkv_bias": bias, "o_bias": bias, "ffn_bias": bool(config.get("mlp_bias"))}
+
+
+def _window(config: Mapping[str, Any], model_type: str, where: str) -> int:
+    """The sliding window of all layers, 0 where none binds."""
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings") or 0
+    uses = config.get("use_sliding_window", model_type in ("mistral", "mixtral", "phi3"))
+    if not window or not uses or window >= longest:
+        return 0
+    without = config.get("max_window_layers", 0) if model_type.startswith("qwen") else 0
+    if without >= config.get("num_hidden_layers", 0):
+        return 0
+    if without > 0:
+        raise ConfigError(
+            f"a sliding window of {window} tokens in some layers only is not supported",
+            where=f"{where}: max_window_layers",
+        )
+    return _whole_number("sliding_window", window, where)
+
+
+def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Theta and scaling; transformers 5 writes ``rope_parameters``, earlier ones two fields."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError("heads that are rotated in part are not supported", where=where)
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    for key, plain in (("truncate", True), ("mscale", None), ("mscale_all_dim", None)):
+        if rope.get(key, plain) != plain:
+            raise ConfigError(f"rope's {key} is not supported", where=f"{where}: rope_scaling")
+    given = {ours: rope[theirs] for ours, theirs in ROPE_KEYS.items() if rope.get(theirs)}
+    if kind == "yarn":
+        longest = config.get("max_position_embeddings", 0)
+        given.setdefault("original_positions", longest)
+    here = f"{where}: rope_scaling"
+    try:
+        return {"rope_theta": theta, "rope_scaling": RopeScaling(kind=kind, **given)}
+    except TypeError:
+        raise ConfigError("rope scaling without a factor", where=here) from None
+    except ConfigError as error:
+        raise ConfigError(error.problem, where=here, remedy=error.remedy) from None
+
+
+# ---- writing ----------------------------------------------------------------------------------
+
+
+def hf_config(spec: ModelSpec) -> dict[str, Any]:
+    """config.json of ``spec`` from its shape alone: what transformers needs to open the weights."""
+    family = FAMILIES[spec.family]
+    keys = {**COMMON_KEYS, **family.keys}
+    fields = {theirs: getattr(spec, ours) for ours, theirs in keys.items() if theirs}
+    names = {ours: theirs for theirs, ours in reversed(list(ACTIVATIONS.items()))}
+    names["gelu_tanh"] = "gelu_new" if spec.family == "gpt2" else "gelu_pytorch_tanh"
+    fields[keys["activation"]] = names[spec.activation]
+    fields |= {"model_type": spec.family, **family.extra}
+    # Of a shape no token is known; transformers would take the family's first checkpoint's.
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if spec.positions == "rope":
+        rope = {"rope_type": "default", "rope_theta": spec.rope_theta, **_rope_fields(spec)}
+        # Version 5 of transformers reads the first, earlier ones the others.
+        fields |= {"rope_parameters": rope, "rope_theta": spec.rope_theta}
+        if spec.rope_scaling is not None:
+            fields["rope_scaling"] = rope
+    if "qkv_bias" not in family.fixed:
+        fields |= {"attention_bias": spec.o_bias, "mlp_bias": spec.ffn_bias}
+    fields["sliding_window"] = spec.sliding_window or None
+    if spec.family.startswith("qwen"):
+        fields |= {"use_sliding_window": bool(spec.sliding_window), "max_window_layers": 0}
+    return fields
+
+
+def _rope_fields(spec: ModelSpec) -> dict[str, Any]:
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return {}
+    values = {ROPE_KEYS[ours]: getattr(scaling, ours) for ours in ROPE_FIELDS[scaling.kind]}
+    return {"rope_type": scaling.kind, **{key: value for key, value in values.items() if value}}
