@@ -24,7 +24,7 @@ from planner.plan import ExecutionPlan
 from planner.plan_schema import load_plan
 from planner.strategy import parse_strategy
 from profiles.catalogue import resolve_model
-from profiles.clusters import local_cluster, make_cluster
+from profiles.clusters import make_cluster
 from profiles.errors import ConfigError, UserError
 
 _RUN_EXAMPLES = """examples:
@@ -92,11 +92,6 @@ def _layout_plan(args: argparse.Namespace, overrides: Sequence[str]) -> Executio
     strategy = parse_strategy(args.layout)
     algorithm = find_algorithm(args.algorithm)
     config = make_config(algorithm.config_class, overrides)
-    cluster = (
-        local_cluster(strategy.num_devices)
-        if args.device == "cpu"
-        else make_cluster(args.device, strategy.num_devices)
-    )
     folders = model_paths(args.model, args.critic)
     roles = algorithm.roles(config)
     problem = make_problem(
@@ -104,7 +99,7 @@ def _layout_plan(args: argparse.Namespace, overrides: Sequence[str]) -> Executio
         config,
         model=resolve_model(args.model),
         critic=resolve_model(args.critic or args.model),
-        cluster=cluster,
+        cluster=make_cluster(args.device, strategy.num_devices),
         paths={r: folders[spec.source] for r, spec in roles.items() if spec.source in folders},
     )
     return one_layout_plan(problem, strategy, seed=config.seed)

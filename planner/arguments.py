@@ -1,9 +1,11 @@
-"""Command lines with ``key=value`` overrides anywhere among the flags."""
+"""Command lines: ``key=value`` overrides anywhere among the flags, and the numbers of flags."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+
+from profiles.errors import ConfigError
 
 
 def parse_with_words(
@@ -21,3 +23,31 @@ def parse_with_words(
     if rest:
         args.words = [*args.words, *rest]
     return args
+
+
+def whole(text: str, flag: str, *, least: int) -> int:
+    """A whole number of a flag.
+
+    Raises:
+        ConfigError: it is none, or below ``least``.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        raise ConfigError(
+            f"'{text}' is not a whole number", where=flag, remedy="write it like 8"
+        ) from None
+    if number < least:
+        raise ConfigError(f"{number} is below {least}", where=flag, remedy=f"use {least} or more")
+    return number
+
+
+def seconds(text: str, flag: str) -> float:
+    """A positive, finite number of seconds of a flag; raises ``ConfigError``."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise ConfigError(f"'{text}' is not a number of seconds above 0", where=flag)
+    return number

@@ -24,20 +24,18 @@ from rich.console import Console
 from rich.table import Table
 
 from planner.algorithm import Algorithm, find_algorithm, make_config, make_problem
-from planner.arguments import parse_with_words
+from planner.arguments import parse_with_words, seconds, whole
 from planner.cost import CostModel
 from planner.plan import ExecutionPlan, Problem
 from planner.plan_schema import load_plan, plan_to_dict, save_plan
 from planner.report import print_plan, program_table
+from planner.resolve import costs_of_plan, load_table, make_costs, resolve_cluster
 from planner.search import ENGINES, estimate_plan, search
 from planner.simulate import StepPrices, Timeline
 from profiles.catalogue import MODELS, resolve_model
-from profiles.clusters import DEVICES, PLATFORMS, local_cluster, make_cluster
-from profiles.collectives import Collectives
+from profiles.clusters import DEVICES
 from profiles.errors import ConfigError, UserError
-from profiles.hardware import ClusterSpec
-from profiles.roofline import RooflineCosts
-from profiles.table import CostTable, TableCosts
+from profiles.table import CostTable
 from profiles.units import format_bytes, format_seconds
 
 _DESCRIPTION = "Search how to run an RLHF training step on a cluster, and see how good that is."
@@ -52,7 +50,6 @@ _SHOW_EXAMPLES = """examples:
   realplan show plan.json              # table, timeline, memory by device
   realplan show plan.json --rank 5     # what rank 5 does in a step
 """
-_DEFAULT_GPUS = {"local": 2}
 # With --model of this family the critic is llama-7b, as in published RLHF experiments.
 _LLAMA_ACTORS = ("llama-7b", "llama-13b", "llama-34b", "llama-70b")
 # Flags that stand for an option of every algorithm.
@@ -155,120 +152,15 @@ def _add_search(verbs: Any) -> None:
     add("--json", action="store_true", help="print the plan as JSON instead of tables")
 
 
-def _whole(text: str, flag: str, *, least: int) -> int:
-    """A whole number of a flag.
-
-    Raises:
-        ConfigError: it is none, or below ``least``.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        raise ConfigError(
-            f"'{text}' is not a whole number", where=flag, remedy="write it like 8"
-        ) from None
-    if number < least:
-        raise ConfigError(f"{number} is below {least}", where=flag, remedy=f"use {least} or more")
-    return number
-
-
-def _seconds(text: str, flag: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < float("inf"):
-        raise ConfigError(f"'{text}' is not a number of seconds above 0", where=flag)
-    return number
-
-
-# ---- the cluster and its costs ----------------------------------------------------------------
-
-
-def resolve_cluster(
-    cluster: str | None, device: str | None, gpus: str | None, table: CostTable | None
-) -> ClusterSpec:
-    """The cluster that ``--cluster``, ``--device`` and ``--gpus`` mean.
-
-    With ``--cluster local`` the device is the one that ``table`` was measured on, if there is
-    one.
-
-    Raises:
-        ConfigError: an unknown device, a count that is none or does not fill its nodes, or both
-            flags with different devices.
-    """
-    name = cluster or device or "a100"
-    if cluster and device and cluster != device:
-        raise ConfigError(
-            f"--cluster {cluster} and --device {device} name two devices", where="--device",
-            remedy="give one of them",
-        )  # fmt: skip
-    count = _whole(gpus or str(_DEFAULT_GPUS.get(name, 8)), "--gpus", least=1)
-    try:
-        if name != "local":
-            return make_cluster(name, count)
-        return _this_machine(count, table)
-    except ConfigError as error:
-        where = {"--devices": "--gpus", "--workers": "--gpus"}.get(error.where, error.where)
-        raise ConfigError(error.problem, where=where, remedy=error.remedy) from None
-
-
-def _this_machine(count: int, table: CostTable | None) -> ClusterSpec:
-    """One node of ``count`` devices as measured; CPU workers where nothing was."""
-    cpu = local_cluster(count)
-    if table is None:
-        return cpu
-    if table.device.kind == "cpu":
-        measured = dataclasses.replace(table.device, memory_bytes=cpu.device.memory_bytes)
-        return dataclasses.replace(cpu, device=measured)
-    # The links of the server that usually has this GPU; PCIe where it is unknown.
-    known = [p for name, p in PLATFORMS.items() if name in table.device.name.lower()]
-    platform = known[0] if known else PLATFORMS["l40s"]
-    return ClusterSpec(
-        name=f"{count} x {table.device.name}", device=table.device, num_nodes=1,
-        devices_per_node=count, intra_link=platform.intra, inter_link=platform.inter,
-        host_link=platform.host,
-    )  # fmt: skip
-
-
-def make_costs(cluster: ClusterSpec, table: CostTable | None) -> CostModel:
-    """Costs on ``cluster``: measured where ``table`` has rows, else from peak rates.
-
-    Raises:
-        ConfigError: the table is of another kind of device.
-    """
-    roofline = RooflineCosts(cluster.device)
-    if table is None:
-        return CostModel(cluster, roofline, Collectives(cluster))
-    if table.device.kind != cluster.device.kind:
-        raise ConfigError(
-            f"was measured on {table.device.name} ({table.device.kind}), the plan is for "
-            f"{cluster.device.name} ({cluster.device.kind})",
-            where="--profile",
-            remedy="measure that device with realexec profile",
-        )
-    return CostModel(cluster, TableCosts(table, roofline), Collectives(cluster, table))
-
-
-def _load_table(path: str | None) -> CostTable | None:
-    return None if path is None else CostTable.load(path)
-
-
-def _costs_of_plan(plan: ExecutionPlan, profile: str | None, console: Console) -> CostModel:
-    """Costs from ``--profile``, else from the profile that the plan names, else peak rates."""
-    recorded = plan.provenance.get("profile")
-    if profile is None and isinstance(recorded, str):
-        if Path(recorded).is_file():
-            profile = recorded
-        else:
-            _say(console, f"the plan's profile {recorded} is not here: costs are from peak rates")
-    return make_costs(plan.problem.cluster, _load_table(profile))
-
-
 def _output() -> Console:
     """For results on stdout: as wide as the terminal; in a file or a pipe 100 columns."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(width=100) if piped else Console()
+
+
+def _note(line: str) -> None:
+    """A message of what goes on, on stderr."""
+    _say(Console(stderr=True), line)
 
 
 # ---- verbs ------------------------------------------------------------------------------------
@@ -282,7 +174,7 @@ def make_search_problem(args: argparse.Namespace, table: CostTable | None) -> Pr
     """The problem that the flags of ``search`` describe."""
     algorithm = find_algorithm(args.algorithm)
     sugar = [
-        f"{key}={_whole(getattr(args, flag), '--' + flag.replace('_', '-'), least=1)}"
+        f"{key}={whole(getattr(args, flag), '--' + flag.replace('_', '-'), least=1)}"
         for flag, key in _SUGAR.items()
         if getattr(args, flag) is not None
     ]
@@ -335,13 +227,13 @@ def _provenance(args: argparse.Namespace, evaluations: int) -> Mapping[str, Any]
 
 def _search(args: argparse.Namespace) -> int:
     notes = Console(stderr=True)
-    seed = _whole(args.seed, "--seed", least=0)
-    time_limit_s = _seconds(args.time_limit, "--time-limit")
+    seed = whole(args.seed, "--seed", least=0)
+    time_limit_s = seconds(args.time_limit, "--time-limit")
     if not Path(args.output).absolute().parent.is_dir():
         raise ConfigError(
             f"no folder for {args.output}", where="-o", remedy="name a file in one that exists"
         )
-    table = _load_table(args.profile)
+    table = load_table(args.profile)
     problem = make_search_problem(args, table)
     costs = make_costs(problem.cluster, table)
     if table is None:
@@ -369,19 +261,19 @@ def _timeline(plan: ExecutionPlan, costs: CostModel) -> tuple[ExecutionPlan, Tim
 def _show(args: argparse.Namespace) -> int:
     plan = load_plan(args.plan)
     if args.rank is not None:
-        _output().print(program_table(plan, _whole(args.rank, "--rank", least=0)))
+        _output().print(program_table(plan, whole(args.rank, "--rank", least=0)))
         return 0
     if args.json:
         print(json.dumps(plan_to_dict(plan)))
         return 0
-    plan, timeline = _timeline(plan, _costs_of_plan(plan, args.profile, Console(stderr=True)))
+    plan, timeline = _timeline(plan, costs_of_plan(plan, args.profile, _note))
     print_plan(plan, timeline, _output())
     return 0
 
 
 def _estimate(args: argparse.Namespace) -> int:
     plan = load_plan(args.plan)
-    plan, timeline = _timeline(plan, _costs_of_plan(plan, args.profile, Console(stderr=True)))
+    plan, timeline = _timeline(plan, costs_of_plan(plan, args.profile, _note))
     if args.output is not None:
         save_plan(plan, args.output)
     if args.json:

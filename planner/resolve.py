@@ -1,0 +1,109 @@
+"""From what a user names to values: a cluster, a profile, the costs of a problem or a plan.
+
+Both command lines and the notebook's ``WhatIf`` come through here, so that the same words mean
+the same everywhere. Start with ``resolve_cluster`` and ``make_costs``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from planner.arguments import whole
+from planner.cost import CostModel
+from planner.plan import ExecutionPlan
+from profiles.clusters import PLATFORMS, local_cluster, make_cluster
+from profiles.collectives import Collectives
+from profiles.errors import ConfigError
+from profiles.hardware import ClusterSpec
+from profiles.roofline import RooflineCosts
+from profiles.table import CostTable, TableCosts
+
+_DEFAULT_GPUS = {"local": 2}
+
+
+def resolve_cluster(
+    cluster: str | None, device: str | None, gpus: str | None, table: CostTable | None
+) -> ClusterSpec:
+    """The cluster that ``--cluster``, ``--device`` and ``--gpus`` mean.
+
+    With ``--cluster local`` the device is the one that ``table`` was measured on, if there is
+    one.
+
+    Raises:
+        ConfigError: an unknown device, a count that is none or does not fill its nodes, or both
+            flags with different devices.
+    """
+    name = cluster or device or "a100"
+    if cluster and device and cluster != device:
+        raise ConfigError(
+            f"--cluster {cluster} and --device {device} name two devices", where="--device",
+            remedy="give one of them",
+        )  # fmt: skip
+    count = whole(gpus or str(_DEFAULT_GPUS.get(name, 8)), "--gpus", least=1)
+    try:
+        if name != "local":
+            return make_cluster(name, count)
+        return _this_machine(count, table)
+    except ConfigError as error:
+        where = {"--devices": "--gpus", "--workers": "--gpus"}.get(error.where, error.where)
+        raise ConfigError(error.problem, where=where, remedy=error.remedy) from None
+
+
+def _this_machine(count: int, table: CostTable | None) -> ClusterSpec:
+    """One node of ``count`` devices as measured; CPU workers where nothing was."""
+    cpu = local_cluster(count)
+    if table is None:
+        return cpu
+    if table.device.kind == "cpu":
+        measured = dataclasses.replace(table.device, memory_bytes=cpu.device.memory_bytes)
+        return dataclasses.replace(cpu, device=measured)
+    # The links of the server that usually has this GPU; PCIe where it is unknown.
+    known = [p for name, p in PLATFORMS.items() if name in table.device.name.lower()]
+    platform = known[0] if known else PLATFORMS["l40s"]
+    return ClusterSpec(
+        name=f"{count} x {table.device.name}", device=table.device, num_nodes=1,
+        devices_per_node=count, intra_link=platform.intra, inter_link=platform.inter,
+        host_link=platform.host,
+    )  # fmt: skip
+
+
+def make_costs(cluster: ClusterSpec, table: CostTable | None) -> CostModel:
+    """Costs on ``cluster``: measured where ``table`` has rows, else from peak rates.
+
+    Raises:
+        ConfigError: the table is of another kind of device.
+    """
+    roofline = RooflineCosts(cluster.device)
+    if table is None:
+        return CostModel(cluster, roofline, Collectives(cluster))
+    if table.device.kind != cluster.device.kind:
+        raise ConfigError(
+            f"was measured on {table.device.name} ({table.device.kind}), the plan is for "
+            f"{cluster.device.name} ({cluster.device.kind})",
+            where="--profile",
+            remedy="measure that device with realexec profile",
+        )
+    return CostModel(cluster, TableCosts(table, roofline), Collectives(cluster, table))
+
+
+def load_table(path: str | None) -> CostTable | None:
+    """The table of ``--profile``, where one was given; raises ``ProfileError``."""
+    return None if path is None else CostTable.load(path)
+
+
+def costs_of_plan(
+    plan: ExecutionPlan, profile: str | None, note: Callable[[str], None]
+) -> CostModel:
+    """Costs from ``profile``, else from the profile that the plan names, else peak rates.
+
+    ``note`` is told in a sentence where the plan's profile cannot be found.
+    """
+    recorded = plan.provenance.get("profile")
+    if profile is None and isinstance(recorded, str):
+        if Path(recorded).is_file():
+            profile = recorded
+        else:
+            note(f"the plan's profile {recorded} is not here: costs are from peak rates")
+    return make_costs(plan.problem.cluster, load_table(profile))
