@@ -2,7 +2,8 @@
 
 ``make_functions(config)`` of the module that ``Algorithm.functions`` names returns one of these
 for every call; the worker (``worker.py``) runs the model and calls them. None of them knows
-about meshes, strategies or other ranks: ``sum_over_dp`` is all the communication they see.
+about meshes, strategies or other ranks: ``sum_over_dp`` is all the communication they see. One
+that keeps numbers over steps (a KL controller, running moments) also is a ``Stateful``.
 """
 
 from __future__ import annotations
@@ -64,3 +65,13 @@ class DataFunction(Protocol):
     """FUNCTION: output keys from data alone."""
 
     def run(self, batch: SequenceBatch, records: Records) -> Mapping[str, Tensor]: ...
+
+
+class Stateful(Protocol):
+    """What a function keeps over steps, equal on all ranks of its call, goes into checkpoints."""
+
+    def state(self) -> Mapping[str, Any]:
+        """JSON values."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...

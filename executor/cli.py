@@ -10,12 +10,14 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from executor import profiler
 from executor.launch import local
+from executor.resume import find_checkpoint
 from executor.run import Run, one_layout_plan, resolve
 from executor.summary import compare, print_comparison, saved_models, write_summary
 from planner.algorithm import find_algorithm, make_config, make_problem
@@ -60,6 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", default="cpu", metavar="NAME", help="with --layout: cpu (default), a100, …"
     )
     run.add_argument("--algorithm", default="ppo", help="with --layout (default ppo)")
+    run.add_argument(
+        "--resume", action="store_true",
+        help="go on from the newest checkpoint in the output, if there is one (resume=auto)",
+    )  # fmt: skip
+    run.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N",
+        help="after a worker's failure go on from the last checkpoint, at most N times (default 0)",
+    )  # fmt: skip
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
     profile = verbs.add_parser("profile", help="measure this machine's costs of a model's layers")
     profiler.add_arguments(profile)
@@ -109,15 +119,20 @@ def _resolve_run(args: argparse.Namespace) -> Run:
     path, overrides = _split(args.words)
     if args.output is not None:
         overrides.append(f"output={args.output}")
+    if args.resume:
+        overrides.append("resume=auto")
     if (path is None) == (args.layout is None):
         raise ConfigError(
             "give a plan.json, or --layout with --model, and not both", where="realexec run"
         )
     plan = load_plan(path) if path is not None else _layout_plan(args, overrides)
-    return resolve(plan, overrides)
+    run = resolve(plan, overrides)
+    return replace(run, resume_from=find_checkpoint(run))
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.max_restarts < 0:
+        raise ConfigError(f"{args.max_restarts} is below 0", where="--max-restarts")
     run = _resolve_run(args)
     console, device = Console(stderr=True), run.plan.problem.cluster.device
     console.print(
@@ -127,7 +142,9 @@ def _run(args: argparse.Namespace) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    local.launch(run)
+    if run.resume_from is not None:
+        console.print(f"going on from {run.resume_from}", highlight=False, soft_wrap=True)
+    local.launch(run, max_restarts=args.max_restarts)
     rows = compare(run)
     write_summary(rows, run.output)
     if args.json:

@@ -32,16 +32,25 @@ def post(
 class MetricsWriter:
     """On rank 0: ``metrics.jsonl``, one line a step, and TensorBoard events if it is installed."""
 
-    def __init__(self, folder: Path, store: dist.Store, parts: Mapping[str, int]) -> None:
-        """``parts``: for every call, how many ranks tell of it."""
+    def __init__(
+        self, folder: Path, store: dist.Store, parts: Mapping[str, int], *, first_step: int = 0
+    ) -> None:
+        """``parts``: for every call, how many ranks tell of it.
+
+        What an earlier run wrote of steps before ``first_step`` stays.
+        """
         self.store = store
         self.parts = dict(parts)
-        self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        kept = _lines_before(path, first_step)
+        self.file = path.open("w", encoding="utf-8")
+        self.file.writelines(kept)
+        self.file.flush()
         self.board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         except ImportError:
             pass  # TensorBoard is an extra; JSONL has the same numbers
 
@@ -71,3 +80,11 @@ class MetricsWriter:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def _lines_before(path: Path, first_step: int) -> list[str]:
+    """Whole lines of steps before ``first_step``; one that was cut off by a kill is left out."""
+    if first_step == 0 or not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [ln for ln in lines if ln.endswith("\n") and json.loads(ln)["step"] < first_step]

@@ -32,11 +32,12 @@ from profiles.hf_config import read_hf_config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A plan whose configuration is final, and the algorithm that it runs."""
+    """A plan whose configuration is final, the algorithm that it runs, and where it goes on."""
 
     plan: ExecutionPlan
     algorithm: Algorithm
     config: Any
+    resume_from: Path | None = None  # a checkpoint's folder
 
     @property
     def output(self) -> Path:

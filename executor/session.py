@@ -16,7 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from executor.dataset import MockPrompts, PromptDataset, Prompts
 from executor.metrics import MetricsWriter
+from executor.resume import restore, save_run
 from executor.run import Run, functions_of
+from executor.run_checkpoint import Checkpoint
 from executor.text import TextCodec
 from executor.trace import TraceWriter
 from executor.worker import Worker
@@ -30,7 +32,7 @@ _SHOWN = ("rewards", "approx_kl", "response_tokens", "loss", "grad_norm")
 class StepDisplay:
     """Rank 0's progress: a live bar with the instruction under way, a line for every step."""
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, *, first: int) -> None:
         self.console = Console(stderr=True, file=sys.stderr)
         self.progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
@@ -42,7 +44,7 @@ class StepDisplay:
             disable=not self.console.is_terminal,
         )
         self.total_steps = total_steps
-        self.task = self.progress.add_task("loading", total=total_steps)
+        self.task = self.progress.add_task("loading", total=total_steps, completed=first)
         self.progress.start()
 
     def instruction(self, label: str) -> None:
@@ -106,14 +108,15 @@ def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) 
     text = TextCodec(model_folder(run))
     data = open_data(run, text)
     graph = run.plan.problem.graph
-    display = StepDisplay(run.config.total_steps) if rank == 0 else None
+    first = Checkpoint(run.resume_from).step if run.resume_from is not None else 0
+    display = StepDisplay(run.config.total_steps, first=first) if rank == 0 else None
     parts = {
         call.name: run.plan.allocations[call.name].strategy.dp
         if call.kind is CallKind.FUNCTION
         else 1
         for call in graph.calls
     }
-    metrics = MetricsWriter(run.output, store, parts) if rank == 0 else None
+    metrics = MetricsWriter(run.output, store, parts, first_step=first) if rank == 0 else None
     with TraceWriter(run.output / "trace", rank) as trace:
         worker = Worker(
             run,
@@ -129,7 +132,9 @@ def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) 
         )
         try:
             worker.setup()
-            _steps(run, worker, metrics, display)
+            if run.resume_from is not None:
+                restore(worker, run.resume_from)
+            _steps(run, worker, metrics, display, first=first)
         finally:
             if display:
                 display.close()
@@ -138,9 +143,17 @@ def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) 
 
 
 def _steps(
-    run: Run, worker: Worker, metrics: MetricsWriter | None, display: StepDisplay | None
+    run: Run,
+    worker: Worker,
+    metrics: MetricsWriter | None,
+    display: StepDisplay | None,
+    *,
+    first: int,
 ) -> None:
-    """Rank 0 writes a step's numbers after the next step, so that it never waits for a peer."""
+    """Steps ``first`` to the last.
+
+    Rank 0 writes a step's numbers after the next step, so that it never waits for a peer.
+    """
     total, waiting = run.config.total_steps, list[tuple[int, float]]()
     num_prompts = worker.data.num_prompts
     steps_per_epoch = max(1, num_prompts // run.config.batch_size) if num_prompts else None
@@ -150,7 +163,7 @@ def _steps(
             step, seconds = waiting.pop(0)
             display.line(step, metrics.collect(step, seconds))
 
-    for step in range(total):
+    for step in range(first, total):
         start_s = time.time()
         worker.run_step(step)
         waiting.append((step, time.time() - start_s))
@@ -162,4 +175,10 @@ def _steps(
             if display:
                 display.instruction("saving")
             worker.save(Path(checkpoint_name(step + 1, steps_per_epoch)))
+        every = run.config.checkpoint_every
+        if every and (step + 1) % every == 0:
+            if display:
+                display.instruction("writing a checkpoint")
+            write(step + 1)  # a run that goes on from here repeats no line
+            save_run(worker, step + 1, keep=run.config.keep_checkpoints)
     write(total)

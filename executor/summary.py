@@ -34,7 +34,8 @@ def compare(run: Run) -> list[Comparison]:
     """Every call that runs a model, reallocations, and the step; the first step is left out
     where there are more: it holds warm-up."""
     spans = read_trace(run.output / "trace")
-    first = 1 if run.config.total_steps > 1 else 0
+    steps = sorted({span.step for span in spans if span.kind != "load"})
+    first = steps[min(1, len(steps) - 1)]
     measured = measured_seconds(spans, first_step=first)
     estimate = run.plan.estimate
     per_call = estimate.per_call_s if estimate else {}

@@ -51,6 +51,9 @@ class RunConfig:
     seed: int = 1
     init: str = "checkpoint"  # checkpoint, or random: weights without a file (benchmarks)
     save_every: int = 0  # steps between saved models; 0: after the last step only
+    checkpoint_every: int = 0  # steps between checkpoints to go on from; 0: none
+    keep_checkpoints: int = 2  # older ones are removed
+    resume: str = ""  # a checkpoint's folder, or auto: the newest in output, if there is one
     output: str = "runs/latest"  # folder for metrics, traces and saved models
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -59,8 +62,9 @@ class RunConfig:
         for name in ("batch_size", "prompt_len", "response_len", "total_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{getattr(self, name)} is not at least 1", where=name)
-        if self.save_every < 0:
-            raise ConfigError(f"{self.save_every} is below 0", where="save_every")
+        for name, least in (("save_every", 0), ("checkpoint_every", 0), ("keep_checkpoints", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{getattr(self, name)} is below {least}", where=name)
         if self.init not in INITS:
             raise ConfigError(f"'{self.init}' is neither checkpoint nor random", where="init")
         for role, model in self.models().items():

@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,12 +24,16 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from executor.resume import checkpoint_root
 from executor.run import Run
+from executor.run_checkpoint import latest
 from executor.session import run_worker
 from executor.trace import write_json
 from planner.plan import ExecutionPlan
 from planner.plan_schema import save_plan
 from profiles.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class WorkerError(RuntimeError):
@@ -43,16 +48,31 @@ class Interrupted(KeyboardInterrupt):
         self.signal_number = signal_number
 
 
-def launch(run: Run) -> None:
-    """Run to the end.
+def launch(run: Run, *, max_restarts: int = 0) -> None:
+    """Run to the end; after a worker's failure go on from the last checkpoint.
 
     Raises:
         UserError: a worker refused its input.
-        WorkerError: a worker failed otherwise.
+        WorkerError: a worker failed otherwise, once more than ``max_restarts`` times.
         Interrupted: a signal ended the run; what it had written stays.
     """
+    for restarts_left in range(max_restarts, -1, -1):
+        try:
+            return _launch_once(run)
+        except WorkerError as error:
+            if restarts_left == 0:
+                raise
+            newest = latest(checkpoint_root(run))
+            log.warning(
+                "%s; restarting from %s, %d restarts left",
+                str(error).strip().splitlines()[-1], newest or "the beginning", restarts_left - 1,
+            )  # fmt: skip
+            run = replace(run, resume_from=newest)
+
+
+def _launch_once(run: Run) -> None:
     output = run.output
-    prepare_output(output)
+    prepare_output(output, keep_curves=run.resume_from is not None)
     save_plan(run.plan, output / "plan.json")
     workers = run.plan.num_devices
     config = LaunchConfig(
@@ -83,10 +103,13 @@ def launch(run: Run) -> None:
         raise Interrupted(int(error.sigval)) from None
 
 
-def prepare_output(output: Path) -> None:
-    """An output folder without what an earlier run left of its own progress."""
+def prepare_output(output: Path, *, keep_curves: bool = False) -> None:
+    """An output folder without what an earlier run left of its own progress.
+
+    ``keep_curves``: the run goes on from a checkpoint, and so do its curves.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("errors", "trace", "logs", "tensorboard"):
+    for name in ("errors", "trace", "logs", *(() if keep_curves else ("tensorboard",))):
         shutil.rmtree(output / name, ignore_errors=True)
     (output / "errors").mkdir()
 

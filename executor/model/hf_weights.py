@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from executor.agreement import written_by_all
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.model.families import FAMILIES, Stored, head_config, stored, stored_shapes
@@ -310,15 +311,7 @@ def save(
 
 def _together(ctx: RankContext, folder: Path, problem: OSError | None) -> None:
     """Wait for every rank of the mesh; raise on all of them where one has a problem."""
-    failed = torch.tensor([0 if problem is None else 1], device=ctx.device)
-    if ctx.mesh_group is not None:
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=ctx.mesh_group)
-    if failed.item():
-        raise CheckpointError(
-            f"could not be written ({problem or 'by another rank'})",
-            where=str(folder),
-            remedy="check the room and the rights on that file system",
-        ) from problem
+    written_by_all(problem, group=ctx.mesh_group, device=ctx.device, where=folder)
 
 
 def _make_empty(folder: Path) -> OSError | None:

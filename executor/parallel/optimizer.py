@@ -20,7 +20,7 @@ from torch import Tensor
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.parallel import data
-from profiles.errors import CheckpointError, ConfigError
+from profiles.errors import ConfigError
 
 EMBEDDING = "embedding.weight"
 # Gradients of another type than fp32 are converted this many values at a time (64 MiB).
@@ -114,9 +114,15 @@ class Adam:
         self.count = torch.zeros((), dtype=torch.float32, device=buffer.flat.device)
         self.steps = 0
         self.decayed = [len(piece.length) > 1 for piece in buffer.slices]
-        self.counted = _ranges(buffer, self._is_counted(), self.own)[True]
+        self.is_counted = self._find_counted()
+        self.counted = _ranges(buffer, self.is_counted, self.own)[True]
 
-    def _is_counted(self) -> list[bool]:
+    @property
+    def is_replica(self) -> bool:
+        """Another data-parallel rank has the same state."""
+        return self.shard_group is None and self.ctx.dp_rank > 0
+
+    def _find_counted(self) -> list[bool]:
         """Per slice: is its gradient this rank's to count in the norm, once over tp and pp."""
         ctx, layout = self.ctx, self.ctx.layout
         shapes = {shape.name: shape for shape in layout.stage_parameters(ctx.pp_rank)}
@@ -159,9 +165,8 @@ class Adam:
     def _gradient_norm(self) -> float:
         """2-norm of the whole model's gradient: squares of every value once, over the mesh."""
         parts = [self.gradients[a:b] for a, b in self.counted]
-        replica = self.shard_group is None and self.ctx.dp_rank > 0
         square = torch.zeros((), dtype=torch.float64, device=self.gradients.device)
-        if parts and not replica:
+        if parts and not self.is_replica:
             norms = torch._foreach_norm(parts, 2, dtype=torch.float32)
             square = torch.stack(norms).double().square().sum()
         if self.ctx.mesh_group is not None:
@@ -209,41 +214,25 @@ class Adam:
         if self.masters is not self.weights:
             self.masters.copy_(self.weights)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """This rank's state, fp32: ``step`` [2], ``exp_avg`` and ``exp_avg_sq`` [own values], and
-        ``master`` [own values] where the weights are not fp32. Tensors are shared, not copied."""
-        state = {
-            "step": torch.tensor([float(self.steps), float(self.count)]),
-            "exp_avg": self.moments[0],
-            "exp_avg_sq": self.moments[1],
-        }
-        if self.masters is not self.weights:
-            state["master"] = self.masters
-        return state
+    def state(self) -> dict[str, Tensor]:
+        """This rank's part of the state, fp32 [own values] each, shared and not copied.
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse, for the same layout and ZeRO stage; the weights themselves are the
-        buffer's, except that they are set from ``master`` where there is one.
-
-        Raises:
-            CheckpointError: an entry is missing or of another size.
+        ``weight`` (the masters), ``exp_avg`` and ``exp_avg_sq``. With ``steps`` and ``count``,
+        which are the same on all ranks, this is all that the next step depends on.
         """
-        mine = self.state_dict()
-        for name, tensor in mine.items():
-            if name not in state or state[name].shape != tensor.shape:
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise CheckpointError(
-                    f"optimizer state '{name}' has {found}, not {tuple(tensor.shape)}",
-                    remedy="resume under the plan that wrote the checkpoint",
-                )
+        return {"weight": self.masters, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
+
+    def go_on(self, *, steps: int, updates: int) -> None:
+        """After ``state`` was filled from elsewhere: the weights follow, on all ranks together.
+
+        ``steps`` were taken, of which ``updates`` were not skipped.
+        """
+        self.steps = steps
+        self.count.fill_(updates)
         with torch.no_grad():
-            for name, tensor in mine.items():
-                tensor.copy_(state[name])
-            self.steps = int(mine["step"][0])
-            self.count.fill_(float(mine["step"][1]))
             if self.masters is not self.weights:
                 self.weights.copy_(self.masters)
-                data.all_gather(self.buffer.flat, self.shard_group)
+            data.all_gather(self.buffer.flat, self.shard_group)
 
 
 def _ranges(buffer: ParameterBuffer, flags: list[bool], within: Range) -> dict[bool, list[Range]]:

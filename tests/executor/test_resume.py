@@ -1,0 +1,156 @@
+"""Protects a run's continuation: after any end it goes on to the curve of a run that never ended.
+
+The oracle is an undisturbed run. Under the same plan the numbers are equal to the last bit, under
+another plan to 1e-4, as for any two plans.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from executor.cli import main
+from tests.executor.test_launch import descendants, is_worker
+
+OPTIONS = (
+    "--model", "tiny", "init=random", "batch_size=4", "prompt_len=4", "response_len=6",
+    "total_steps=5", "ppo.num_mini_batches=2", "actor.lr=1e-3", "critic.lr=1e-3",
+    "actor.schedule=linear",
+)  # fmt: skip
+
+Curve = list[Mapping[str, float]]
+
+
+def start(output: Path, *words: str, layout: str = "d2p1m1") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "executor.cli", "run", "--layout", layout, *OPTIONS]
+    return subprocess.Popen(
+        [*command, "-o", str(output), *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, printed = process.communicate(timeout=240)
+    return process.returncode, printed
+
+
+def run(output: Path, *words: str, layout: str = "d2p1m1") -> str:
+    code, printed = finish(start(output, *words, layout=layout))
+    assert code == 0, printed
+    return printed
+
+
+def curve(output: Path) -> Curve:
+    """Metrics of every step, without what is a time."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: v for name, v in line.items() if name != "step_s"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of an undisturbed run with checkpoints after steps 2 and 4."""
+    output = tmp_path_factory.mktemp("finished")
+    run(output, "checkpoint_every=2")
+    names = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert names == ["step00000002", "step00000004"]
+    return output
+
+
+@pytest.fixture
+def interrupted(finished: Path, tmp_path: Path) -> Path:
+    """As if the run had been killed in its fourth step, while it wrote a line of metrics."""
+    output = tmp_path / "interrupted"
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / "checkpoints" / "step00000004")
+    metrics = output / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)[:3]
+    metrics.write_text("".join(lines) + '{"step": 3, "cut o')
+    return output
+
+
+def test_a_resumed_run_repeats_the_curve_to_the_last_bit(finished: Path, interrupted: Path) -> None:
+    assert "going on from" in run(interrupted, "--resume")
+    assert curve(interrupted) == curve(finished)
+
+
+@pytest.mark.parametrize("layout", ["d1p2m1", "d1p1m2"])
+def test_another_plan_goes_on_from_the_same_checkpoint(
+    layout: str, finished: Path, interrupted: Path
+) -> None:
+    run(interrupted, "--resume", layout=layout)
+    found, expected = curve(interrupted), curve(finished)
+    assert len(found) == len(expected)
+    for mine, reference in zip(found, expected, strict=True):
+        assert mine == pytest.approx(reference, rel=1e-4, abs=1e-4)
+
+
+def kill_a_worker(process: subprocess.Popen[str], rng: random.Random) -> None:
+    workers = [pid for pid in descendants(process.pid) if is_worker(pid)]
+    if workers:
+        os.kill(rng.choice(workers), signal.SIGKILL)
+
+
+def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > step):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
+    finished: Path, tmp_path: Path
+) -> None:
+    process = start(tmp_path, "checkpoint_every=1", "--max-restarts", "2")
+    wait_for_step(process, tmp_path, 1)
+    kill_a_worker(process, random.Random(1))
+    code, printed = finish(process)
+    assert code == 0, printed
+    assert "was ended by SIGKILL" in printed
+    assert "restarting from" in printed
+    assert curve(tmp_path) == curve(finished)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(finished: Path, tmp_path: Path) -> None:
+    """Also while a checkpoint is written: no half one is ever read."""
+    rng = random.Random(7)
+    process = start(tmp_path, "checkpoint_every=1", "--max-restarts", "20")
+    kills = 0
+    while process.poll() is None and kills < 20:
+        time.sleep(rng.uniform(2.0, 6.0))
+        kill_a_worker(process, rng)
+        kills += 1
+    code, printed = finish(process)
+    assert code == 0, printed
+    assert curve(tmp_path) == curve(finished)
+
+
+@pytest.mark.parametrize(
+    "words,sentence",
+    [
+        ((), "holds checkpoints of an earlier run, the newest step00000004"),
+        (("--resume", "total_steps=4"), "has all of total_steps=4 done"),
+        (("--resume", "seed=2"), "was written with seed=1, not 2"),
+        (("resume=none",), "none: is not a complete checkpoint"),
+        (("--resume", "--model", "smollm2-135m", "--critic", "tiny"), "its actor has num_layers 4"),
+        (("--max-restarts", "-1"), "--max-restarts: -1 is below 0"),
+    ],
+)
+def test_what_cannot_go_on_is_told(
+    words: Sequence[str], sentence: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["run", "--layout", "d2p1m1", *OPTIONS, "-o", str(finished), *words])
+    assert code == 2
+    assert sentence in capsys.readouterr().err
+    assert len(curve(finished)) == 5
