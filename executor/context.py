@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ class RankContext:
     """Where this rank stands in ``layout``; a group of one member is None.
 
     ``tp_group``: ranks that hold the other shards of the same layers for the same data.
+    ``kv_group``: of the tp group, ranks that hold the same kv heads.
     ``dp_group``: ranks that hold the same shard and work on other data.
     ``embedding_group``: first and last stage of a tied embedding under pp > 1.
     ``mesh_group``: all ranks of the layout.
@@ -30,6 +32,7 @@ class RankContext:
     rank: int  # in the world: the device's number in the cluster
     device: torch.device
     tp_group: dist.ProcessGroup | None = None
+    kv_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
     embedding_group: dist.ProcessGroup | None = None
     mesh_group: dist.ProcessGroup | None = None
@@ -69,6 +72,13 @@ def _groups(layout: Layout) -> list[tuple[str, list[int]]]:
     """(axis, world ranks) of every group of a layout, in one order on all ranks."""
     pp, tp, dp = range(layout.pp), range(layout.tp), range(layout.dp)
     found = [("tp", [layout.device(p, d, t) for t in tp]) for p in pp for d in dp]
+    repeats = layout.tp // gcd(layout.tp, layout.spec.num_kv_heads)
+    found += [
+        ("kv", [layout.device(p, d, first + t) for t in range(repeats)])
+        for p in pp
+        for d in dp
+        for first in range(0, layout.tp, repeats)
+    ]
     found += [("dp", [layout.device(p, d, t) for d in dp]) for p in pp for t in tp]
     if layout.spec.tied_embedding and layout.pp > 1:
         ends = (0, layout.pp - 1)

@@ -110,26 +110,42 @@ def _chunks(boxes: Sequence[ParameterSlice], limit: int) -> list[Chunk]:
 
 
 def cut(box: ParameterSlice, start: int, stop: int) -> tuple[ParameterSlice, ...]:
-    """Values ``start`` … ``stop`` of a box in row-major order, as at most three boxes.
+    """Values ``start`` … ``stop`` of a box in row-major order, as few boxes.
 
-    The end of a row, whole rows, the beginning of a row; a vector is one row.
+    The end of a row, whole rows, the beginning of a row; rows of more than one dimension are cut
+    alike. At most 2 d - 1 boxes in d dimensions.
     """
+    if start == stop:
+        return ()
     if (start, stop) == (0, box.num_values):
         return (box,)
-    columns = box.length[-1]
-    assert len(box.length) <= 2, box
-    rows = sorted({start, min(-(-start // columns) * columns, stop),
-                   max(stop // columns * columns, start), stop})  # fmt: skip
-    found = []
-    for lo, hi in pairwise(rows):
-        offset, length = list(box.offset), list(box.length)
-        offset[-1] += lo % columns
-        length[-1] = columns if (hi - lo) % columns == 0 else hi - lo
-        if len(length) == 2:
-            offset[0] += lo // columns
-            length[0] = max(1, (hi - lo) // columns)
-        found.append(ParameterSlice(name=box.name, offset=tuple(offset), length=tuple(length)))
+    row = box.num_values // box.length[0]
+    edges = {start, min(-(-start // row) * row, stop), max(stop // row * row, start), stop}
+    found: list[ParameterSlice] = []
+    for lo, hi in pairwise(sorted(edges)):
+        first, num_rows = lo // row, (hi - lo) // row
+        if num_rows:
+            found.append(_rows(box, first, num_rows))
+        else:
+            inner = ParameterSlice(name=box.name, offset=box.offset[1:], length=box.length[1:])
+            found += [
+                ParameterSlice(
+                    name=box.name,
+                    offset=(box.offset[0] + first, *piece.offset),
+                    length=(1, *piece.length),
+                )
+                for piece in cut(inner, lo - first * row, hi - first * row)
+            ]
     return tuple(found)
+
+
+def _rows(box: ParameterSlice, first: int, count: int) -> ParameterSlice:
+    """Rows ``first`` … ``first + count`` of a box."""
+    return ParameterSlice(
+        name=box.name,
+        offset=(box.offset[0] + first, *box.offset[1:]),
+        length=(count, *box.length[1:]),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,8 @@ All parameters of a layer are cut alike: a sharded one at fractions ``t / tp`` o
 a replicated one not at all. So *who sends what to whom* is decided once for a (source stage,
 destination stage) pair, over an interval of ``units`` equal parts, as a ``Route``; routes are
 few, the planner prices them, and ``reallocate`` expands them into one ``Message`` per parameter
-for the executor.
+for the executor. Only where tp does not divide the kv heads are keys and values cut otherwise,
+and have routes of their own.
 
 A rank is sent exactly what it lacks. A missing piece comes from a holder on the same node where
 there is one, and among equals from the one that has been given least to send so far.
@@ -16,17 +17,22 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import lcm
+from math import gcd, lcm
+from typing import Literal
 
 from planner.layout import (
     EMBEDDING_LAYER,
     POSITION_LAYER,
     Layout,
+    ParameterShape,
     ParameterSlice,
     head_layer,
     layer_parameters,
 )
 from profiles.models import ModelSpec
+
+# Sharded parameters by how they are cut: into tp parts, or with kv heads into fewer.
+Cut = Literal["all", "tp", "kv"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +40,8 @@ class Route:
     """Device ``src`` gives device ``dst`` a part of every parameter of ``layers``.
 
     Of sharded parameters the part is ``[lo, hi)`` out of ``units`` along the shard dimension
-    (``lo == hi``: none); of replicated ones all, where ``replicated``. ``src == dst`` is a copy
-    inside one device.
+    (``lo == hi``: none), of those that ``cut`` names; of replicated ones all, where
+    ``replicated``. ``src == dst`` is a copy inside one device.
     """
 
     src: int
@@ -45,6 +51,7 @@ class Route:
     hi: int
     units: int
     replicated: bool
+    cut: Cut = "all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,29 +90,46 @@ def _held_layers(layout: Layout, pp_rank: int) -> frozenset[int]:
     return frozenset(held)
 
 
-@lru_cache(maxsize=512)
-def _layer_values(spec: ModelSpec, layer: int) -> tuple[int, int]:
-    """(values of sharded parameters, values of replicated parameters) of a layer."""
-    sharded = replicated = 0
-    for parameter in layer_parameters(spec, min(layer, spec.num_layers)):
-        count = 1
-        for size in parameter.shape:
-            count *= size
-        if parameter.shard_dim is None:
-            replicated += count
-        else:
-            sharded += count
-    return sharded, replicated
+def _is_cut(parameter: ParameterShape, cut: Cut) -> bool:
+    """Whether ``cut`` names this parameter."""
+    kind = "kv" if parameter.max_parts else "tp"
+    return parameter.shard_dim is not None and cut in ("all", kind)
+
+
+def _part(parameter: ParameterShape, route: Route) -> ParameterSlice | None:
+    """What a route moves of one parameter of its layers, None: nothing."""
+    offset, length = [0] * len(parameter.shape), list(parameter.shape)
+    if (dim := parameter.shard_dim) is None:
+        if not route.replicated:
+            return None
+    else:
+        size = parameter.shape[dim]
+        offset[dim] = size * route.lo // route.units
+        length[dim] = size * route.hi // route.units - offset[dim]
+        if not _is_cut(parameter, route.cut) or length[dim] == 0:
+            return None
+    return ParameterSlice(name=parameter.name, offset=tuple(offset), length=tuple(length))
 
 
 def route_values(spec: ModelSpec, route: Route) -> int:
     """Values that a route moves; times the bytes of one value these are its bytes."""
-    total = 0
-    for layer in route.layers:
-        sharded, replicated = _layer_values(spec, layer)
-        total += sharded * (route.hi - route.lo) // route.units
-        total += replicated if route.replicated else 0
-    return total
+    blocks = sum(0 <= layer < spec.num_layers for layer in route.layers)
+    ends = [layer for layer in route.layers if not 0 <= layer < spec.num_layers]
+    interval = (route.lo, route.hi, route.units, route.replicated, route.cut)
+    total = blocks * _layer_values(spec, 0, *interval) if blocks else 0
+    return total + sum(_layer_values(spec, layer, *interval) for layer in ends)
+
+
+@lru_cache(maxsize=4096)
+def _layer_values(
+    spec: ModelSpec, layer: int, lo: int, hi: int, units: int, replicated: bool, cut: Cut
+) -> int:
+    """As ``route_values``, of one layer; all blocks have the same."""
+    route = Route(
+        src=0, dst=1, layers=(layer,), lo=lo, hi=hi, units=units, replicated=replicated, cut=cut
+    )
+    parts = (_part(parameter, route) for parameter in layer_parameters(spec, layer))
+    return sum(part.num_values for part in parts if part is not None)
 
 
 def _groups_of_layers(src: Layout, dst: Layout) -> Iterator[tuple[int, frozenset[int], list[int]]]:
@@ -133,76 +157,110 @@ def routes(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> tupl
     source shards that overlap), independent of the number of layers.
     """
     assert src.spec == dst.spec, (src.spec.name, dst.spec.name)
-    units = lcm(src.tp, dst.tp)
-    src_step, dst_step = units // src.tp, units // dst.tp
     sent: dict[int, int] = defaultdict(int)  # values that each source has been given to send
     found: list[Route] = []
     for dst_stage, src_stages, layers in _groups_of_layers(src, dst):
-        weight = sum(sum(_layer_values(src.spec, layer)) for layer in layers)
-        nearest: dict[tuple[int, int], list[int]] = {}  # (shard, node) -> who may give it
-        for dp_rank in range(dst.dp):
-            for tp_rank in range(dst.tp):
-                device = dst.device(dst_stage, dp_rank, tp_rank)
-                lo, hi = tp_rank * dst_step, (tp_rank + 1) * dst_step
-                parts = list(_pieces(lo, hi, src_step))
-                held = src.coordinates(device) if device in src.mesh else None
-                for position, (shard_index, start, end) in enumerate(parts):
-                    # Replicated parameters come with the part that is held here, else the first.
-                    local = held is not None and held[0] in src_stages
-                    with_replicated = (
-                        held[2] == shard_index if local and held and _holds(held[2], parts)
-                        else position == 0 and not local
-                    )  # fmt: skip
-                    if local and held is not None and held[2] == shard_index:
-                        giver = device
-                    else:
-                        place = (shard_index, device // devices_per_node)
-                        if place not in nearest:
-                            nearest[place] = _nearest_holders(
-                                src, src_stages, *place, devices_per_node
-                            )
-                        # The least burdened, and of equals the first.
-                        giver = min(nearest[place], key=sent.__getitem__)
-                        sent[giver] += weight * (end - start) // units
-                    found.append(
-                        Route(src=giver, dst=device, layers=tuple(layers), lo=start, hi=end,
-                              units=units, replicated=with_replicated)
-                    )  # fmt: skip
-                if held is not None and held[0] in src_stages and not _holds(held[2], parts):
-                    # Here are the layers' norms but no part of the shards that are wanted.
-                    found.append(
-                        Route(src=device, dst=device, layers=tuple(layers), lo=lo, hi=lo,
-                              units=units, replicated=True)
-                    )  # fmt: skip
+        for cut in _cuts(src, dst):
+            if cut == "kv":  # the ends have none
+                layers = [layer for layer in layers if 0 <= layer < src.spec.num_layers]
+            crossing = _Crossing(
+                src=src, dst=dst, src_stages=src_stages, dst_stage=dst_stage,
+                layers=tuple(layers), cut=cut, devices_per_node=devices_per_node,
+            )  # fmt: skip
+            found.extend(_routes_of(crossing, sent))
     return tuple(found)
 
 
-def _holds(tp_rank: int, parts: list[tuple[int, int, int]]) -> bool:
-    return any(index == tp_rank for index, _, _ in parts)
+def _cuts(src: Layout, dst: Layout) -> tuple[Cut, ...]:
+    """All sharded parameters at once, or keys and values apart, last."""
+    heads = src.spec.num_kv_heads
+    return ("all",) if heads % src.tp == 0 and heads % dst.tp == 0 else ("tp", "kv")
 
 
-def _nearest_holders(
-    src: Layout, stages: frozenset[int], shard_index: int, node: int, devices_per_node: int
-) -> list[int]:
-    """Holders of a shard on ``node``; all of them where that has none."""
-    holders = [src.device(s, d, shard_index) for s in sorted(stages) for d in range(src.dp)]
-    return [h for h in holders if h // devices_per_node == node] or holders
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Crossing:
+    """Layers that go from some stages to one, and how many parts of them there are."""
+
+    src: Layout
+    dst: Layout
+    src_stages: frozenset[int]
+    dst_stage: int
+    layers: tuple[int, ...]
+    cut: Cut
+    devices_per_node: int
+
+    def num_parts(self, layout: Layout) -> int:
+        return gcd(layout.tp, layout.spec.num_kv_heads) if self.cut == "kv" else layout.tp
+
+    def part_of(self, layout: Layout, tp_rank: int) -> int:
+        """Which part a shard holds."""
+        return tp_rank * self.num_parts(layout) // layout.tp
+
+    def held_by(self, device: int) -> int | None:
+        """The part that a device holds under the source, None where it has not these layers."""
+        if device not in self.src.mesh:
+            return None
+        pp_rank, _, tp_rank = self.src.coordinates(device)
+        return self.part_of(self.src, tp_rank) if pp_rank in self.src_stages else None
+
+    def nearest_holders(self, part: int, node: int) -> list[int]:
+        """Holders of a part on ``node``; all of them where that has none."""
+        repeats = self.src.tp // self.num_parts(self.src)
+        holders = [
+            self.src.device(stage, dp_rank, part * repeats + repeat)
+            for stage in sorted(self.src_stages)
+            for dp_rank in range(self.src.dp)
+            for repeat in range(repeats)
+        ]
+        return [h for h in holders if h // self.devices_per_node == node] or holders
+
+
+def _routes_of(crossing: _Crossing, sent: dict[int, int]) -> Iterator[Route]:
+    """The routes of one crossing; adds to what each source has been given to send."""
+    src, dst, layers, cut = crossing.src, crossing.dst, crossing.layers, crossing.cut
+    src_parts, dst_parts = crossing.num_parts(src), crossing.num_parts(dst)
+    units = lcm(src_parts, dst_parts)
+    src_step, dst_step = units // src_parts, units // dst_parts
+    whole = Route(src=0, dst=1, layers=layers, lo=0, hi=1, units=1, replicated=True, cut=cut)
+    weight = route_values(src.spec, whole)
+    nearest: dict[tuple[int, int], list[int]] = {}  # (part, node) -> who may give it
+    for dp_rank in range(dst.dp):
+        for tp_rank in range(dst.tp):
+            device = dst.device(crossing.dst_stage, dp_rank, tp_rank)
+            lo = crossing.part_of(dst, tp_rank) * dst_step
+            parts = list(_pieces(lo, lo + dst_step, src_step))
+            held = crossing.held_by(device)
+            for position, (part, start, end) in enumerate(parts):
+                # Replicated parameters come with the part that is held here, else the first.
+                with_replicated = held == part if _holds(held, parts) else position == 0
+                with_replicated &= held is None or held == part
+                if held == part:
+                    giver = device
+                else:
+                    place = (part, device // crossing.devices_per_node)
+                    if place not in nearest:
+                        nearest[place] = crossing.nearest_holders(*place)
+                    # The least burdened, and of equals the first.
+                    giver = min(nearest[place], key=sent.__getitem__)
+                    sent[giver] += weight * (end - start) // units
+                yield Route(src=giver, dst=device, layers=layers, lo=start, hi=end, units=units,
+                            replicated=with_replicated and cut != "kv", cut=cut)  # fmt: skip
+            if held is not None and cut != "kv" and not _holds(held, parts):
+                # Here are the layers' norms but no part of the shards that are wanted.
+                yield Route(src=device, dst=device, layers=layers, lo=lo, hi=lo, units=units,
+                            replicated=True, cut=cut)  # fmt: skip
+
+
+def _holds(part: int | None, parts: list[tuple[int, int, int]]) -> bool:
+    return any(index == part for index, _, _ in parts)
 
 
 def _expand(spec: ModelSpec, route: Route) -> Iterator[Message]:
     for layer in route.layers:
         for parameter in layer_parameters(spec, layer):
-            offset, length = [0] * len(parameter.shape), list(parameter.shape)
-            if parameter.shard_dim is not None:
-                size = parameter.shape[parameter.shard_dim]
-                offset[parameter.shard_dim] = size * route.lo // route.units
-                length[parameter.shard_dim] = size * (route.hi - route.lo) // route.units
-                if route.lo == route.hi:
-                    continue
-            elif not route.replicated:
-                continue
-            box = ParameterSlice(name=parameter.name, offset=tuple(offset), length=tuple(length))
-            yield Message(src=route.src, dst=route.dst, slice=box)
+            box = _part(parameter, route)
+            if box is not None:
+                yield Message(src=route.src, dst=route.dst, slice=box)
 
 
 @lru_cache(maxsize=32)

@@ -102,12 +102,15 @@ def stage_layers(num_layers: int, pp: int) -> list[range]:
 
 
 def tensor_parallel_problem(spec: ModelSpec, tp: int) -> str | None:
-    """Why ``tp`` does not divide the model, or None where it does."""
+    """Why ``tp`` does not divide the model, or None where it does.
+
+    Kv heads need not divide, shards then share some; nor the vocabulary, of which shards then
+    hold one row more or less (``planner.layout``).
+    """
     for what, size in (
         ("heads", spec.num_heads),
-        ("kv heads", spec.num_kv_heads),
         ("feed-forward columns", spec.ffn),
-        ("rows of vocabulary", spec.vocab),
+        ("columns of the shared expert", spec.shared_ffn),
     ):
         if size % tp:
             return f"tp {tp} does not divide the {size} {what} of {spec.name}"

@@ -128,7 +128,7 @@ class Adam:
         shapes = {shape.name: shape for shape in layout.stage_parameters(ctx.pp_rank)}
         second_copy = layout.spec.tied_embedding and not ctx.is_first_stage
         return [
-            (shapes[piece.name].shard_dim is not None or ctx.tp_rank == 0)
+            ctx.tp_rank % (layout.tp // shapes[piece.name].num_parts(layout.tp)) == 0
             and not (piece.name == EMBEDDING and second_copy)
             for piece in self.buffer.slices
         ]
@@ -154,6 +154,8 @@ class Adam:
         return {"grad_norm": norm, "lr": lr, "skipped": 0.0 if finite else 1.0}
 
     def _reduce_gradients(self) -> None:
+        if self.ctx.kv_group is not None:
+            self._sum_kv_heads()
         if self.ctx.embedding_group is not None and EMBEDDING in self.buffer.by_name:
             embedding = self.buffer.view(EMBEDDING, of=self.gradients)
             data.all_reduce(embedding.flatten(), self.ctx.embedding_group)
@@ -161,6 +163,18 @@ class Adam:
             data.reduce_scatter(self.gradients, self.shard_group)
         else:
             data.all_reduce(self.gradients, self.ctx.dp_group)
+
+    def _sum_kv_heads(self) -> None:
+        """Gradients of kv heads that several shards hold, each for its own heads' queries."""
+        views = [
+            self.buffer.view(shape.name, of=self.gradients)
+            for shape in self.ctx.layout.stage_parameters(self.ctx.pp_rank)
+            if shape.max_parts
+        ]
+        together = torch.cat([view.flatten() for view in views])
+        data.all_reduce(together, self.ctx.kv_group)
+        for view, total in zip(views, together.split([view.numel() for view in views])):
+            view.copy_(total.view_as(view))
 
     def _gradient_norm(self) -> float:
         """2-norm of the whole model's gradient: squares of every value once, over the mesh."""
@@ -238,11 +252,12 @@ class Adam:
 def _ranges(buffer: ParameterBuffer, flags: list[bool], within: Range) -> dict[bool, list[Range]]:
     """Runs of slices with equal flags, as ranges of the flat buffer cut to ``within``.
 
-    The padding belongs to none. A tied embedding is a run by itself on both of its stages (a norm
-    follows), so that both copies are updated by the same arithmetic.
+    The padding belongs to none. A tied embedding is a run by itself on both of its stages, so that
+    both copies are updated by the same arithmetic.
     """
     found: dict[bool, list[Range]] = {True: [], False: []}
-    for flag, group in groupby(zip(flags, buffer.slices), key=lambda pair: pair[0]):
+    runs = groupby(zip(flags, buffer.slices), key=lambda pair: (pair[0], pair[1].name == EMBEDDING))
+    for (flag, _), group in runs:
         pieces = [piece for _, piece in group]
         start = buffer.starts[pieces[0].name]
         stop = buffer.starts[pieces[-1].name] + pieces[-1].num_values

@@ -60,6 +60,7 @@ def vocab_parallel_embedding(ids: Tensor, weight: Tensor, ctx: RankContext) -> T
     """Rows of the whole embedding for ``ids`` [tokens] -> [tokens, hidden].
 
     ``weight`` [vocab / tp, hidden]: a shard gives the rows it holds and zeros for the others.
+    Where tp does not divide the vocabulary, shards hold one row more or less.
     """
     if ctx.tp_group is None:
         return F.embedding(ids, weight)
@@ -69,7 +70,7 @@ def vocab_parallel_embedding(ids: Tensor, weight: Tensor, ctx: RankContext) -> T
 
 def _local_ids(ids: Tensor, num_rows: int, ctx: RankContext) -> tuple[Tensor, Tensor]:
     """(ids counted from this shard's first row, 0 where held elsewhere; whether held here)."""
-    local = ids - num_rows * ctx.tp_rank
+    local = ids - ctx.layout.spec.vocab * ctx.tp_rank // ctx.layout.tp
     here = (local >= 0) & (local < num_rows)
     return torch.where(here, local, 0), here
 
@@ -95,10 +96,13 @@ def gather_vocab(logits: Tensor, ctx: RankContext) -> Tensor:
     """[rows, vocab / tp] of every shard -> [rows, vocab] on all of them; no gradient."""
     if ctx.tp_group is None:
         return logits.detach()
-    local = logits.detach().contiguous()
-    parts = [torch.empty_like(local) for _ in range(ctx.layout.tp)]
+    vocab, tp = ctx.layout.spec.vocab, ctx.layout.tp
+    sizes = [vocab * (rank + 1) // tp - vocab * rank // tp for rank in range(tp)]
+    # All shards send as many columns: where tp does not divide them, some send one of no meaning.
+    local = F.pad(logits.detach(), (0, max(sizes) - logits.shape[1])).contiguous()
+    parts = [torch.empty_like(local) for _ in range(tp)]
     dist.all_gather(parts, local, group=ctx.tp_group)
-    return torch.cat(parts, dim=-1)
+    return torch.cat([part[:, :size] for part, size in zip(parts, sizes)], dim=-1)
 
 
 def _blocks(logits: Tensor) -> list[slice]:

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 
 from planner.cost.model import CostModel
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
-from planner.reallocation import Route, route_values, routes
+from planner.reallocation import route_values, routes
 from profiles.hardware import ClusterSpec
-from profiles.models import ModelSpec
 
 _Lane = tuple[int, str, str]  # (device, "in" or "out", "intra" or "inter")
 
@@ -59,7 +57,7 @@ def _reallocation_s(src: Layout, dst: Layout, bytes_per_value: int, model: CostM
     messages: dict[_Lane, int] = defaultdict(int)
     passes: dict[int, int] = defaultdict(int)  # bytes read or written on each device
     for route in routes(src, dst, devices_per_node=cluster.devices_per_node):
-        num_bytes = _route_values(src.spec, route) * bytes_per_value
+        num_bytes = route_values(src.spec, route) * bytes_per_value
         passes[route.dst] += 3 * num_bytes  # read, written, and cleared before
         if route.src == route.dst:
             continue
@@ -91,26 +89,6 @@ def _slowest_lane_s(
 def _two_devices(cluster: ClusterSpec, link: str) -> tuple[int, int]:
     """Two devices that are joined by a link of this class."""
     return (0, 1) if link == "intra" else (0, cluster.devices_per_node)
-
-
-def _route_values(spec: ModelSpec, route: Route) -> int:
-    """As ``route_values``; many routes of a reallocation share their layers."""
-    sharded, replicated = _layers_values(spec, route.layers)
-    values = sharded * (route.hi - route.lo) // route.units
-    return values + (replicated if route.replicated else 0)
-
-
-@lru_cache(maxsize=4096)
-def _layers_values(spec: ModelSpec, layers: tuple[int, ...]) -> tuple[int, int]:
-    """(sharded, replicated) values of whole layers."""
-
-    def values(lo: int, replicated: bool) -> int:
-        return route_values(
-            spec,
-            Route(src=0, dst=1, layers=layers, lo=lo, hi=1, units=1, replicated=replicated),
-        )
-
-    return values(0, False), values(1, True)
 
 
 def transfer_seconds(

@@ -18,12 +18,15 @@ from tests.executor.small_models import small_spec
 from tests.spawn import spawn
 
 TIED, UNTIED = small_spec(tied_embedding=True), small_spec()
+ONE_KV_HEAD = small_spec(num_kv_heads=1)
 LAYOUTS = (
     Layout(spec=TIED, mesh=DeviceMesh(0, 4), pp=2, tp=2),
     Layout(spec=TIED, mesh=DeviceMesh(0, 4), pp=2, dp=2),
     Layout(spec=UNTIED, mesh=DeviceMesh(0, 4), tp=2, dp=2),
     Layout(spec=UNTIED, mesh=DeviceMesh(2, 2), dp=2),  # half of the ranks are outside
     Layout(spec=UNTIED, mesh=DeviceMesh(3, 1)),
+    Layout(spec=UNTIED, mesh=DeviceMesh(0, 4), tp=4),  # each kv head on two shards
+    Layout(spec=ONE_KV_HEAD, mesh=DeviceMesh(0, 4), tp=2, dp=2),
 )
 AXES = ("pp", "dp", "tp")
 
@@ -38,7 +41,7 @@ def places(rank: int, world_size: int) -> list[dict[str, Any] | None]:
             found.append(None)
             continue
         place: dict[str, Any] = {"at": (ctx.pp_rank, ctx.dp_rank, ctx.tp_rank)}
-        for axis in ("tp", "dp", "embedding", "mesh"):
+        for axis in ("tp", "kv", "dp", "embedding", "mesh"):
             group = getattr(ctx, f"{axis}_group")
             place[axis] = None if group is None else sorted(dist.get_process_group_ranks(group))
             if group is not None:
@@ -77,7 +80,13 @@ def test_groups_hold_the_ranks_that_differ_on_one_axis(by_rank, number):
             if layout.spec.tied_embedding and ends
             else [rank]
         )
-        for axis in ("tp", "dp", "embedding", "mesh"):
+        heads = layout.spec.num_kv_heads
+        members["kv"] = [
+            r for r in members["tp"]
+            if layout.tp > heads
+            and inside[r]["at"][2] * heads // layout.tp == place["at"][2] * heads // layout.tp
+        ]  # fmt: skip
+        for axis in ("tp", "kv", "dp", "embedding", "mesh"):
             want = members[axis] if len(members[axis]) > 1 else None
             assert place[axis] == want, (layout.key, rank, axis)
             if want:

@@ -17,11 +17,19 @@ from tests.planner.plans import SPEC
 
 @st.composite
 def pairs_of_layouts(draw: st.DrawFn) -> tuple[Layout, Layout]:
-    """Two layouts of one small model on devices 0 to 43, tp 1 to 4 (3 included)."""
+    """Two layouts of one small model on devices 0 to 43, tp 1 to 4 (3 included).
+
+    Kv heads and vocabulary need not divide by tp.
+    """
     num_layers = draw(st.integers(1, 5))
+    learned = draw(st.booleans())
+    num_experts = draw(st.sampled_from([0, 3]))
     spec = ModelSpec(
-        name="x", num_layers=num_layers, hidden=4, num_heads=12, num_kv_heads=12, head_dim=2,
-        ffn=12, vocab=24, tied_embedding=draw(st.booleans()),
+        name="x", num_layers=num_layers, hidden=4, num_heads=12, head_dim=2, ffn=12,
+        num_kv_heads=draw(st.sampled_from([12, 6, 3, 2, 1])), vocab=draw(st.sampled_from([24, 23])),
+        tied_embedding=draw(st.booleans()), qkv_bias=learned, num_experts=num_experts,
+        experts_per_token=num_experts // 3, positions="learned" if learned else "rope",
+        max_positions=5,
     )  # fmt: skip
 
     def layout() -> Layout:
