@@ -32,9 +32,11 @@ class Comparison:
 
 def compare(run: Run) -> list[Comparison]:
     """Every call that runs a model, reallocations, and the step; the first step is left out
-    where there are more: it holds warm-up."""
+    where there are more: it holds warm-up. Nothing where a resumed run had no step left to do."""
     spans = read_trace(run.output / "trace")
     steps = sorted({span.step for span in spans if span.kind != "load"})
+    if not steps:
+        return []
     first = steps[min(1, len(steps) - 1)]
     measured = measured_seconds(spans, first_step=first)
     estimate = run.plan.estimate

@@ -245,6 +245,7 @@ class Worker:
             seed=self.run.config.seed,
             step=self.step,
             num_groups=allocation.num_micro_batches,
+            max_rows=allocation.generation_batch or None,
         )
         self.samples.put(batch, call.outputs)
         counts["num_tokens"] = batch.num_tokens

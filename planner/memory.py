@@ -178,7 +178,7 @@ def running_memory(
 def _running_generate(
     problem: Problem, allocation: Allocation, spec: ModelSpec, stage: int
 ) -> MemoryBreakdown:
-    """Keys and values of all sequences of the replica at their longest, one turn's activations
+    """Keys and values of all sequences under way at their longest, one turn's activations
 
     (at most ``MAX_PROMPT_TOKENS`` or one prompt), and a group's logits: parts, whole, and three
     fp32 copies while a token is chosen.
@@ -187,9 +187,10 @@ def _running_generate(
     value_bytes = VALUE_BYTES[problem.cluster.device.kind]
     shape = stage_shapes(spec, s.pp)[stage]
     num_sequences = ceil(workload.batch_size / s.dp)
-    group = ceil(num_sequences / allocation.num_micro_batches)
+    rows = min(allocation.generation_batch or num_sequences, num_sequences)
+    group = ceil(rows / min(allocation.num_micro_batches, rows))
     kv_width = 2 * (spec.num_kv_heads * spec.head_dim // s.tp)
-    rows_bytes = num_sequences * workload.max_tokens * kv_width * value_bytes
+    rows_bytes = rows * workload.max_tokens * kv_width * value_bytes
     limit = max(MAX_PROMPT_TOKENS, workload.prompt_tokens)
     tokens = min(group * workload.prompt_tokens, limit) + group
     logits = group * spec.vocab * (2 * value_bytes + 3 * 4) if shape.last else 0
@@ -261,7 +262,7 @@ _REMEDIES: Mapping[str, str] = {
     "optimizer": "use ZeRO 1, or raise tp or pp of the trained roles",
     "activations": "use more micro-batches, recompute, or raise tp or dp",
     "logits": "use more micro-batches, or raise tp or dp",
-    "kv_cache": "raise dp, tp or pp of the generating call, or lower the batch",
+    "kv_cache": "lower the call's generation_batch, or raise its dp, tp or pp",
     "buffers": "use more micro-batches, or raise tp",
     "reserve": "use devices with more memory",
 }

@@ -92,7 +92,8 @@ class Allocation:
             raise PlanError(f"generation_batch is {self.generation_batch}, below 0")
 
     def __str__(self) -> str:
-        return f"{self.mesh} {self.strategy.short} x{self.num_micro_batches}"
+        batch = f" of {self.generation_batch}" if self.generation_batch else ""
+        return f"{self.mesh} {self.strategy.short} x{self.num_micro_batches}{batch}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +188,11 @@ def allocation_problem(problem: Problem, call_name: str, allocation: Allocation)
         return "recomputation applies to TRAIN calls only"
     if allocation.generation_batch and problem.graph.call(call_name).kind is not CallKind.GENERATE:
         return "generation_batch applies to GENERATE calls only"
+    if 0 < allocation.generation_batch < allocation.num_micro_batches:
+        return (
+            f"generation_batch {allocation.generation_batch} is less than one sequence for each of "
+            f"{allocation.num_micro_batches} micro-batches"
+        )
     return None
 
 

@@ -66,7 +66,10 @@ def make_plan(
     spec: ModelSpec = SMALL,
     **calls: str,
 ) -> ExecutionPlan:
-    """``default`` and ``calls``: "first:d1p2m1:micro-batches[:zero][:recompute]" for each call."""
+    """Calls as "first:d1p2m1:micro-batches[:zero][:recompute][:rows=N]"; ``default`` for the rest.
+
+    ``rows`` is the generation batch.
+    """
     problem = ppo_problem(num_devices, overrides, spec)
 
     def allocation(text: str) -> Allocation:
@@ -77,7 +80,10 @@ def make_plan(
             recompute="full" if "recompute" in flags else "none",
         )
         mesh = DeviceMesh(int(first), strategy.num_devices)
-        return Allocation(mesh=mesh, strategy=strategy, num_micro_batches=int(micro))
+        rows = [int(flag.removeprefix("rows=")) for flag in flags if flag.startswith("rows=")]
+        return Allocation(
+            mesh=mesh, strategy=strategy, num_micro_batches=int(micro), generation_batch=sum(rows)
+        )
 
     allocations = {c.name: allocation(calls.get(c.name, default)) for c in problem.graph.calls}
     plan = ExecutionPlan(problem=problem, allocations=allocations)

@@ -3,7 +3,8 @@
 The sequences of a data-parallel rank go in ``num_micro_batches`` groups, so that several pipeline
 stages have work at once. The first token comes out of prefill. A decode step's context grows by
 one token a step; its seconds are summed by the trapezoid rule over a few contexts, which is exact
-where they are linear in the context.
+where they are linear in the context. Where ``generation_batch`` does not hold all sequences they go
+in waves.
 """
 
 from __future__ import annotations
@@ -41,23 +42,44 @@ def generate_parts(
     ``most_points``: contexts at which a decode step is priced; 9 leave an error far below that
     of the layers' costs, since those are piecewise smooth in the context.
     """
-    s = allocation.strategy
-    num_sequences = ceil(workload.batch_size / s.dp)
-    prefill = ZERO
-    for part in _prefill(spec, workload, allocation, model, num_sequences).values():
-        prefill = prefill + part
-    steps = max(0.0, workload.expected_response_tokens - 1.0)
-    decode = ZERO
-    if steps > 0:
-        group = ceil(num_sequences / allocation.num_micro_batches)
-        num_groups = ceil(num_sequences / group)
-        contexts = _contexts(workload.expected_prompt_tokens, steps, most_points)
-        rounds = [
-            _decode_round(spec, allocation, model, num_groups, group, context)
-            for context in contexts
-        ]
-        decode = _mean(contexts, rounds) * steps
+    num_sequences = ceil(workload.batch_size / allocation.strategy.dp)
+    prefill = decode = ZERO
+    for rows, count in waves(num_sequences, allocation.generation_batch):
+        for part in _prefill(spec, workload, allocation, model, rows).values():
+            prefill = prefill + part * count
+        wave = _decode(spec, workload, allocation, model, rows, most_points=most_points)
+        decode = decode + wave * count
     return {"prefill": prefill, "decode": decode}
+
+
+def waves(num_sequences: int, generation_batch: int) -> Sequence[tuple[int, int]]:
+    """(sequences at once, how often): answers of one length end together, so all rows are free.
+
+    ``generation_batch`` 0: all at once.
+
+    >>> waves(10, 4)
+    [(4, 2), (2, 1)]
+    """
+    rows = min(generation_batch or num_sequences, num_sequences)
+    whole, rest = divmod(num_sequences, rows)
+    return [(rows, whole), *([(rest, 1)] if rest else [])]
+
+
+def _decode(
+    spec: ModelSpec, workload: Workload, allocation: Allocation, model: CostModel, rows: int, *,
+    most_points: int,
+) -> Priced:  # fmt: skip
+    """All tokens of ``rows`` sequences but the first ones."""
+    steps = max(0.0, workload.expected_response_tokens - 1.0)
+    if steps == 0:
+        return ZERO
+    group = ceil(rows / min(allocation.num_micro_batches, rows))
+    num_groups = ceil(rows / group)
+    contexts = _contexts(workload.expected_prompt_tokens, steps, most_points)
+    rounds = [
+        _decode_round(spec, allocation, model, num_groups, group, context) for context in contexts
+    ]
+    return _mean(contexts, rounds) * steps
 
 
 def _prefill(
@@ -74,7 +96,8 @@ def _prefill(
     s, tokens = allocation.strategy, workload.expected_prompt_tokens
     shapes = stage_shapes(spec, s.pp)
     most_at_once = max(1, int(MAX_PROMPT_TOKENS // tokens))
-    turns = max(allocation.num_micro_batches, ceil(num_sequences / most_at_once))
+    groups = min(allocation.num_micro_batches, num_sequences)
+    turns = max(groups, ceil(num_sequences / most_at_once))
     kinds = []
     for sequences, count in micro_batch_sizes(num_sequences, turns):
         size = max(1, round(sequences * tokens))

@@ -54,6 +54,7 @@ class Choice:
 
     strategy: ParallelStrategy
     num_micro_batches: int
+    generation_batch: int = 0
     seconds: float
     held: tuple[int, ...]
     borrowed: tuple[int, ...]
@@ -94,6 +95,7 @@ class Option:
             mesh=self.mesh,
             strategy=self.choice.strategy,
             num_micro_batches=self.choice.num_micro_batches,
+            generation_batch=self.choice.generation_batch,
         )
 
 
@@ -123,20 +125,49 @@ def micro_batch_counts(strategy: ParallelStrategy, num_sequences: int) -> list[i
     return sorted(found)
 
 
-def strategy_variants(
-    problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh
-) -> Iterator[tuple[ParallelStrategy, int]]:
-    """(strategy, micro-batches) of a call on a mesh; ZeRO and recomputation for training only."""
+def generation_batches(num_sequences: int, num_micro_batches: int) -> list[int]:
+    """Counts worth trying for the sequences of a data-parallel rank: all (0), a half, a quarter, …
+
+    At least one sequence for each group in flight, and 1/64 of all: decoding fewer costs more for
+    each than any layout saves.
+
+    >>> generation_batches(32, 2)
+    [0, 16, 8, 4, 2]
+    """
+    found, rows = [0], num_sequences
+    while rows % 2 == 0 and rows // 2 >= max(num_micro_batches, num_sequences / 64):
+        rows //= 2
+        found.append(rows)
+    return found
+
+
+def variants(problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh) -> Iterator[Allocation]:
+    """Every way to run a call on a mesh that is worth pricing."""
     most, spec = largest_dp(problem, call.name), problem.spec_of(call.name)
     for legal in legal_strategies(spec, mesh, problem.cluster, max_dp=most):
-        counts = micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]
-        if call.kind is not CallKind.TRAIN:
-            yield from ((legal, count) for count in counts)
-            continue
-        for zero in (0, 1) if legal.dp > 1 else (0,):
-            for recompute in RECOMPUTE:
-                strategy = replace(legal, zero=zero, recompute=recompute)
-                yield from ((strategy, count) for count in counts)
+        share = ceil(problem.workload.batch_size / legal.dp)
+        for count in micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]:
+            if call.kind is CallKind.GENERATE:
+                batches, strategies = generation_batches(share, count), [legal]
+            else:
+                batches, strategies = [0], _strategies(call, legal)
+            for strategy in strategies:
+                for rows in batches:
+                    yield Allocation(
+                        mesh=mesh, strategy=strategy, num_micro_batches=count,
+                        generation_batch=rows,
+                    )  # fmt: skip
+
+
+def _strategies(call: ModelFunctionCall, legal: ParallelStrategy) -> list[ParallelStrategy]:
+    """A split with ZeRO and recomputation where the call trains."""
+    if call.kind is not CallKind.TRAIN:
+        return [legal]
+    return [
+        replace(legal, zero=zero, recompute=recompute)
+        for zero in ((0, 1) if legal.dp > 1 else (0,))
+        for recompute in RECOMPUTE
+    ]
 
 
 def considered_meshes(cluster: ClusterSpec, *, most_runs: int = 16) -> Iterator[DeviceMesh]:
@@ -252,8 +283,7 @@ class OptionSpace:
 
     def _fitting(self, call: ModelFunctionCall, mesh: DeviceMesh) -> Iterator[Choice]:
         had = self.problem.cluster.device.memory_bytes
-        for strategy, count in strategy_variants(self.problem, call, mesh):
-            allocation = Allocation(mesh=mesh, strategy=strategy, num_micro_batches=count)
+        for allocation in variants(self.problem, call, mesh):
             if call_memory(self.problem, call.name, allocation).total <= had:
                 self.num_costed += 1
                 yield self._choice(call, allocation)
@@ -271,6 +301,7 @@ class OptionSpace:
         return Choice(
             strategy=s,
             num_micro_batches=allocation.num_micro_batches,
+            generation_batch=allocation.generation_batch,
             seconds=seconds,
             held=self._held(spec, s, True) if call.kind is CallKind.TRAIN else plain,
             borrowed=tuple(num_bytes + staging for num_bytes in plain),
@@ -307,8 +338,7 @@ class OptionSpace:
         """What the smallest way to run a call lacks."""
         best: tuple[int, Allocation, MemoryBreakdown] | None = None
         for meshes in self.meshes_by_size.values():
-            for strategy, count in strategy_variants(self.problem, call, meshes[0]):
-                allocation = Allocation(mesh=meshes[0], strategy=strategy, num_micro_batches=count)
+            for allocation in variants(self.problem, call, meshes[0]):
                 need = call_memory(self.problem, call.name, allocation)
                 if best is None or need.total < best[0]:
                     best = (need.total, allocation, need)

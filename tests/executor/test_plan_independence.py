@@ -18,6 +18,8 @@ PLANS = {
     "micro-batches": make_plan(1, "0:d1p1m1:3", actor_train="0:d1p1m1:4:recompute"),
     "dp 2": make_plan(2, "0:d2p1m1:1"),
     "tp 2": make_plan(2, "0:d1p1m2:2"),
+    "waves of generation": make_plan(1, "0:d1p1m1:1", actor_gen="0:d1p1m1:1:rows=3"),
+    "waves of two groups": make_plan(2, "0:d1p2m1:2", actor_gen="0:d1p2m1:2:rows=3"),
     "pp 2": make_plan(2, "0:d1p2m1:2"),
     "dp 2 trained, tp 2 generating": make_plan(
         2, "0:d2p1m1:2", actor_gen="0:d1p1m2:1", critic_inf="0:d1p2m1:2"

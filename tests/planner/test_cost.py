@@ -266,6 +266,24 @@ def test_a_decode_step_hops_forward_and_back() -> None:
     assert found.parts["decode"] == pytest.approx((RESPONSE - 1) * 4)
 
 
+def test_what_the_cache_does_not_hold_goes_in_waves() -> None:
+    """A wave of all rows is no wave; of 64 sequences 24 at once, 24 + 24 + 16 take their turns."""
+    whole, costs = allocate(m=2), RoundCosts(head_s=1.0)
+
+    def parts(num_sequences: int, batch: int) -> Mapping[str, float]:
+        cluster = free_links(make_cluster("a100", 8))
+        problem = ppo(cluster)
+        workload = replace(problem.workload, batch_size=num_sequences)
+        model = CostModel(cluster, costs, Collectives(cluster))
+        allocation = replace(whole, generation_batch=batch)
+        return call_cost(replace(problem, workload=workload), "actor_gen", allocation, model).parts
+
+    assert parts(BATCH, BATCH) == parts(BATCH, 0)
+    assert parts(BATCH, 4 * BATCH) == parts(BATCH, 0)
+    for name, seconds in parts(BATCH, 24).items():
+        assert seconds == pytest.approx(2 * parts(24, 0)[name] + parts(16, 0)[name])
+
+
 def test_prefill_gives_a_head_to_last_tokens_only() -> None:
     cost = round_cost("actor_gen", allocate(), RoundCosts(block=0.0, head_row_s=1.0))
     assert cost.parts["prefill"] == pytest.approx(BATCH)

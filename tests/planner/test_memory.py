@@ -136,6 +136,16 @@ def test_generation_holds_keys_and_values_of_the_whole_replica() -> None:
     assert halves.kv_cache * 2 == need.kv_cache
 
 
+def test_a_generation_batch_bounds_keys_and_values() -> None:
+    whole = call_memory(ppo(), "actor_gen", allocate(dp=2, m=4))
+    batch = replace(allocate(dp=2, m=4), generation_batch=BATCH // 8)
+    waves = call_memory(ppo(), "actor_gen", batch)
+    assert waves.kv_cache * 4 == whole.kv_cache
+    assert waves.logits * 4 == whole.logits
+    ample = call_memory(ppo(), "actor_gen", replace(batch, generation_batch=BATCH))
+    assert ample == whole
+
+
 def test_inference_needs_no_state() -> None:
     need = call_memory(ppo(), "ref_inf", allocate(m=8))
     assert (need.gradients, need.optimizer, need.kv_cache) == (0, 0, 0)

@@ -12,7 +12,7 @@ import pytest
 from planner.cost import CostModel
 from planner.memory import RESERVE_BYTES, call_memory, check_memory, plan_memory
 from planner.mesh import DeviceMesh, enumerate_meshes
-from planner.plan import Allocation, Problem, validate_plan
+from planner.plan import Problem, validate_plan
 from planner.program import compile_plan
 from planner.search import search
 from planner.search.evaluate import Evaluator
@@ -22,7 +22,7 @@ from planner.search.options import (
     Option,
     OptionSpace,
     considered_meshes,
-    strategy_variants,
+    variants,
 )
 from planner.simulate import StepPrices, run_program, simulate
 from profiles.collectives import Collectives
@@ -198,8 +198,8 @@ def test_pruning_keeps_the_best_of_every_layout() -> None:
     space = space_of(problem)
     mesh = DeviceMesh(0, 4)
     for call in space.calls:
-        for strategy, count in strategy_variants(problem, call, mesh):
-            allocation = Allocation(mesh=mesh, strategy=strategy, num_micro_batches=count)
+        for allocation in variants(problem, call, mesh):
+            strategy = allocation.strategy
             seconds = space.prices.call(call.name, allocation).seconds
             need = call_memory(problem, call.name, allocation).total
             assert any(
