@@ -1,8 +1,9 @@
 """``SequenceBatch``: packed sequences of unequal lengths, without padding.
 
 Values of tokens are concatenated over the batch's sequences, [tokens]; values of sequences are
-[num_sequences]. ``samples`` are the sequences' places in the step's whole batch: they key the
-sampling noise and the transfers, so that a result does not depend on who computed it.
+[num_sequences]. ``samples`` are the sequences' numbers in the step's whole batch (group times
+``group_size`` plus place in the group): they key the sampling noise and the transfers, so that a
+result does not depend on who computed it.
 """
 
 from __future__ import annotations
@@ -121,3 +122,17 @@ def balanced_parts(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
         parts[lightest].append(index)
         loads[lightest] += lengths[index]
     return [sorted(part) for part in parts]
+
+
+def balanced_groups(lengths: Sequence[int], group_size: int, num_parts: int) -> list[list[int]]:
+    """As ``balanced_parts``, but runs of ``group_size`` sequences stay together, in order.
+
+    >>> balanced_groups([1, 2, 8, 9, 3, 3], 2, 2)
+    [[2, 3], [0, 1, 4, 5]]
+    """
+    starts = range(0, len(lengths), group_size)
+    sums = [sum(lengths[start : start + group_size]) for start in starts]
+    return [
+        [group * group_size + k for group in part for k in range(group_size)]
+        for part in balanced_parts(sums, num_parts)
+    ]

@@ -137,7 +137,7 @@ def _run(args: argparse.Namespace) -> int:
     console, device = Console(stderr=True), run.plan.problem.cluster.device
     console.print(
         f"{run.plan.problem.graph.name}: {run.config.total_steps} steps of "
-        f"{run.plan.problem.workload.batch_size} sequences on {run.plan.num_devices} "
+        f"{run.plan.problem.workload.num_sequences} sequences on {run.plan.num_devices} "
         f"{'CPU workers' if device.kind == 'cpu' else device.name}; results in {run.output}",
         highlight=False,
         soft_wrap=True,

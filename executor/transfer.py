@@ -1,106 +1,139 @@
 """Data between calls: what a rank holds of the step's samples, and the parcels between ranks.
 
-Who sends which samples to whom is the program's (``planner.program.Transfer``); here are only
-the bytes. A parcel is two messages: a header with the sequences' lengths, so that the receiver
-knows the sizes, and one payload with all keys of all its samples.
+Who sends which groups to whom is the program's (``planner.program.Transfer``); here are only
+the bytes. A parcel is two messages: a header with the lengths of its values of tokens, so that
+the receiver knows the sizes, and one payload with all keys of all its sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from executor.batch import SequenceBatch
-from planner.graph import DataflowGraph, DataKey
+from planner.graph import DataflowGraph, DataKey, ModelFunctionCall
 from planner.program import Parcel, Transfer
 
 _DTYPES = {"int64": torch.int64, "float32": torch.float32}
 
 
 class SampleStore:
-    """The keys of the samples that a rank holds in the current step."""
+    """The keys of the sequences that a rank holds in the current step.
 
-    def __init__(self, graph: DataflowGraph, device: torch.device) -> None:
+    ``values[key][sequence]``; what a group has once stands at its first sequence.
+    """
+
+    def __init__(self, graph: DataflowGraph, device: torch.device, group_size: int) -> None:
         self.graph = graph
         self.device = device
-        self.lengths: dict[int, int] = {}
+        self.group_size = group_size
         self.values: dict[str, dict[int, Tensor]] = {}
 
     def clear(self) -> None:
-        self.lengths.clear()
         self.values.clear()
 
-    def put(self, batch: SequenceBatch, keys: Iterable[str]) -> None:
-        """Keep ``keys`` of every sequence of ``batch``."""
-        offsets = batch.offsets
-        for sample, length in zip(batch.samples, batch.lengths, strict=True):
-            self.lengths[sample] = length
-        for name in keys:
-            key, value = self.graph.key(name), batch.get(name)
-            held = self.values.setdefault(name, {})
-            value = value.to(device=self.device, dtype=_DTYPES[key.dtype])
-            for i, sample in enumerate(batch.samples):
-                if key.per == "token":
-                    held[sample] = value[offsets[i] : offsets[i + 1]]
-                else:
-                    held[sample] = value[i : i + 1]
+    def sequences(self, groups: Sequence[int], per_group: int) -> list[int]:
+        """Numbers of the first ``per_group`` sequences of each group."""
+        return [group * self.group_size + k for group in groups for k in range(per_group)]
 
-    def gather(self, samples: Sequence[int], keys: Iterable[str]) -> SequenceBatch:
-        """The batch of ``samples`` with ``keys``, in that order."""
+    def put(self, batch: SequenceBatch, call: ModelFunctionCall) -> None:
+        """Keep the outputs of ``call``, which ``batch`` knows by their inner names."""
+        for name in call.outputs:
+            self.put_key(batch, name, batch.get(call.inner_name(name)))
+
+    def put_key(self, batch: SequenceBatch, name: str, value: Tensor) -> None:
+        """Keep ``value`` ([tokens] or [num_sequences] of ``batch``) as the graph's ``name``."""
+        key, offsets = self.graph.key(name), batch.offsets
+        held = self.values.setdefault(name, {})
+        value = value.to(device=self.device, dtype=_DTYPES[key.dtype])
+        for i, sequence in enumerate(batch.samples):
+            if key.once and sequence % self.group_size:
+                continue
+            if key.per == "token":
+                held[sequence] = value[offsets[i] : offsets[i + 1]]
+            else:
+                held[sequence] = value[i : i + 1]
+
+    def gather(
+        self, groups: Sequence[int], call: ModelFunctionCall, per_group: int
+    ) -> SequenceBatch:
+        """The inputs of ``call``, by their inner names, of ``per_group`` sequences of each group.
+
+        A value that a group has once is given to each of its sequences. Prompts are not among
+        the inputs that are gathered: the data set has them.
+        """
+        samples = self.sequences(groups, per_group)
         per_token: dict[str, Tensor] = {}
         per_sequence: dict[str, Tensor] = {}
-        for name in keys:
+        lengths = [0] * len(samples)
+        for name in call.inputs:
+            if name == "prompts":
+                continue
             key = self.graph.key(name)
-            parts = [self.values[name][sample] for sample in samples]
+            held = self.values.get(name, {})
+            first = self.group_size if key.once else 1
+            parts = [held[sample - sample % first] for sample in samples]
             empty = torch.zeros(0, dtype=_DTYPES[key.dtype], device=self.device)
             joined = torch.cat(parts) if parts else empty
-            (per_token if key.per == "token" else per_sequence)[name] = joined
+            inner = call.inner_name(name)
+            if key.per == "token":
+                per_token[inner], lengths = joined, [len(part) for part in parts]
+            else:
+                per_sequence[inner] = joined
         return SequenceBatch(
             samples=tuple(samples),
-            lengths=tuple(self.lengths[sample] for sample in samples),
+            lengths=tuple(lengths),
             per_token=per_token,
             per_sequence=per_sequence,
         )
 
     # ---- parcels ----
 
-    def pack(self, samples: Sequence[int], keys: Sequence[DataKey]) -> tuple[Tensor, Tensor]:
-        """(header [num_samples] int64, payload [bytes] uint8); wide keys first, for alignment."""
-        header = torch.tensor([self.lengths[s] for s in samples], device=self.device)
-        parts = [
-            self.values[key.name][sample].contiguous().view(torch.uint8)
-            for key in _wide_first(keys)
-            for sample in samples
+    def pieces(self, groups: Sequence[int], keys: Sequence[DataKey]) -> list[tuple[DataKey, int]]:
+        """(key, sequence) of all in a parcel, in its order; wide keys first, for alignment."""
+        return [
+            (key, sequence)
+            for key in sorted(keys, key=lambda key: (-key.bytes_per_value, key.name))
+            for sequence in self.sequences(groups, 1 if key.once else self.group_size)
         ]
-        return header, torch.cat(parts)
 
-    def payload_bytes(self, lengths: Sequence[int], keys: Sequence[DataKey]) -> int:
-        return sum(
-            key.bytes_per_value * (sum(lengths) if key.per == "token" else len(lengths))
-            for key in keys
-        )
+    def pack(self, groups: Sequence[int], keys: Sequence[DataKey]) -> tuple[Tensor, Tensor]:
+        """(header int64: the length of every piece of tokens, payload [bytes] uint8)."""
+        pieces = self.pieces(groups, keys)
+        values = [self.values[key.name][sequence] for key, sequence in pieces]
+        lengths = [len(v) for (key, _), v in zip(pieces, values, strict=True) if _counted(key)]
+        header = torch.tensor(lengths, dtype=torch.int64, device=self.device)
+        return header, torch.cat([value.contiguous().view(torch.uint8) for value in values])
+
+    def header_size(self, groups: Sequence[int], keys: Sequence[DataKey]) -> int:
+        return sum(_counted(key) for key, _ in self.pieces(groups, keys))
+
+    def sizes(
+        self, groups: Sequence[int], keys: Sequence[DataKey], header: Sequence[int]
+    ) -> list[int]:
+        """Bytes of every piece of a parcel with this header."""
+        lengths = iter(header)
+        return [
+            key.bytes_per_value * (next(lengths) if _counted(key) else 1)
+            for key, _ in self.pieces(groups, keys)
+        ]
 
     def unpack(
-        self, samples: Sequence[int], lengths: Sequence[int], payload: Tensor,
+        self, groups: Sequence[int], header: Sequence[int], payload: Tensor,
         keys: Sequence[DataKey],
     ) -> None:  # fmt: skip
-        """Keep the samples of a payload."""
-        self.lengths.update(zip(samples, lengths, strict=True))
-        start = 0
-        for key in _wide_first(keys):
-            held = self.values.setdefault(key.name, {})
-            for sample, length in zip(samples, lengths, strict=True):
-                count = length if key.per == "token" else 1
-                end = start + count * key.bytes_per_value
-                held[sample] = payload[start:end].view(_DTYPES[key.dtype])
-                start = end
+        """Keep the pieces of a payload."""
+        parts = payload.split(self.sizes(groups, keys, header))
+        for (key, sequence), part in zip(self.pieces(groups, keys), parts, strict=True):
+            self.values.setdefault(key.name, {})[sequence] = part.view(_DTYPES[key.dtype])
 
 
-def _wide_first(keys: Sequence[DataKey]) -> list[DataKey]:
-    return sorted(keys, key=lambda key: (-key.bytes_per_value, key.name))
+def _counted(key: DataKey) -> bool:
+    """A piece whose length the header tells: the others are one value long."""
+    return key.per == "token"
 
 
 class Exchange:
@@ -124,16 +157,20 @@ class Exchange:
     def _send(self, parcel: Parcel, keys: Sequence[DataKey], number: int) -> int:
         header, payload = self.store.pack(parcel.samples, keys)
         for offset, tensor in enumerate((header, payload)):
+            if tensor.numel() == 0:  # no value of tokens: the receiver knows all lengths
+                continue
             work = dist.isend(tensor, parcel.peer, tag=_tag(number, offset))
             self.pending.append((work, tensor))
         return payload.numel()
 
     def _receive(self, parcel: Parcel, keys: Sequence[DataKey], number: int) -> int:
         device = self.store.device
-        header = torch.empty(len(parcel.samples), dtype=torch.int64, device=device)
-        dist.recv(header, parcel.peer, tag=_tag(number, 0))
+        num_lengths = self.store.header_size(parcel.samples, keys)
+        header = torch.empty(num_lengths, dtype=torch.int64, device=device)
+        if num_lengths:
+            dist.recv(header, parcel.peer, tag=_tag(number, 0))
         lengths = header.tolist()
-        size = self.store.payload_bytes(lengths, keys)
+        size = sum(self.store.sizes(parcel.samples, keys, lengths))
         payload = torch.empty(size, dtype=torch.uint8, device=device)
         dist.recv(payload, parcel.peer, tag=_tag(number, 1))
         self.store.unpack(parcel.samples, lengths, payload, keys)

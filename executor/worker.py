@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from executor.batch import SequenceBatch, balanced_parts
+from executor.batch import SequenceBatch, balanced_groups
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext, build_contexts
 from executor.dataset import Prompts
@@ -98,7 +98,7 @@ class Worker:
         self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
         self.stages: dict[tuple[str, Layout], DecoderStage] = {}
         self.trainers: dict[str, Trainer] = {}
-        self.samples = SampleStore(self.problem.graph, device)
+        self.samples = SampleStore(self.problem.graph, device, self.problem.workload.group_size)
         self.exchange = Exchange(self.samples)
         self.handlers: dict[type, Callable[[Any, dict[str, int]], None]] = {
             Load: self._load,
@@ -219,10 +219,13 @@ class Worker:
     ) -> Sequence[int]:
         return samples_of(self.problem, call, allocation.strategy.dp)[dp_rank]
 
-    def _inputs(self, call: ModelFunctionCall) -> list[str]:
-        """The call's keys that come from other calls."""
-        sources = self.problem.graph.source_keys
-        return [key for key in call.inputs if key not in sources]
+    def _group_size(self, call: ModelFunctionCall) -> int:
+        """Sequences of a group that the call works on."""
+        return self.problem.workload_of(call.name).group_size
+
+    def _gather(self, call: ModelFunctionCall, groups: Sequence[int]) -> SequenceBatch:
+        """The call's inputs of these groups."""
+        return self.samples.gather(groups, call, self._group_size(call))
 
     def _context_of(self, name: str) -> tuple[RankContext, Layout]:
         layout = call_layout(self.plan, name)
@@ -235,19 +238,22 @@ class Worker:
         call, allocation, dp_rank = self._place(instruction.call)
         assert call.role is not None
         _, layout = self._context_of(call.name)
-        samples = self._share(call, allocation, dp_rank)
         prompts, _ = self.data.batch(self.step, self.problem.workload.batch_size)
+        sequences = self.samples.sequences(
+            self._share(call, allocation, dp_rank), self._group_size(call)
+        )
+        whole = self.problem.workload.group_size
         batch = generate(
             self._stage(call.role, layout),
-            [prompts[sample].to(self.device) for sample in samples],
-            samples=samples,
+            [prompts[sequence // whole].to(self.device) for sequence in sequences],
+            samples=sequences,
             params=self.functions[call.name].sampling(self.text.stop_token_ids),
             seed=self.run.config.seed,
             step=self.step,
             num_groups=allocation.num_micro_batches,
             max_rows=allocation.generation_batch or None,
         )
-        self.samples.put(batch, call.outputs)
+        self.samples.put(batch, call)
         counts["num_tokens"] = batch.num_tokens
         self._report(call, self._generation_statistics(batch, self.contexts[layout]))
 
@@ -267,11 +273,9 @@ class Worker:
         assert call.role is not None
         context, layout = self._context_of(call.name)
         stage, function = self._stage(call.role, layout), self.functions[call.name]
-        batch = self.samples.gather(self._share(call, allocation, dp_rank), self._inputs(call))
-        micro_batches = [
-            batch.select(part)
-            for part in balanced_parts(batch.lengths, allocation.num_micro_batches)
-        ]
+        batch = self._gather(call, self._share(call, allocation, dp_rank))
+        parts = balanced_groups(batch.lengths, self._group_size(call), allocation.num_micro_batches)
+        micro_batches = [batch.select(part) for part in parts]
 
         def read(hidden: Tensor, micro_batch: SequenceBatch) -> Mapping[str, Tensor]:
             found: Mapping[str, Tensor] = function.read(stage.head, hidden, micro_batch, context)
@@ -282,15 +286,17 @@ class Worker:
         means: dict[str, float] = {}
         if results is not None:
             for micro_batch, values in zip(micro_batches, results, strict=True):
-                self.samples.put(self._with_outputs(micro_batch, values), call.outputs)
+                self.samples.put(self._with_outputs(call, micro_batch, values), call)
             means = self._mean_outputs(call, results, context)
         self._report(call, means)
 
-    def _with_outputs(self, batch: SequenceBatch, values: Mapping[str, Tensor]) -> SequenceBatch:
-        graph = self.problem.graph
+    def _with_outputs(
+        self, call: ModelFunctionCall, batch: SequenceBatch, values: Mapping[str, Tensor]
+    ) -> SequenceBatch:
+        per = {call.inner_name(k): self.problem.graph.key(k).per for k in call.outputs}
         return batch.with_values(
-            per_token={k: v for k, v in values.items() if graph.key(k).per == "token"},
-            per_sequence={k: v for k, v in values.items() if graph.key(k).per == "sequence"},
+            per_token={k: v for k, v in values.items() if per[k] == "token"},
+            per_sequence={k: v for k, v in values.items() if per[k] == "sequence"},
         )
 
     def _mean_outputs(
@@ -300,7 +306,8 @@ class Worker:
         means = {}
         for key in call.outputs:
             if self.problem.graph.key(key).per == "sequence":
-                values = torch.cat([result[key] for result in results]).double()
+                name = call.inner_name(key)
+                values = torch.cat([result[name] for result in results]).double()
                 sums = torch.stack([values.sum(), torch.tensor(float(len(values)))])
                 total, count = self._sum_over_dp(context)(sums).tolist()
                 means[key] = total / count
@@ -308,11 +315,12 @@ class Worker:
 
     def _function(self, instruction: Function, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
-        batch = self.samples.gather(self._share(call, allocation, dp_rank), self._inputs(call))
+        batch = self._gather(call, self._share(call, allocation, dp_rank))
         _, records = self.data.batch(self.step, self.problem.workload.batch_size)
-        own = self.text.with_answers([records[sample] for sample in batch.samples], batch)
+        whole = self.problem.workload.group_size
+        own = self.text.with_answers([records[sample // whole] for sample in batch.samples], batch)
         values = self.functions[call.name].run(batch, own)
-        self.samples.put(self._with_outputs(batch, values), call.outputs)
+        self.samples.put(self._with_outputs(call, batch, values), call)
         counts["num_tokens"] = batch.num_tokens
         means = {key: float(value.double().mean()) for key, value in values.items()}
         # Ranks of a function never wait for each other: each tells its own share.
@@ -328,15 +336,17 @@ class Worker:
         runs = assign_samples(self.problem.workload.batch_size, strategy.dp, call.num_mini_batches)[
             dp_rank
         ]
-        own = self.samples.gather([s for run in runs for s in run], self._inputs(call))
+        own = self._gather(call, [s for run in runs for s in run])
+        group_size = self._group_size(call)
         batch = function.prepare(own, sum_over_dp)
         totals: dict[str, float] = {}
         start = 0
         for mini in runs:
-            mini_batch = batch.select(range(start, start + len(mini)))
-            start += len(mini)
+            end = start + len(mini) * group_size
+            mini_batch, start = batch.select(range(start, end)), end
+            parts = balanced_groups(mini_batch.lengths, group_size, allocation.num_micro_batches)
             statistics = self._optimizer_step(
-                trainer, function, mini_batch, allocation.num_micro_batches, sum_over_dp, context
+                trainer, function, mini_batch, parts, sum_over_dp, context
             )
             for name, value in statistics.items():
                 totals[name] = totals.get(name, 0.0) + value / call.num_mini_batches
@@ -348,13 +358,15 @@ class Worker:
         trainer: Trainer,
         function: Any,
         mini_batch: SequenceBatch,
-        num_micro_batches: int,
+        parts: Sequence[Sequence[int]],
         sum_over_dp: Callable[[Tensor], Tensor],
         context: RankContext,
     ) -> dict[str, float]:
-        """One optimizer step on a mini-batch; its statistics, on the last stage also the loss's."""
+        """One optimizer step on a mini-batch, in micro-batches of the sequences ``parts``.
+
+        Returns its statistics, on the last stage also the loss's.
+        """
         denominator = sum_over_dp(function.count(mini_batch))
-        parts = balanced_parts(mini_batch.lengths, num_micro_batches)
         micro_batches = [mini_batch.select(part) for part in parts]
         stage = trainer.stage
 

@@ -26,11 +26,15 @@ class CallKind(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataKey:
-    """One named quantity of every sample: as long as its tokens, or a single value."""
+    """One named quantity of every sequence: as long as its tokens, or a single value.
+
+    ``once``: a group (a prompt's sequences) has it once, not each of its sequences.
+    """
 
     name: str
     per: Literal["token", "sequence"]
     dtype: Literal["int64", "float32"] = "float32"
+    once: bool = False
 
     @property
     def bytes_per_value(self) -> int:
@@ -42,7 +46,9 @@ class ModelFunctionCall:
     """One GENERATE, INFER or TRAIN of a role's model, or a FUNCTION of the data.
 
     ``inputs`` and ``outputs`` are names of data keys. A FUNCTION call has no role.
-    ``num_mini_batches`` is the number of optimizer steps of a TRAIN call.
+    ``num_mini_batches`` is the number of optimizer steps of a TRAIN call. Inside the call a key
+    ``prefix + name`` of the graph is ``name``: with ``prefix="greedy_"`` the engine's
+    ``sequences`` are the graph's ``greedy_sequences``.
     """
 
     name: str
@@ -51,6 +57,16 @@ class ModelFunctionCall:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     num_mini_batches: int = 1
+    prefix: str = ""
+
+    def inner_name(self, key: str) -> str:
+        """What the call's function knows the graph's ``key`` as.
+
+        >>> call = ModelFunctionCall(name="g", kind=CallKind.GENERATE, role="a", prefix="greedy_")
+        >>> call.inner_name("greedy_sequences"), call.inner_name("prompts")
+        ('sequences', 'prompts')
+        """
+        return key.removeprefix(self.prefix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +77,8 @@ class DataflowGraph:
 
     Raises:
         PlanError: two calls of one name, a key that nothing produces or that two calls produce,
-            a call before its producer, two TRAIN calls of one role, or a FUNCTION with a role.
+            a call before its producer, two TRAIN calls of one role, a FUNCTION with a role, or
+            one call on tokens of whole groups and of single sequences.
     """
 
     name: str
@@ -103,12 +120,24 @@ class DataflowGraph:
             for key in (*call.inputs, *call.outputs):
                 if key not in known:
                     raise PlanError(f"'{key}' is not a declared key", where=f"graph.{call.name}")
+            if call.kind in (CallKind.INFER, CallKind.TRAIN):
+                tokens = {self.key(k).once for k in call.inputs if self.key(k).per == "token"}
+                if len(tokens) > 1:
+                    raise PlanError(
+                        "reads tokens that a group has once and tokens of each of its sequences",
+                        where=f"graph.{call.name}.inputs",
+                    )
 
     def call(self, name: str) -> ModelFunctionCall:
         return next(call for call in self.calls if call.name == name)
 
     def key(self, name: str) -> DataKey:
         return next(key for key in self.keys if key.name == name)
+
+    def sequences_per_group(self, call: ModelFunctionCall, group_size: int) -> int:
+        """Sequences of every group that ``call`` works on: all, or the one that it has once."""
+        keys = (self.key(name) for name in (*call.inputs, *call.outputs))
+        return group_size if any(not key.once for key in keys) else 1
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -147,13 +147,13 @@ def running_memory(
 ) -> MemoryBreakdown:
     """What exists only while the call runs, on a device of ``stage``."""
     if call.kind is CallKind.GENERATE:
-        return _running_generate(problem, allocation, spec, stage)
-    s, workload = allocation.strategy, problem.workload
+        return _running_generate(problem, call, allocation, spec, stage)
+    s, workload = allocation.strategy, problem.workload_of(call.name)
     value_bytes = VALUE_BYTES[problem.cluster.device.kind]
     shape = stage_shapes(spec, s.pp)[stage]
-    num_sequences = ceil(ceil(workload.batch_size / call.num_mini_batches) / s.dp)
-    largest = micro_batch_sizes(num_sequences, allocation.num_micro_batches)
-    sequences = max(sequences for sequences, count in largest if count)
+    num_groups = ceil(ceil(workload.batch_size / call.num_mini_batches) / s.dp)
+    largest = micro_batch_sizes(num_groups, allocation.num_micro_batches)
+    sequences = max(groups for groups, count in largest if count) * workload.group_size
     tokens = sequences * workload.max_tokens
     working = tokens * block_working_values(spec, s.tp)
     # A language model's head reads the answers only.
@@ -176,17 +176,17 @@ def running_memory(
 
 
 def _running_generate(
-    problem: Problem, allocation: Allocation, spec: ModelSpec, stage: int
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec, stage: int
 ) -> MemoryBreakdown:
     """Keys and values of all sequences under way at their longest, one turn's activations
 
     (at most ``MAX_PROMPT_TOKENS`` or one prompt), and a group's logits: parts, whole, and three
     fp32 copies while a token is chosen.
     """
-    s, workload = allocation.strategy, problem.workload
+    s, workload = allocation.strategy, problem.workload_of(call.name)
     value_bytes = VALUE_BYTES[problem.cluster.device.kind]
     shape = stage_shapes(spec, s.pp)[stage]
-    num_sequences = ceil(workload.batch_size / s.dp)
+    num_sequences = ceil(workload.batch_size / s.dp) * workload.group_size
     rows = min(allocation.generation_batch or num_sequences, num_sequences)
     group = ceil(rows / min(allocation.num_micro_batches, rows))
     kv_width = 2 * (spec.num_kv_heads * spec.head_dim // s.tp)

@@ -7,7 +7,7 @@ and writes its JSON form. ``validate_plan`` says in one sentence what cannot run
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from planner.graph import CallKind, DataflowGraph
@@ -17,13 +17,16 @@ from profiles.errors import PlanError
 from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """The data of one step: ``batch_size`` sequences, each a prompt and an answer.
+    """The data of one step: ``batch_size`` groups of ``group_size`` sequences each.
 
+    A group is what belongs together: the answers to one prompt, or the chosen and the rejected
+    answer of a pair. It is what is dealt to data-parallel ranks, mini-batches and micro-batches,
+    never a part of it; sequence ``k`` of group ``g`` has the number ``g * group_size + k``.
     ``prompt_tokens`` is the longest prompt, ``response_tokens`` the longest answer; an estimate
     takes every sequence at ``mean_*`` tokens, which default to the longest (an upper bound).
     """
@@ -33,9 +36,10 @@ class Workload:
     response_tokens: int
     mean_prompt_tokens: float | None = None
     mean_response_tokens: float | None = None
+    group_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "prompt_tokens", "response_tokens"):
+        for name in ("batch_size", "prompt_tokens", "response_tokens", "group_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(
@@ -50,6 +54,10 @@ class Workload:
                 raise PlanError(
                     f"{mean!r} is not above 0 and at most {longest}", where=f"workload.{name}"
                 )
+
+    @property
+    def num_sequences(self) -> int:
+        return self.batch_size * self.group_size
 
     @property
     def expected_prompt_tokens(self) -> float:
@@ -143,6 +151,12 @@ class Problem:
         role = self.graph.call(call_name).role
         return None if role is None else self.models[role]
 
+    def workload_of(self, call_name: str) -> Workload:
+        """The data as a call sees it: of some calls, groups have one sequence."""
+        call = self.graph.call(call_name)
+        seen = self.graph.sequences_per_group(call, self.workload.group_size)
+        return replace(self.workload, group_size=seen)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionPlan:
@@ -162,7 +176,7 @@ class ExecutionPlan:
 
 
 def largest_dp(problem: Problem, call_name: str) -> int:
-    """The most data-parallel ranks that all get at least one sequence of every mini-batch."""
+    """The most data-parallel ranks that all get at least one group of every mini-batch."""
     call = problem.graph.call(call_name)
     return problem.workload.batch_size // call.num_mini_batches
 
@@ -176,10 +190,10 @@ def allocation_problem(problem: Problem, call_name: str, allocation: Allocation)
         return reason
     s, most = allocation.strategy, largest_dp(problem, call_name)
     if s.dp > most:
-        return f"dp {s.dp} exceeds the {most} sequences of a mini-batch"
+        return f"dp {s.dp} exceeds the {most} groups of a mini-batch"
     if allocation.num_micro_batches > max(1, most // s.dp):
         return (
-            f"{allocation.num_micro_batches} micro-batches of {most // s.dp} sequences "
+            f"{allocation.num_micro_batches} micro-batches of {most // s.dp} groups "
             f"on each data-parallel rank"
         )
     if s.zero and problem.graph.call(call_name).kind is not CallKind.TRAIN:

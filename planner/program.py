@@ -56,7 +56,7 @@ class Function:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parcel:
-    """Samples that go to, or come from, rank ``peer``."""
+    """Samples (numbers of whole groups) that go to, or come from, rank ``peer``."""
 
     peer: int
     samples: tuple[int, ...]
@@ -158,8 +158,9 @@ def split_evenly(count: int, parts: int) -> list[range]:
 def assign_samples(batch_size: int, dp: int, num_mini_batches: int = 1) -> list[list[range]]:
     """Samples of each data-parallel rank, by mini-batch: ``[dp_rank][mini_batch]``.
 
-    Mini-batches are runs of the batch, whatever dp is, and each is split evenly over dp; so the
-    optimizer takes the same steps under every plan.
+    A sample is a group of sequences that stays together (``plan.Workload``). Mini-batches are
+    runs of the batch, whatever dp is, and each is split evenly over dp; so the optimizer takes
+    the same steps under every plan.
 
     >>> assign_samples(8, 2, 2)
     [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]

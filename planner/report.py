@@ -101,7 +101,7 @@ def estimate_lines(plan: ExecutionPlan) -> list[str]:
     estimate, workload = plan.estimate, plan.problem.workload
     if estimate is None:
         return ["no estimate in this plan; realplan estimate makes one"]
-    tokens = workload.batch_size * workload.expected_tokens
+    tokens = workload.num_sequences * workload.expected_tokens
     rate = f", {tokens / estimate.step_s:,.0f} tokens/s" if estimate.step_s > 0 else ""
     lines = [f"{format_seconds(estimate.step_s)} per step{rate}"]
     if estimate.lower_bound_s > 0:

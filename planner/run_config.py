@@ -44,7 +44,7 @@ class DataConfig:
 class RunConfig:
     """One run of an algorithm."""
 
-    batch_size: int = 512  # sequences per step
+    batch_size: int = 512  # prompts (pairs, examples) per step
     prompt_len: int = 1024  # longest prompt, in tokens; longer ones are refused
     response_len: int = 1024  # longest answer, in tokens
     total_steps: int = 10

@@ -36,7 +36,7 @@ from planner.program import (
 
 
 def sample_bytes(problem: Problem, keys: Iterable[str]) -> float:
-    """Bytes of one sample's values of ``keys``, at the expected number of tokens.
+    """Bytes of one group's values of ``keys``, at the expected number of tokens.
 
     A prompt is not sent between calls: every rank reads it from the data set.
     """
@@ -44,7 +44,8 @@ def sample_bytes(problem: Problem, keys: Iterable[str]) -> float:
     for name in keys:
         key = problem.graph.key(name)
         tokens = problem.workload.expected_tokens if key.per == "token" else 1.0
-        total += tokens * key.bytes_per_value
+        sequences = 1 if key.once else problem.workload.group_size
+        total += sequences * tokens * key.bytes_per_value
     return total
 
 

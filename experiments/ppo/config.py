@@ -52,6 +52,7 @@ class PPOExperiment(RunConfig):
     """PPO with four models: actor, critic, reference and reward."""
 
     output: str = "runs/ppo"
+    samples_per_prompt: int = 1  # answers to each prompt; a step has batch_size times as many
     ppo: PPOConfig = field(default_factory=PPOConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     actor: ModelConfig = field(default_factory=ModelConfig)
@@ -62,6 +63,10 @@ class PPOExperiment(RunConfig):
     def check(self) -> PPOExperiment:
         """Itself, or ``ConfigError`` naming the first value out of range."""
         self.check_run()
+        if self.samples_per_prompt < 1:
+            raise ConfigError(
+                f"{self.samples_per_prompt} is not at least 1", where="samples_per_prompt"
+            )
         if not 1 <= self.ppo.num_mini_batches <= self.batch_size:
             raise ConfigError(
                 f"{self.ppo.num_mini_batches} mini-batches of a batch of {self.batch_size}",

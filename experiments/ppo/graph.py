@@ -16,7 +16,7 @@ from planner.graph import CallKind, DataflowGraph, DataKey, ModelFunctionCall
 from planner.plan import Workload
 
 KEYS = (
-    DataKey(name="prompts", per="token", dtype="int64"),
+    DataKey(name="prompts", per="token", dtype="int64", once=True),
     DataKey(name="sequences", per="token", dtype="int64"),
     DataKey(name="prompt_lengths", per="sequence", dtype="int64"),
     DataKey(name="finished", per="sequence"),
@@ -73,6 +73,7 @@ def workload(config: PPOExperiment) -> Workload:
         batch_size=config.batch_size,
         prompt_tokens=config.prompt_len,
         response_tokens=config.response_len,
+        group_size=config.samples_per_prompt,
     )
 
 

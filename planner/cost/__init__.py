@@ -32,14 +32,14 @@ def call_cost(
     call = problem.graph.call(call_name)
     spec = problem.spec_of(call_name)
     allocation = _at_the_start(allocation, model)
-    question = (call.kind, call.num_mini_batches, spec, problem.workload, allocation)
+    workload = problem.workload_of(call_name)
+    question = (call.kind, call.num_mini_batches, spec, workload, allocation)
     known = model.known_calls.get(question)
     if known is not None:
         return known
-    workload = problem.workload
     parts: Mapping[str, Priced]
     if spec is None:
-        num_sequences = ceil(workload.batch_size / allocation.strategy.dp)
+        num_sequences = ceil(workload.batch_size / allocation.strategy.dp) * workload.group_size
         parts = {"compute": Priced.modelled(model.function_s * num_sequences)}
     elif call.kind is CallKind.GENERATE:
         parts = generate_parts(spec, workload, allocation, model)

@@ -42,7 +42,7 @@ def generate_parts(
     ``most_points``: contexts at which a decode step is priced; 9 leave an error far below that
     of the layers' costs, since those are piecewise smooth in the context.
     """
-    num_sequences = ceil(workload.batch_size / allocation.strategy.dp)
+    num_sequences = ceil(workload.batch_size / allocation.strategy.dp) * workload.group_size
     prefill = decode = ZERO
     for rows, count in waves(num_sequences, allocation.generation_batch):
         for part in _prefill(spec, workload, allocation, model, rows).values():

@@ -25,8 +25,8 @@ def infer_parts(
     spec: ModelSpec, workload: Workload, allocation: Allocation, model: CostModel
 ) -> Mapping[str, Priced]:
     """One forward pass of every sequence of the busiest data-parallel rank."""
-    num_sequences = ceil(workload.batch_size / allocation.strategy.dp)
-    return _pipeline(spec, workload, allocation, model, num_sequences, passes=("forward",))
+    num_groups = ceil(workload.batch_size / allocation.strategy.dp)
+    return _pipeline(spec, workload, allocation, model, num_groups, passes=("forward",))
 
 
 def train_parts(
@@ -66,17 +66,18 @@ def _pipeline(
     workload: Workload,
     allocation: Allocation,
     model: CostModel,
-    num_sequences: int,
+    num_groups: int,
     *,
     passes: tuple[Pass, ...],
 ) -> Mapping[str, Priced]:
-    """``num_sequences`` in micro-batches through the stages, ``passes`` on each stage."""
+    """``num_groups`` in micro-batches through the stages, ``passes`` on each stage."""
     s = allocation.strategy
     length = max(1, round(workload.expected_tokens))
     shapes = stage_shapes(spec, s.pp)
     directions = 2.0 if "backward" in passes else 1.0
     kinds = []
-    for sequences, count in micro_batch_sizes(num_sequences, allocation.num_micro_batches):
+    for groups, count in micro_batch_sizes(num_groups, allocation.num_micro_batches):
+        sequences = groups * workload.group_size
         size = max(1, round(sequences * workload.expected_tokens))
         answers = max(1, round(sequences * workload.expected_response_tokens))
         by_shape = {

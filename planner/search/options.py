@@ -265,7 +265,8 @@ class OptionSpace:
     def _choices(self, call: ModelFunctionCall) -> Mapping[int, tuple[Choice, ...]]:
         """Choices by size of mesh, fastest first; only sizes that have one."""
         # Calls of equal kind and model cost the same: critic_inf and rew_inf.
-        key = (call.kind, call.num_mini_batches, self.problem.spec_of(call.name))
+        workload = self.problem.workload_of(call.name)
+        key = (call.kind, call.num_mini_batches, self.problem.spec_of(call.name), workload)
         if key in self._known:
             return self._known[key]
         found: dict[int, tuple[Choice, ...]] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import Outcome, make_plan, run_plan
+from tests.runs import OVERRIDES, Outcome, make_plan, run_plan
 
 PLANS = {
     "one process": make_plan(1, "0:d1p1m1:1"),
@@ -50,6 +50,17 @@ PLANS = {
 }
 
 
+GROUPS = [*OVERRIDES, "batch_size=5", "samples_per_prompt=3"]
+GROUP_PLANS = {
+    "one process": make_plan(1, "0:d1p1m1:1", overrides=GROUPS),
+    "dp 2, micro-batches": make_plan(2, "0:d2p1m1:1", overrides=GROUPS, actor_gen="0:d2p1m1:2"),
+    "moving": make_plan(
+        2, "0:d1p2m1:2", overrides=GROUPS, actor_gen="0:d2p1m1:1", critic_train="1:d1p1m1:2",
+        ref_inf="0:d2p1m1:2",
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run_plan(PLANS["one process"], tmp_path_factory.mktemp("reference"))[0]
@@ -59,7 +70,20 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def test_every_plan_gives_the_tokens_losses_and_weights_of_one_process(
     name: str, reference: Outcome, tmp_path: Path
 ) -> None:
-    outcomes = run_plan(PLANS[name], tmp_path)
+    compare(name, run_plan(PLANS[name], tmp_path), reference)
+
+
+def test_groups_of_samples_give_the_same_under_every_plan(tmp_path: Path) -> None:
+    """Three answers to each of five prompts: answers to one prompt differ from each other."""
+    whole = run_plan(GROUP_PLANS["one process"], tmp_path / "whole")[0]
+    assert len(whole.tokens) == 2 * 5 * 3
+    assert len({tuple(ids) for ids in whole.tokens.values()}) > 2 * 5 * 2
+    for name in list(GROUP_PLANS)[1:]:
+        compare(name, run_plan(GROUP_PLANS[name], tmp_path / name), whole)
+
+
+def compare(name: str, outcomes: list[Outcome], reference: Outcome) -> None:
+    """Tokens identical, metrics and weights equal to 1e-4, all of them seen."""
     seen: set[tuple[int, int]] = set()
     for outcome in outcomes:
         for key, ids in outcome.tokens.items():
