@@ -24,7 +24,7 @@ from executor.model.transformer import DecoderStage, normalize
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.tensor import vocab_parallel_log_probs
 from executor.profile_measure import Action, Probe
-from planner.layout import Layout, cached_kv_heads
+from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from profiles.models import ModelSpec
 from profiles.units import MIB
@@ -219,7 +219,7 @@ class LayerBench:
     def _cache(self, num_rows: int, max_columns: int, *, num_layers: int) -> KVCache:
         return KVCache(
             num_layers=num_layers,
-            num_kv_heads=cached_kv_heads(self.spec, self.tp),
+            num_kv_heads=self.spec.cached_kv_heads(self.tp),
             head_dim=self.spec.head_dim,
             max_rows=num_rows,
             max_columns=max_columns,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd, lcm, prod
+from math import gcd, prod
 
 from planner.mesh import DeviceMesh
 from planner.strategy import ParallelStrategy, stage_layers
@@ -222,17 +222,8 @@ def shard_values(spec: ModelSpec, layer: int, tp: int) -> int:
     )
 
 
-def cached_kv_heads(spec: ModelSpec, tp: int) -> int:
-    """Kv heads that a shard attends with, and keeps in its cache.
-
-    kv heads / tp, or 1 where there are fewer of them than shards. Where neither divides the other
-    a shard repeats some of those that it holds, so that its heads share them evenly.
-    """
-    return lcm(spec.num_kv_heads, tp) // tp
-
-
 def repeated_kv_heads(spec: ModelSpec, tp: int, tp_rank: int) -> tuple[int, ...] | None:
-    """For each of ``cached_kv_heads`` its index among the kv heads that a shard holds.
+    """For each of ``spec.cached_kv_heads`` its index among the kv heads that a shard holds.
 
     None: those that it holds, as they are.
 
@@ -241,7 +232,7 @@ def repeated_kv_heads(spec: ModelSpec, tp: int, tp_rank: int) -> tuple[int, ...]
     (2, 3, 3, 4, 4)
     """
     num_parts = gcd(tp, spec.num_kv_heads)
-    count = cached_kv_heads(spec, tp)
+    count = spec.cached_kv_heads(tp)
     if num_parts == tp or num_parts == spec.num_kv_heads:
         return None
     repeats = count * tp // spec.num_kv_heads

@@ -83,25 +83,34 @@ def block_activation_values(spec: ModelSpec, tp: int) -> int:
 
     4 hidden (input of either half and its norm's output, whole on every shard), and of the
     shard: q, k, v as projected and q, k rotated, attention's output, gate, up, silu(gate) and
-    their product: (3 q + 3 kv + 4 ffn) / tp. No term in the length squared: the fused kernel
-    keeps no scores.
+    their product: (3 q + 3 kv + 4 ffn) / tp, or up and its activation without a gate. No term in
+    the length squared: the fused kernel keeps no scores. With k experts to a token ffn is theirs,
+    and 3 k hidden are kept: the rows that go to them, their answers, and these in order again.
     Source: Korthikanti et al. 2022, section 4, with Dao et al. 2022 and a gated feed-forward.
     """
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    return 4 * spec.hidden + (3 * q + 3 * kv + 4 * spec.ffn) // tp
+    attention, ffn = _attention_values(spec, tp), spec.active_ffn // tp
+    experts = 3 * spec.experts_per_token * spec.hidden + spec.num_experts
+    return 4 * spec.hidden + 3 * attention + (4 if spec.gated else 2) * ffn + experts
+
+
+def _attention_values(spec: ModelSpec, tp: int) -> int:
+    """Values of one token in q and k, or half of those in q, k, v and the output, on one shard."""
+    return (spec.num_heads // tp + spec.cached_kv_heads(tp)) * spec.head_dim
 
 
 def block_working_values(spec: ModelSpec, tp: int) -> int:
     """Values of one token that a block holds at once where nothing is kept for later."""
-    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    return 3 * spec.hidden + max(3 * (q + kv), 4 * spec.ffn) // tp
+    rows = 3 * spec.experts_per_token * spec.hidden
+    feed_forward = (4 if spec.gated else 2) * spec.active_ffn // tp + rows
+    return 3 * spec.hidden + max(3 * _attention_values(spec, tp), feed_forward)
 
 
 def _largest_weight_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
     """Of one weight of a stage, whose gradient exists once beside the flat gradients."""
-    values = max(2 * spec.ffn, spec.num_heads * spec.head_dim) * spec.hidden // tp
+    first = (2 if spec.gated else 1) * spec.ffn * max(1, spec.num_experts)
+    values = max(first, spec.num_heads * spec.head_dim) * spec.hidden // tp
     if stage.first or (stage.last and spec.head == "lm"):
-        values = max(values, spec.embedding_parameters // tp)
+        values = max(values, ceil(spec.vocab / tp) * spec.hidden)
     return values
 
 
@@ -158,7 +167,7 @@ def running_memory(
     working = tokens * block_working_values(spec, s.tp)
     # A language model's head reads the answers only.
     answers = sequences * workload.response_tokens
-    logits = answers * (spec.vocab // s.tp) if shape.last and spec.head == "lm" else tokens
+    logits = answers * ceil(spec.vocab / s.tp) if shape.last and spec.head == "lm" else tokens
     buffers = 2 * tokens * spec.hidden if s.pp > 1 else 0
     kept = 0
     if call.kind is CallKind.TRAIN:
@@ -189,7 +198,7 @@ def _running_generate(
     num_sequences = ceil(workload.batch_size / s.dp) * workload.group_size
     rows = min(allocation.generation_batch or num_sequences, num_sequences)
     group = ceil(rows / min(allocation.num_micro_batches, rows))
-    kv_width = 2 * (spec.num_kv_heads * spec.head_dim // s.tp)
+    kv_width = 2 * spec.cached_kv_heads(s.tp) * spec.head_dim
     rows_bytes = rows * workload.max_tokens * kv_width * value_bytes
     limit = max(MAX_PROMPT_TOKENS, workload.prompt_tokens)
     tokens = min(group * workload.prompt_tokens, limit) + group

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import gcd, lcm
 from typing import Any, Literal, get_args
 
 from profiles.errors import ConfigError
@@ -218,6 +219,18 @@ class ModelSpec:
     def output_size(self) -> int:
         """Columns of the head's output: the vocabulary, or one."""
         return self.vocab if self.head == "lm" else 1
+
+    def held_kv_heads(self, tp: int) -> int:
+        """Kv heads whose weights a shard holds: kv heads / gcd(kv heads, tp)."""
+        return self.num_kv_heads // gcd(self.num_kv_heads, tp)
+
+    def cached_kv_heads(self, tp: int) -> int:
+        """Kv heads that a shard attends with, and keeps in its cache.
+
+        kv heads / tp, or 1 where there are fewer of them than shards. Where neither divides the
+        other a shard repeats some of those that it holds, so that its heads share them evenly.
+        """
+        return lcm(self.num_kv_heads, tp) // tp
 
     def kv_bytes_per_token(self, *, bytes_per_value: int = 2) -> int:
         """Bytes of key and value of one token over all layers."""

@@ -7,7 +7,7 @@ three. A layer is the sum of its kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 from profiles.costs import Component, Cost, Operation, Provenance
 from profiles.hardware import DeviceSpec
@@ -58,13 +58,20 @@ class RooflineCosts:
 
     # ---- kernels ------------------------------------------------------------------------------
 
-    def matmul_s(self, rows: int, inner: int, columns: int, *, value_bytes: int = 0) -> float:
-        """[rows, inner] x [inner, columns]: 2 * rows * inner * columns FLOPs, each matrix once."""
-        num_bytes = (value_bytes or self.value_bytes) * (
-            rows * inner + inner * columns + rows * columns
+    def matmul_s(
+        self, rows: float, inner: int, columns: int, *, groups: float = 1.0, value_bytes: int = 0
+    ) -> float:
+        """[rows, inner] x [inner, columns]: 2 * rows * inner * columns FLOPs, each matrix once.
+
+        ``groups``: so many of them in one kernel, each with rows and a matrix of its own.
+        """
+        num_bytes = (
+            (value_bytes or self.value_bytes)
+            * groups
+            * (rows * inner + inner * columns + rows * columns)
         )
         return max(
-            2.0 * rows * inner * columns / self.matmul_flops_per_s,
+            2.0 * groups * rows * inner * columns / self.matmul_flops_per_s,
             num_bytes / self.memory_bytes_per_s,
             self.device.launch_s,
         )
@@ -104,7 +111,8 @@ class RooflineCosts:
     ) -> float:
         passes = 2 if operation == "backward" else 1
         matmul_s = sum(
-            self.matmul_s(size, inner, columns) for inner, columns in _block_products(spec, tp)
+            self.matmul_s(product.rows, product.inner, product.columns, groups=product.groups)
+            for product in block_products(spec, tp, size)
         )
         # backward: the gradient of the input and of the weight, one product each.
         return passes * (matmul_s + self._elementwise_s(spec, tp, size)) + self._attention(
@@ -121,7 +129,7 @@ class RooflineCosts:
         instead of two). Source: Dao 2023, FlashAttention-2, section 4.1.
         """
         width, kv_width = spec.num_heads // tp * spec.head_dim, (
-            2 * spec.num_kv_heads * spec.head_dim // tp
+            2 * spec.cached_kv_heads(tp) * spec.head_dim
         )  # fmt: skip
         if operation == "decode":
             flops = 4.0 * width * length * size
@@ -135,11 +143,16 @@ class RooflineCosts:
         """Two norms, two residual sums, rotary embedding, silu and its product, as eager kernels.
 
         Values read and written for each token: norms 2 * 2 hidden, sums 2 * 3 hidden, rotary
-        4 (q + k), silu 2 ffn, product 3 ffn.
+        4 (q + k), silu 2 ffn, product with the gate 3 ffn. Experts: a token's row goes to each of
+        its experts and back, 2 * 2 k hidden, and the k answers are weighted and summed, 3 k hidden.
         """
-        qk = (spec.num_heads + spec.num_kv_heads) * spec.head_dim // tp
-        ffn = spec.ffn // tp
-        values = (2 * spec.hidden,) * 2 + (3 * spec.hidden,) * 2 + (4 * qk, 2 * ffn, 3 * ffn)
+        qk = (spec.num_heads // tp + spec.cached_kv_heads(tp)) * spec.head_dim
+        ffn = spec.active_ffn // tp
+        values = [2 * spec.hidden] * 2 + [3 * spec.hidden] * 2 + [2 * ffn]
+        values += [4 * qk] if spec.positions == "rope" else []
+        values += [3 * ffn] if spec.gated else []
+        rows = spec.experts_per_token * spec.hidden
+        values += [2 * rows, 2 * rows, 3 * rows] if rows else []
         return sum(self.stream_s(self.value_bytes * v * float(size)) for v in values)
 
     def _embedding_s(self, spec: ModelSpec, operation: Operation, size: int) -> float:
@@ -156,7 +169,7 @@ class RooflineCosts:
         passes = 2 if operation == "backward" else 1
         if spec.head == "scalar":  # in fp32 on every device
             return passes * (norm_s + self.matmul_s(size, spec.hidden, 1, value_bytes=4))
-        columns = spec.vocab // tp
+        columns = -(-spec.vocab // tp)
         seconds = passes * (norm_s + self.matmul_s(size, spec.hidden, columns))
         if operation == "decode":
             return seconds + self._sampling_s(spec, size)
@@ -177,13 +190,40 @@ class RooflineCosts:
         return Cost(self.stream_s(float(per_parameter) * num_parameters), Provenance.ROOFLINE)
 
 
-def _block_products(spec: ModelSpec, tp: int) -> Iterable[tuple[int, int]]:
-    """(inner, columns) of a block's matrix products on one shard: qkv, o, gate and up, down."""
-    q, kv = spec.num_heads * spec.head_dim // tp, spec.num_kv_heads * spec.head_dim // tp
-    ffn = spec.ffn // tp
-    return (
-        (spec.hidden, q + 2 * kv),
-        (q, spec.hidden),
-        (spec.hidden, 2 * ffn),
-        (ffn, spec.hidden),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixProduct:
+    """``groups`` products [rows, inner] x [inner, columns], each with another matrix."""
+
+    rows: float
+    inner: int
+    columns: int
+    groups: float = 1.0
+
+
+def block_products(spec: ModelSpec, tp: int, size: int) -> tuple[MatrixProduct, ...]:
+    """A block's matrix products for ``size`` tokens on one shard: qkv, o, first and second of the
+
+    feed-forward; with experts also the router. Of E experts E (1 - (1 - k / E)^size) are expected
+    to be given a token when all are equally likely: so many matrices are read.
+    """
+    q, kv = spec.num_heads * spec.head_dim // tp, spec.held_kv_heads(tp) * spec.head_dim
+    firsts = 2 if spec.gated else 1
+
+    def feed_forward(ffn: int, rows: float, groups: float = 1.0) -> tuple[MatrixProduct, ...]:
+        return (
+            MatrixProduct(rows=rows, inner=spec.hidden, columns=firsts * ffn // tp, groups=groups),
+            MatrixProduct(rows=rows, inner=ffn // tp, columns=spec.hidden, groups=groups),
+        )
+
+    attention = (
+        MatrixProduct(rows=size, inner=spec.hidden, columns=q + 2 * kv),
+        MatrixProduct(rows=size, inner=q, columns=spec.hidden),
     )
+    if not spec.num_experts:
+        return (*attention, *feed_forward(spec.ffn, size))
+    share = spec.experts_per_token / spec.num_experts
+    busy = spec.num_experts * (1.0 - (1.0 - share) ** size)
+    router = MatrixProduct(rows=size, inner=spec.hidden, columns=spec.num_experts)
+    experts = feed_forward(spec.ffn, size * spec.experts_per_token / busy, busy)
+    shared = feed_forward(spec.shared_ffn, size) if spec.shared_ffn else ()
+    return (*attention, router, *experts, *shared)

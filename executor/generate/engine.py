@@ -32,7 +32,6 @@ from executor.generate.sampling import SamplingParams, sample, uniform
 from executor.model.transformer import DecoderStage
 from executor.parallel.tensor import gather_vocab
 from planner.cost.stage import MAX_PROMPT_TOKENS
-from planner.layout import cached_kv_heads
 from profiles.errors import ConfigError
 
 
@@ -332,7 +331,7 @@ def _cache(stage: DecoderStage, sequences: Sequence[_Sequence], max_rows: int) -
     spec = stage.spec
     return KVCache(
         num_layers=len(stage.layers),
-        num_kv_heads=cached_kv_heads(spec, stage.ctx.layout.tp),
+        num_kv_heads=spec.cached_kv_heads(stage.ctx.layout.tp),
         head_dim=spec.head_dim,
         max_rows=max_rows,
         max_columns=max(sequence.limit for sequence in sequences),

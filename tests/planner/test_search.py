@@ -25,6 +25,8 @@ from planner.search.options import (
     variants,
 )
 from planner.simulate import StepPrices, run_program, simulate
+from profiles.catalogue import MODELS
+from profiles.clusters import make_cluster
 from profiles.collectives import Collectives
 from profiles.errors import ConfigError, InfeasibleError
 from profiles.roofline import RooflineCosts
@@ -151,7 +153,7 @@ def test_the_plan_found_fits_and_its_estimate_is_the_simulators() -> None:
 
 def test_an_interrupt_leaves_the_best_so_far() -> None:
     """Ctrl-C in the walk returns a plan that is no worse than what was seen before it."""
-    problem, seen = random_problem(random.Random(3)), []
+    problem, seen = random_problem(random.Random(11)), []  # the walk betters its start ten times
 
     def interrupt(evaluations: int, seconds: float) -> None:
         seen.append(seconds)
@@ -225,3 +227,13 @@ def test_moves_make_legal_plans(name: str) -> None:
             validate_plan(evaluator.plan(found))
             assignment = found
     assert moved > 0
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen1.5-moe-a2.7b", "gpt2-xl", "phi3-medium"])
+def test_every_family_is_planned(name: str) -> None:
+    """Experts, ungated feed-forwards, and heads that tp does not divide: found, and it fits."""
+    problem = ppo(make_cluster("h100", 64), ["batch_size=64"], spec=MODELS[name])
+    result = search(problem, model_of(problem), max_evaluations=200)
+    check_memory(result.plan)
+    timeline = simulate(result.plan, compile_plan(result.plan), model_of(problem))
+    assert result.lower_bound_s <= timeline.step_s * (1 + 1e-9)

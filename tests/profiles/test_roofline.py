@@ -13,7 +13,7 @@ from profiles.clusters import DEVICES, make_cluster
 from profiles.collectives import Collectives
 from profiles.costs import Component, Operation
 from profiles.hardware import DeviceSpec
-from profiles.roofline import RooflineCosts
+from profiles.roofline import RooflineCosts, block_products
 
 # Milliseconds at tp 1, 2, 4, 8, with collectives, from the kernels that NVIDIA's aiconfigurator
 # publishes: forward of one block, one sequence of 2048 tokens.
@@ -159,3 +159,21 @@ def test_more_shards_are_never_slower(
         for tp in (1, 2, 4, 8)
     ]
     assert by_tp == sorted(by_tp, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-7b", "gpt2-xl", "gemma-2b", "mixtral-8x7b", "qwen1.5-moe-a2.7b"]
+)
+def test_a_token_is_multiplied_with_the_matrices_that_it_passes_through(name: str) -> None:
+    """2 FLOPs for each active weight of a block; with experts each read once if it has a token."""
+    spec = MODELS[name]
+    ends = spec.embedding_parameters + spec.position_parameters + spec.head_parameters
+    active = (spec.active_parameters - ends) / spec.num_layers
+    for size in (1, 7, 4096):
+        products = block_products(spec, 1, size)
+        weights = sum(p.groups * p.rows * p.inner * p.columns for p in products) / size
+        assert weights == pytest.approx(active, rel=2e-3)  # norms and biases are no products
+    read = sum(p.groups * p.inner * p.columns for p in block_products(spec, 1, 4096))
+    assert read == pytest.approx(spec.block_parameters, rel=2e-3)
+    read = sum(p.groups * p.inner * p.columns for p in block_products(spec, 1, 1))
+    assert read == pytest.approx(active, rel=2e-3)

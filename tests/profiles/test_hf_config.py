@@ -1,0 +1,183 @@
+"""Protects reading config.json: fields as published, and refusals of what would compute otherwise.
+
+Oracle: excerpts of the checkpoints' own files, in the older form of transformers 4.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from profiles.errors import ConfigError
+from profiles.hf_config import FAMILIES, hf_config, read_hf_config, spec_from_hf
+from profiles.models import ModelSpec, RopeScaling
+
+BASE: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3,
+    "intermediate_size": 96, "vocab_size": 128, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def read(**changes: Any) -> ModelSpec:
+    return spec_from_hf({**BASE, **changes}, name="x")
+
+
+def test_llama_3_1_as_its_file_says_it() -> None:
+    scaling = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+               "original_max_position_embeddings": 8192, "rope_type": "llama3"}  # fmt: skip
+    spec = read(rope_scaling=scaling, rope_theta=500000.0, num_key_value_heads=2)
+    assert spec.rope_scaling == RopeScaling(kind="llama3", factor=8.0, original_positions=8192)
+    assert (spec.rope_theta, spec.num_kv_heads, spec.head_dim) == (5e5, 2, 16)
+    # transformers 5 writes one field; earlier versions called the kind "type".
+    again = read(
+        rope_parameters={**scaling, "rope_theta": 5e5}, rope_theta=None, num_key_value_heads=2
+    )
+    assert again == spec
+    scaling["type"] = scaling.pop("rope_type")
+    assert read(rope_scaling=scaling, rope_theta=5e5, num_key_value_heads=2) == spec
+
+
+def test_gemma_as_its_first_file_says_it() -> None:
+    """gelu means its approximation, the head is tied without saying so, null is the default."""
+    spec = read(model_type="gemma", hidden_act="gelu", head_dim=None, hidden_activation=None)
+    assert (spec.activation, spec.tied_embedding, spec.head_dim) == ("gelu_tanh", True, 256)
+    assert (spec.norm, spec.scaled_embedding) == ("rms_plus_one", True)
+
+
+def test_gpt2_as_its_file_says_it() -> None:
+    spec = spec_from_hf(
+        {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+         "n_ctx": 1024, "vocab_size": 50257, "layer_norm_epsilon": 1e-5,
+         "activation_function": "gelu_new", "attn_pdrop": 0.1},
+        name="gpt2",
+    )  # fmt: skip
+    assert (spec.ffn, spec.num_kv_heads, spec.head_dim, spec.tied_embedding) == (3072, 12, 64, True)
+    assert spec.num_parameters == 124_439_808
+
+
+def test_experts_as_their_files_say_them() -> None:
+    mixtral = read(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
+    assert (mixtral.num_experts, mixtral.experts_per_token) == (8, 2)
+    assert mixtral.normalize_top_k
+    fields = {"moe_intermediate_size": 32, "num_experts_per_tok": 4, "norm_topk_prob": False}
+    qwen = read(model_type="qwen2_moe", num_experts=60, shared_expert_intermediate_size=48,
+                decoder_sparse_step=1, mlp_only_layers=[], **fields)  # fmt: skip
+    assert (qwen.ffn, qwen.shared_ffn, qwen.num_experts, qwen.qkv_bias) == (32, 48, 60, True)
+    assert not qwen.normalize_top_k
+    # transformers 5 gives Qwen's number of experts Mixtral's name.
+    again = read(model_type="qwen2_moe", num_local_experts=60, shared_expert_intermediate_size=48,
+                 **fields)  # fmt: skip
+    assert again == qwen
+
+
+@pytest.mark.parametrize(
+    "fields, window",
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, 64),
+        ({"model_type": "mistral", "sliding_window": None}, 0),
+        ({"model_type": "mistral", "sliding_window": 256}, 0),  # binds nobody
+        ({"model_type": "phi3", "sliding_window": 47}, 47),
+        ({"model_type": "llama", "sliding_window": 64}, 0),  # not a field of LLaMA's
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False}, 0),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, 0),
+        (
+            {
+                "model_type": "qwen2",
+                "sliding_window": 64,
+                "use_sliding_window": True,
+                "max_window_layers": 0,
+            },
+            64,
+        ),
+    ],
+)
+def test_a_window_counts_where_the_family_uses_it(fields: dict[str, Any], window: int) -> None:
+    """Qwen2's first ``max_window_layers``, by default 28, see everything."""
+    assert read(**fields).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: gemma, gpt2"),
+        ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2' is not supported"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; it must be a whole number"),
+        ({"intermediate_size": None}, "intermediate_size is None"),
+        ({"hidden_act": "relu"}, "the activation 'relu' is not supported; supported: silu"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: rope scaling without a factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supp"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "0.5 is not at least 1"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.75}}, "rotated in part are not supported"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+            "rope's mscale is not supported",
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "sliding_window": 64,
+                "use_sliding_window": True,
+                "max_window_layers": 2,
+            },
+            "max_window_layers: a sliding window of 64 tokens in some layers only",
+        ),
+        (
+            {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+            "decoder_sparse_step 2 is not supported",
+        ),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(**fields)
+
+
+@pytest.mark.parametrize(
+    "text, message", [("{", "not JSON"), ("[]", "not a JSON object"), ("\xff", "not JSON")]
+)
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=rf"config.json: {message}"):
+        read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_written_config_is_json_and_read_back(family: str) -> None:
+    experts = {"num_experts": 4, "experts_per_token": 2} if "num_experts" in (
+        FAMILIES[family].keys
+    ) else {}  # fmt: skip
+    fields: dict[str, Any] = {**FAMILIES[family].fixed, **experts}
+    spec = ModelSpec(
+        name="x", family=family, num_layers=2, hidden=32, num_heads=4, num_kv_heads=4, head_dim=8,
+        ffn=48, vocab=99, source="config.json", **fields,
+    )  # fmt: skip
+    config = json.loads(json.dumps(hf_config(spec))) | {"tie_word_embeddings": False}
+    assert spec_from_hf(config, name="x") == spec
+    plan = ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert plan == spec
+
+
+def test_a_plan_keeps_stretched_positions() -> None:
+    spec = read(rope_scaling={"type": "linear", "factor": 2.0})
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    with pytest.raises(ConfigError, match="rope type 'wide' is not supported"):
+        ModelSpec.from_dict({**spec.to_dict(), "rope_scaling": {"kind": "wide", "factor": 2.0}})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_experts": 2}, "0 of 2 experts cannot take a token"),
+        ({"num_experts": 2, "experts_per_token": 3}, "3 of 2 experts"),
+        ({"sliding_window": -1}, "-1 is not a whole number"),
+        ({"norm": "batch"}, "'batch' is not one of rms, rms_plus_one, layer"),
+        ({"num_kv_heads": 3}, "4 heads cannot share 3 kv heads evenly"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelSpec.from_dict({**read().to_dict(), **changes})
