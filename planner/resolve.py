@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from planner.arguments import whole
+from planner.cluster_file import is_cluster_file, load_cluster
 from planner.cost import CostModel
 from planner.plan import ExecutionPlan
 from profiles.clusters import PLATFORMS, local_cluster, make_cluster
@@ -26,7 +27,7 @@ _DEFAULT_GPUS = {"local": 2}
 def resolve_cluster(
     cluster: str | None, device: str | None, gpus: str | None, table: CostTable | None
 ) -> ClusterSpec:
-    """The cluster that ``--cluster``, ``--device`` and ``--gpus`` mean.
+    """The cluster that ``--cluster``, ``--device`` and ``--gpus`` mean; a file may be a cluster's.
 
     With ``--cluster local`` the device is the one that ``table`` was measured on, if there is
     one.
@@ -35,6 +36,14 @@ def resolve_cluster(
         ConfigError: an unknown device, a count that is none or does not fill its nodes, or both
             flags with different devices.
     """
+    if cluster and is_cluster_file(cluster):
+        if device is not None:
+            raise ConfigError(
+                f"{cluster} says which device it has", where="--device",
+                remedy="leave it out, or write cluster.device.FIELD=… after the flags",
+            )  # fmt: skip
+        given = None if gpus is None else whole(gpus, "--gpus", least=1)
+        return load_cluster(cluster, num_devices=given)
     name = cluster or device or "a100"
     if cluster and device and cluster != device:
         raise ConfigError(
@@ -100,10 +109,33 @@ def costs_of_plan(
 
     ``note`` is told in a sentence where the plan's profile cannot be found.
     """
+    return make_costs(plan.problem.cluster, table_of_plan(plan, profile, note))
+
+
+def table_of_plan(
+    plan: ExecutionPlan, profile: str | None, note: Callable[[str], None]
+) -> CostTable | None:
+    """The measured costs of ``costs_of_plan``; None where it takes peak rates."""
     recorded = plan.provenance.get("profile")
     if profile is None and isinstance(recorded, str):
         if Path(recorded).is_file():
             profile = recorded
         else:
             note(f"the plan's profile {recorded} is not here: costs are from peak rates")
-    return make_costs(plan.problem.cluster, load_table(profile))
+    return load_table(profile)
+
+
+Reprice = Callable[[ClusterSpec], CostModel]
+
+
+def hardware_levers(table: CostTable | None) -> tuple[Reprice | None, Reprice | None]:
+    """(costs with other links, costs with another device), as ``planner.explain`` takes them.
+
+    None where the costs are measured: a table says nothing of hardware that was not there.
+    """
+
+    def reprice(cluster: ClusterSpec) -> CostModel:
+        return make_costs(cluster, table)
+
+    measured = table is not None and any(row.component == "collective" for row in table.rows)
+    return (None if measured else reprice), (reprice if table is None else None)

@@ -5,10 +5,15 @@ those that were decided, and a user's mistake is one sentence and exit code 2.
 from __future__ import annotations
 
 import json
+import random
 import re
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from planner.cli import build_parser, main
 from planner.plan_schema import load_plan
@@ -185,7 +190,13 @@ def test_the_flags_of_search() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["search", "--help"], ["show", "--help"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        *([verb, "--help"] for verb in ("search", "show", "baselines", "compare", "explain")),
+    ],
+)
 def test_help_has_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(argv)
@@ -218,6 +229,21 @@ def test_help_has_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) 
         (["search", "--model", "tiny", "--profile", "no.json"], "no.json: no such file"),
         (["search", "--model", "tiny", "-o", "no/plan.json"], "-o: no folder for no/plan.json"),
         (["search", "--model", "llama-70b", "--gpus", "8"], "role actor does not fit.*too little"),
+        (["search", "--model", "tiny", "gap=2"], "gap: 2 is not from 0 to below 1"),
+        (["search", "--model", "tiny", "memory_limit=90GiB"], "memory_limit: 90.00 GiB is above"),
+        (["search", "--model", "tiny", "memory_limit=big"], "memory_limit: 'big' is not a number"),
+        (["search", "--model", "tiny", "cluster.x=1"], "cluster.x: unknown field 'x'"),
+        (["search", "--model", "tiny", "lock.gen=plan.json"], "lock.gen: plan.json has no call"),
+        (["search", "--model", "tiny", "lock.a.mesh=[0]"], r"lock.a.mesh: \[0\] is no mesh"),
+        (["search", "--model", "tiny", "lock.a.strategy=x"], "lock.a.strategy: 'x' is not a lay"),
+        (["search", "--model", "tiny", "lock.zz.mesh=[0,1]"], "lock.zz: unknown call 'zz'"),
+        (["search", "--model", "tiny", "--cluster", "c.yaml"], "c.yaml: cannot be read"),
+        (["baselines", "--model", "tiny", "-o", "none"], "-o: none is no folder"),
+        (
+            ["compare", "plan.json", "long.json"],
+            r"workload.response_tokens \(16 and 32\)",
+        ),
+        (["explain", "plan.json", "--against", "no.json"], "no.json: cannot be read"),
         (["show", "no.json"], "no.json: cannot be read"),
         (["show", "plan.json", "--rank", "2"], "--rank: 2 is not a rank of this plan; use 0 to 1"),
         (["show", "plan.json", "--rank", "x"], "--rank: 'x' is not a whole number"),
@@ -237,6 +263,8 @@ def test_a_users_mistake_is_one_sentence(
     text = plan_file.read_text()
     Path("cut.json").write_text(text[: len(text) // 2])
     data = json.loads(text)
+    data["workload"]["response_tokens"] = 32
+    Path("long.json").write_text(json.dumps(data))
     data["cluster"].update(devices_per_node=8)
     data["allocations"]["ref_inf"].update(mesh=[0, 8])
     data["allocations"]["ref_inf"]["strategy"].update(dp=1, pp=1, tp=8)
@@ -252,6 +280,117 @@ def test_a_users_mistake_is_one_sentence(
     assert last.startswith("realplan: ")
     assert "Traceback" not in captured.err
     assert re.search(message, last), last
+
+
+def test_a_limit_and_a_cluster_field_reach_the_plan(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    words = ["memory_limit=30GiB", "cluster.intra_link.bytes_per_s=5GB", "gap=0.5"]
+    assert main(["search", *FAST, *SMALL, *words, "-o", str(out)]) == 0
+    cluster = load_plan(out).problem.cluster
+    assert cluster.device.memory_bytes == 30 * 2**30
+    assert cluster.intra_link.bytes_per_s == 5e9
+
+
+def test_baselines_are_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each written plan is one that ``search`` says no worse than."""
+    assert main(["baselines", *FAST[:4], *SMALL, "-o", str(tmp_path)]) == 0
+    assert "symmetric" in capsys.readouterr().out
+    best = tmp_path / "best.json"
+    assert main(["search", *FAST, *SMALL, "-o", str(best)]) == 0
+    found = load_plan(best)
+    for name in ("symmetric", "greedy"):
+        baseline = load_plan(tmp_path / f"{name}.json")
+        assert baseline.estimate is not None
+        assert found.estimate is not None
+        assert found.estimate.step_s <= baseline.estimate.step_s * (1 + 1e-9)
+    shape = {
+        a.strategy.short for n, a in load_plan(tmp_path / "symmetric.json").allocations.items()
+    }
+    assert len(shape) == 1
+
+
+def test_explain_and_compare_read_plans(
+    plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = plan_file.with_name("other.json")
+    data = json.loads(plan_file.read_text())
+    one = {"dp": 1, "pp": 1, "tp": 1, "zero": 0, "recompute": "none", "sequence_parallel": False}
+    data["allocations"]["actor_gen"].update(mesh=[0, 1], strategy=one, num_micro_batches=1)
+    other.write_text(json.dumps(data))
+    assert main(["explain", str(plan_file), "--against", str(other)]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "sets the pace",
+        "who waits",
+        "memory: device",
+        "were one thing faster",
+        "why not",
+    ):
+        assert text in out
+    assert main(["compare", str(plan_file), str(other), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["faster"] in (str(plan_file), str(other))
+    assert {swap["call"] for swap in found["swaps"]} <= {"actor_gen"}
+    assert main(["explain", str(plan_file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cycle"]["num_steps"] >= 1
+
+
+def test_ctrl_c_leaves_the_best_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first improvement is followed by SIGINT: the plan is written, the exit code is 0."""
+    from planner.cli_search import _Progress
+
+    tell = _Progress.tell
+
+    def interrupt(self: _Progress, *args: float) -> None:
+        tell(self, *args)  # type: ignore[arg-type]
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(_Progress, "tell", interrupt)
+    out = tmp_path / "plan.json"
+    words = ["--model", "llama-7b", "--gpus", "8", "batch_size=64", "-o", str(out)]
+    assert main(["search", *words]) == 0
+    assert "interrupted: the plan is the best so far" in capsys.readouterr().err
+    assert load_plan(out).estimate is not None
+
+
+def test_doctor_finds_this_installation_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    states = {f["what"]: f["state"] for f in found["findings"]}
+    assert states["self-test"] == "ok"
+    assert code == int("wrong" in states.values())
+    assert found["ok"] == (code == 0)
+
+
+def _mutated(value: Any, rng: random.Random) -> Any:
+    """``value`` with one leaf somewhere replaced by something odd."""
+    odd = [None, True, -1, 0, 10**30, 1.5, "x", "", [], {}, [1, 2, 3], float("1e300")]
+    if isinstance(value, dict) and value:
+        key = rng.choice(sorted(value))
+        return {**value, key: _mutated(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        i = rng.randrange(len(value))
+        return [*value[:i], _mutated(value[i], rng), *value[i + 1 :]]
+    return rng.choice(odd)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 2**32), verb=st.sampled_from(["show", "explain", "estimate", "compare"]))
+def test_a_broken_plan_never_ends_in_a_traceback(seed: int, verb: str, plan_file: Path) -> None:
+    """Any mutation of a plan file either works or is one sentence with exit code 2."""
+    rng = random.Random(seed)
+    data = json.loads(plan_file.read_text())
+    for _ in range(rng.choice([1, 1, 2])):
+        data = _mutated(data, rng)
+    broken = plan_file.with_name("broken.json")
+    broken.write_text(json.dumps(data))
+    more = [str(plan_file)] if verb == "compare" else []
+    assert main([verb, str(broken), *more]) in (0, 2)
 
 
 def test_json_errors_are_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,151 @@
+"""The verbs that read: of plans ``show``, ``estimate``, ``compare`` and ``explain``, of the
+catalogue ``models`` and ``devices``, of the installation ``doctor``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from planner.arguments import whole
+from planner.compare import compare
+from planner.console import note, output_console, say
+from planner.cost import CostModel
+from planner.doctor import examine
+from planner.explain import explain
+from planner.plan import ExecutionPlan
+from planner.plan_schema import load_plan, plan_to_dict, save_plan
+from planner.report import print_plan, program_table
+from planner.report_explain import comparison_to_dict, print_comparison, print_explanation
+from planner.resolve import costs_of_plan, hardware_levers, make_costs, table_of_plan
+from planner.search import estimate_plan
+from planner.simulate import StepPrices, Timeline
+from profiles.catalogue import MODELS
+from profiles.clusters import DEVICES
+from profiles.units import format_bytes
+
+
+def _timeline(plan: ExecutionPlan, costs: CostModel) -> tuple[ExecutionPlan, Timeline]:
+    """The plan with a fresh estimate, and its timeline."""
+    return estimate_plan(plan, StepPrices(plan.problem, costs))
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """``realplan show``: today's numbers of a plan, or what one rank does."""
+    plan = load_plan(args.plan)
+    if args.rank is not None:
+        output_console().print(program_table(plan, whole(args.rank, "--rank", least=0)))
+        return 0
+    if args.json:
+        print(json.dumps(plan_to_dict(plan)))
+        return 0
+    plan, timeline = _timeline(plan, costs_of_plan(plan, args.profile, note))
+    print_plan(plan, timeline, output_console())
+    return 0
+
+
+def run_estimate(args: argparse.Namespace) -> int:
+    """``realplan estimate``: an edited plan's seconds and memory, written into it with -o."""
+    plan = load_plan(args.plan)
+    plan, timeline = _timeline(plan, costs_of_plan(plan, args.profile, note))
+    if args.output is not None:
+        save_plan(plan, args.output)
+    if args.json:
+        print(json.dumps(plan_to_dict(plan)["estimate"]))
+        return 0
+    print_plan(plan, timeline, output_console())
+    return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """``realplan compare``: two plans of one problem, or of two clusters."""
+    a, b = load_plan(args.plan), load_plan(args.other)
+    costs = [costs_of_plan(plan, args.profile, note) for plan in (a, b)]
+    found = compare(a, b, *costs, names=(args.plan, args.other))
+    if args.json:
+        print(json.dumps(comparison_to_dict(found)))
+        return 0
+    print_comparison(found, output_console())
+    return 0
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """``realplan explain``: what binds, where the next gain is, why not another plan."""
+    plan = load_plan(args.plan)
+    table = table_of_plan(plan, args.profile, note)
+    links, device = hardware_levers(table)
+    found = explain(plan, make_costs(plan.problem.cluster, table), links=links, device=device)
+    against = None
+    if args.against is not None:
+        other = load_plan(args.against)
+        costs = [costs_of_plan(p, args.profile, note) for p in (plan, other)]
+        against = compare(plan, other, *costs, names=(args.plan, args.against))
+    if args.json:
+        data: dict[str, Any] = asdict(found)
+        if against is not None:
+            data["against"] = comparison_to_dict(against)
+        print(json.dumps(data))
+        return 0
+    print_explanation(plan, found, output_console())
+    if against is not None:
+        say(output_console(), f"\nwhy not {args.against}?")
+        print_comparison(against, output_console())
+    return 0
+
+
+# ---- catalogue and installation ---------------------------------------------------------------
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], headings: Iterable[str], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(list(rows)))
+        return 0
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(row[heading]) for heading in headings))
+    output_console().print(table)
+    return 0
+
+
+def run_models(args: argparse.Namespace) -> int:
+    """``realplan models``."""
+    rows = [
+        {"name": s.name, "parameters": f"{s.num_parameters / 1e9:.2f}B", "layers": s.num_layers,
+         "hidden": s.hidden, "heads": s.num_heads, "kv heads": s.num_kv_heads, "vocab": s.vocab,
+         "source": s.source}
+        for s in MODELS.values()
+    ]  # fmt: skip
+    return _print_rows(rows, rows[0], args.json)
+
+
+def run_devices(args: argparse.Namespace) -> int:
+    """``realplan devices``."""
+    rows = [
+        {"name": d.name, "TFLOP/s": f"{d.peak_flops / 1e12:g}",
+         "memory": format_bytes(d.memory_bytes), "GB/s": f"{d.memory_bytes_per_s / 1e9:g}",
+         "source": d.source}
+        for d in DEVICES.values()
+    ]  # fmt: skip
+    return _print_rows(rows, rows[0], args.json)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """``realplan doctor``: 0 where the installation is whole, else 1."""
+    found = examine()
+    wrong = any(finding.state == "wrong" for finding in found)
+    if args.json:
+        print(json.dumps({"ok": not wrong, "findings": [asdict(finding) for finding in found]}))
+        return int(wrong)
+    console = output_console()
+    for finding in found:
+        mark = {"ok": "ok    ", "absent": "absent", "wrong": "WRONG "}[finding.state]
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        say(console, f"{mark}  {finding.what}: {finding.text}{remedy}")
+    return int(wrong)

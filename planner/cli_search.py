@@ -1,0 +1,268 @@
+"""The verbs that plan: ``search`` and ``baselines``, from flags to a saved plan.
+
+Flags and ``key=value`` words become a ``Problem`` and ``Overrides``; the rest is
+``planner.search``. Progress goes to stderr. Ctrl-C ends a search with the best plan so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from planner.algorithm import Algorithm, find_algorithm, make_config, make_problem
+from planner.arguments import seconds, whole
+from planner.console import note, output_console, say
+from planner.cost import CostModel
+from planner.overrides import Overrides, parse_overrides
+from planner.plan import ExecutionPlan, Problem
+from planner.plan_schema import plan_to_dict, save_plan
+from planner.report import BASELINE_NAMES, print_plan
+from planner.resolve import load_table, make_costs, resolve_cluster
+from planner.search import estimate_plan, search
+from planner.search.baselines import BASELINES
+from planner.search.bounds import lower_bound_s
+from planner.search.evaluate import Evaluator
+from planner.search.mcmc import greedy
+from planner.search.options import OptionSpace
+from planner.simulate import StepPrices
+from profiles.catalogue import resolve_model
+from profiles.errors import ConfigError, InfeasibleError
+from profiles.table import CostTable
+from profiles.units import format_bytes, format_seconds
+
+# With --model of this family the critic is llama-7b, as in published RLHF experiments.
+_LLAMA_ACTORS = ("llama-7b", "llama-13b", "llama-34b", "llama-70b")
+# Flags that stand for an option of every algorithm.
+_SUGAR = {"prompt_len": "prompt_len", "response_len": "response_len", "batch_size": "batch_size"}
+
+
+def make_search_problem(
+    args: argparse.Namespace, overrides: Overrides, table: CostTable | None
+) -> Problem:
+    """The problem that the flags and words of ``search`` describe."""
+    algorithm = find_algorithm(args.algorithm)
+    sugar = [
+        f"{key}={whole(getattr(args, flag), '--' + flag.replace('_', '-'), least=1)}"
+        for flag, key in _SUGAR.items()
+        if getattr(args, flag) is not None
+    ]
+    config = make_config(algorithm.config_class, [*sugar, *overrides.algorithm])
+    critic = args.critic or ("llama-7b" if args.model in _LLAMA_ACTORS else args.model)
+    cluster = overrides.on(resolve_cluster(args.cluster, args.device, args.gpus, table))
+    problem = make_problem(
+        algorithm, config, model=resolve_model(args.model), critic=_resolve_critic(critic),
+        paths=_paths(args, algorithm, config), cluster=cluster,
+    )  # fmt: skip
+    overrides.check_calls(problem.graph)
+    if overrides.locks:
+        raise ConfigError(
+            "engines cannot keep a call's allocation yet", where=f"lock.{min(overrides.locks)}",
+            remedy="edit the plan and see realplan estimate",
+        )  # fmt: skip
+    return problem
+
+
+def _paths(args: argparse.Namespace, algorithm: Algorithm, config: Any) -> Mapping[str, str]:
+    """Each role's folder, where a flag names one.
+
+    A critic without ``--critic`` starts from the actor's weights; a reward model does not, for
+    it needs a head that was trained.
+    """
+    graph, found = algorithm.graph(config), {}
+    folders = {"model": args.model, "critic": args.critic or args.model}
+    for role, spec in algorithm.roles(config).items():
+        frozen_scalar = spec.head == "scalar" and graph.train_call(role) is None
+        if Path(folders[spec.source]).is_dir() and (args.critic or not frozen_scalar):
+            found[role] = folders[spec.source]
+    return found
+
+
+def _resolve_critic(name: str) -> Any:
+    try:
+        return resolve_model(name)
+    except ConfigError as error:
+        where = "--critic" if error.where == "--model" else error.where
+        raise ConfigError(error.problem, where=where, remedy=error.remedy) from None
+
+
+def _provenance(args: argparse.Namespace, evaluations: int) -> Mapping[str, Any]:
+    """Where a plan comes from: tool, date, profile, engine."""
+    try:
+        tool = version("realplan")
+    except PackageNotFoundError:  # a bare checkout
+        tool = "unknown"
+    return {
+        "tool": f"realplan {tool}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "profile": args.profile,
+        "engine": getattr(args, "engine", "baseline"),
+        "evaluations": evaluations,
+    }
+
+
+def run_search(args: argparse.Namespace) -> int:
+    """``realplan search``."""
+    seed = whole(args.seed, "--seed", least=0)
+    time_limit_s = seconds(args.time_limit, "--time-limit")
+    if not Path(args.output).absolute().parent.is_dir():
+        raise ConfigError(
+            f"no folder for {args.output}", where="-o", remedy="name a file in one that exists"
+        )
+    overrides = parse_overrides(args.words)
+    table = load_table(args.profile)
+    problem = make_search_problem(args, overrides, table)
+    costs = make_costs(problem.cluster, table)
+    if table is None:
+        note(f"no --profile: costs are from {problem.cluster.device.name}'s peak rates")
+    with _interrupts() as interrupted, _Progress() as progress:
+        result = search(
+            problem, costs, engine=args.engine, seed=seed, time_limit_s=time_limit_s,
+            progress=progress.tell, gap=overrides.gap,
+        )  # fmt: skip
+    plan = dataclasses.replace(result.plan, provenance=_provenance(args, result.evaluations))
+    save_plan(plan, args.output)
+    if interrupted:
+        note("interrupted: the plan is the best so far")
+    if args.json:
+        print(json.dumps(plan_to_dict(plan)))
+        return 0
+    print_plan(plan, result.timeline, output_console())
+    say(output_console(), f"\n{result.evaluations} plans looked at; the best is in {args.output}")
+    return 0
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Signals of Ctrl-C so far: an engine ends on the first with what it has."""
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Progress:
+    """Best so far, on stderr: one line that changes on a terminal, else a line a second."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._status = self._console.status("costing the options of every call")
+        self._start_s = self._told_s = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def tell(self, evaluations: int, best_s: float) -> None:
+        """A new best plan."""
+        now_s = time.monotonic()
+        text = (
+            f"{now_s - self._start_s:.0f} s: {evaluations:,} plans, "
+            f"best {format_seconds(best_s)} per step"
+        )
+        if self._console.is_terminal:
+            self._status.update(text)
+        elif now_s - self._told_s >= 1.0:
+            self._told_s = now_s
+            say(self._console, text)
+
+
+# ---- baselines --------------------------------------------------------------------------------
+
+
+def run_baselines(args: argparse.Namespace) -> int:
+    """``realplan baselines``: what people do without a search, with their plans on request."""
+    overrides = parse_overrides(args.words)
+    table = load_table(args.profile)
+    problem = make_search_problem(args, overrides, table)
+    plans = baseline_plans(problem, make_costs(problem.cluster, table))
+    if args.output is not None:
+        folder = Path(args.output)
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{folder} is no folder", where="-o", remedy="name one that exists"
+            )  # fmt: skip
+        for name, plan in plans.items():
+            save_plan(dataclasses.replace(plan, provenance=_provenance(args, 1)), folder /
+                      f"{name}.json")  # fmt: skip
+    if args.json:
+        print(json.dumps({name: plan_to_dict(plan) for name, plan in plans.items()}))
+        return 0
+    output_console().print(_baselines_table(problem, plans))
+    if args.output is not None:
+        names = ", ".join(f"{name}.json" for name in plans)
+        say(output_console(), f"written to {args.output}: {names}")
+    return 0
+
+
+def baseline_plans(problem: Problem, costs: CostModel) -> Mapping[str, ExecutionPlan]:
+    """The plans that fit, with their estimates, by name: symmetric, split, greedy.
+
+    Greedy gives each call the fastest option it has alone, the others not looked at.
+
+    Raises:
+        InfeasibleError: none of them fits.
+    """
+    space = OptionSpace(problem, StepPrices(problem, costs))
+    evaluator = Evaluator(space)
+    bound_s = lower_bound_s(evaluator)
+    found = {}
+    for name, baseline in BASELINES.items():
+        best = baseline(evaluator)
+        if best is not None:
+            found[name] = best.assignment
+    each = greedy(evaluator)
+    if evaluator.overshoot(each) == 0:
+        found["greedy"] = each
+    if not found:
+        raise InfeasibleError(
+            f"no baseline fits on {problem.cluster.name}",
+            remedy="realplan search looks at every plan and says what lacks",
+        )
+    return {
+        name: estimate_plan(evaluator.plan(a), space.prices, lower_bound=bound_s)[0]
+        for name, a in found.items()
+    }
+
+
+def _baselines_table(problem: Problem, plans: Mapping[str, ExecutionPlan]) -> Table:
+    table = Table(title=f"{problem.graph.name} on {problem.cluster.name}", title_justify="left")
+    for heading in ("baseline", "a step", "fullest device", "what it is"):
+        table.add_column(heading, overflow="fold")
+    for name, plan in sorted(plans.items(), key=lambda item: _step_s(item[1])):
+        assert plan.estimate is not None
+        table.add_row(
+            name, format_seconds(plan.estimate.step_s), format_bytes(plan.estimate.peak_bytes),
+            BASELINE_NAMES.get(name, ""),
+        )  # fmt: skip
+    for name in sorted({*BASELINES, "greedy"} - set(plans)):
+        table.add_row(name, "does not fit", "", BASELINE_NAMES.get(name, ""))
+    return table
+
+
+def _step_s(plan: ExecutionPlan) -> float:
+    assert plan.estimate is not None
+    return plan.estimate.step_s
