@@ -9,9 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from rich.console import Console
 
@@ -20,7 +19,7 @@ from executor.launch import local
 from executor.resume import find_checkpoint
 from executor.run import Run, one_layout_plan, resolve
 from executor.summary import compare, print_comparison, saved_models, write_summary
-from planner.algorithm import find_algorithm, make_config, make_problem
+from planner.algorithm import find_algorithm, make_config, make_problem, role_paths
 from planner.arguments import parse_with_words
 from planner.plan import ExecutionPlan
 from planner.plan_schema import load_plan
@@ -61,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--device", default="cpu", metavar="NAME", help="with --layout: cpu (default), a100, …"
     )
-    run.add_argument("--algorithm", default="ppo", help="with --layout (default ppo)")
+    run.add_argument(
+        "--algorithm", default="ppo", metavar="NAME|FILE.py", help="with --layout (default ppo)"
+    )
     run.add_argument(
         "--resume", action="store_true",
         help="go on from the newest checkpoint in the output, if there is one (resume=auto)",
@@ -87,30 +88,19 @@ def _split(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return (paths[0] if paths else None), overrides
 
 
-def model_paths(model: str, critic: str | None) -> Mapping[str, str]:
-    """Which of the two models given are folders with weights."""
-    paths = {}
-    for source, name in (("model", model), ("critic", critic or model)):
-        if Path(name).is_dir():
-            paths[source] = name
-    return paths
-
-
 def _layout_plan(args: argparse.Namespace, overrides: Sequence[str]) -> ExecutionPlan:
     if args.model is None:
         raise ConfigError("missing", where="--model", remedy="--layout needs --model NAME|FOLDER")
     strategy = parse_strategy(args.layout)
     algorithm = find_algorithm(args.algorithm)
     config = make_config(algorithm.config_class, overrides)
-    folders = model_paths(args.model, args.critic)
-    roles = algorithm.roles(config)
     problem = make_problem(
         algorithm,
         config,
         model=resolve_model(args.model),
         critic=resolve_model(args.critic or args.model),
         cluster=make_cluster(args.device, strategy.num_devices),
-        paths={r: folders[spec.source] for r, spec in roles.items() if spec.source in folders},
+        paths=role_paths(algorithm, config, model=args.model, critic=args.critic),
     )
     return one_layout_plan(problem, strategy, seed=config.seed)
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from planner.algorithm import (
     Algorithm,
     config_to_dict,
     find_algorithm,
+    import_functions,
     make_config,
 )
 from planner.graph import CallKind
@@ -115,13 +116,14 @@ def check_weights(run: Run, role: str) -> None:
         raise CheckpointError(
             f"the plan names no weights for {role}",
             where=f"{role}.path",
-            remedy=f"give {role}.path=FOLDER, or init=random for a benchmark",
+            remedy=_weights_remedy(run, role),
         )
     if not Path(path).is_dir():
         raise CheckpointError(
             f"no folder '{path}'", where=f"{role}.path",
             remedy="give a Hugging Face folder with config.json and safetensors",
         )  # fmt: skip
+    check_head(run, role, Path(path))
     planned = run.plan.problem.models[role]
     found = read_hf_config(path, head=planned.head)
     unlike = [
@@ -137,9 +139,35 @@ def check_weights(run: Run, role: str) -> None:
         )
 
 
+def _weights_remedy(run: Run, role: str) -> str:
+    if is_scored_by_model(run, role) and hasattr(run.config.models()[role], "source"):
+        return f"give {role}.path=FOLDER of a trained reward model, or {role}.source=vader"
+    return f"give {role}.path=FOLDER, or init=random for a benchmark"
+
+
+def is_scored_by_model(run: Run, role: str) -> bool:
+    """A frozen role with a scalar head: its weights must have been trained to score."""
+    graph = run.plan.problem.graph
+    return run.plan.problem.models[role].head == "scalar" and graph.train_call(role) is None
+
+
+def check_head(run: Run, role: str, folder: Path) -> None:
+    """Raise ``CheckpointError`` where a frozen scalar head would be random: a language model's."""
+    if not is_scored_by_model(run, role):
+        return
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kinds = saved.get("architectures") or []
+    if any(kind.endswith("ForCausalLM") for kind in kinds):
+        raise CheckpointError(
+            f"{folder} is a language model ({', '.join(kinds)}): it has no head that scores",
+            where=f"{role}.path",
+            remedy=f"train one with --algorithm reward, or use {role}.source=vader",
+        )
+
+
 def functions_of(run: Run) -> dict[str, Any]:
     """The torch half of the algorithm: an object for every call."""
-    module = importlib.import_module(run.algorithm.functions)
+    module = import_functions(run.algorithm)
     functions: dict[str, Any] = module.make_functions(run.config)
     missing = [c.name for c in run.plan.problem.graph.calls if c.name not in functions]
     assert not missing, f"{run.algorithm.functions} has no function for {missing}"

@@ -1,15 +1,21 @@
 """``Algorithm``: what an RLHF algorithm tells the planner and the executor, found by its name.
 
 An algorithm is light here (graph, configuration, models it needs) and names the module of its
-torch half. Ours and a user's are found alike, through the entry-point group
-``realplan.algorithms``; nothing imports an algorithm directly.
+torch half. Ours and a user's are found alike: by name through the entry-point group
+``realplan.algorithms``, or in a Python file that defines ``ALGORITHM``.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -40,7 +46,9 @@ class Algorithm:
 
     ``config_class`` is a dataclass with a default for every field; ``graph``, ``workload`` and
     ``roles`` are functions of such a configuration. ``functions`` is the import path of the
-    module with the torch half, which has ``make_functions(config) -> {call name: function}``.
+    module with the torch half, which has ``make_functions(config) -> {call name: function}``;
+    of an algorithm in a file it may be a ``.py`` file beside it. ``data`` is what a line of the
+    data is: a prompt, a prompt with its answer, or a pair of answers.
     """
 
     name: str
@@ -49,24 +57,100 @@ class Algorithm:
     workload: Callable[[Any], Workload]
     roles: Callable[[Any], Mapping[str, RoleSpec]]
     functions: str
+    data: Literal["prompts", "answers", "pairs"] = "prompts"
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The algorithm of this name.
+    """The algorithm of this name, or that a ``.py`` file defines as ``ALGORITHM``.
+
+    The latter is named by its file's whole path, so that a plan finds it again.
 
     Raises:
-        ConfigError: no installed package offers it; lists those that are offered.
+        ConfigError: no installed package offers it (lists those that are offered), or no such
+            file, one that cannot be imported, or one without an ``ALGORITHM``.
     """
+    if name.endswith(".py"):
+        return _algorithm_of_file(Path(name).resolve())
     offered = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name not in offered:
         raise ConfigError(
             f"unknown algorithm '{name}'",
             where="--algorithm",
-            remedy=f"installed: {', '.join(sorted(offered)) or 'none (is the package installed?)'}",
+            remedy=f"installed: {', '.join(sorted(offered)) or 'none (is the package installed?)'};"
+            " or name a .py file that defines ALGORITHM",
         )
     algorithm = offered[name].load()
     assert isinstance(algorithm, Algorithm), (name, type(algorithm))
     return algorithm
+
+
+def _algorithm_of_file(file: Path) -> Algorithm:
+    found = getattr(import_file(file), "ALGORITHM", None)
+    if not isinstance(found, Algorithm):
+        raise ConfigError(
+            "defines no ALGORITHM" if found is None else f"its ALGORITHM is {found!r}",
+            where=str(file), remedy="write ALGORITHM = planner.algorithm.Algorithm(...)",
+        )  # fmt: skip
+    functions = found.functions
+    if functions.endswith(".py"):
+        functions = str((file.parent / functions).resolve())
+    return replace(found, name=str(file), functions=functions)
+
+
+def import_file(file: Path) -> ModuleType:
+    """The module of a Python file, imported once; its folder is not searched for others.
+
+    Raises:
+        ConfigError: no such file, a syntax error in it, or an import that it makes fails.
+    """
+    # A name of its own: two users' files may have one name, and data classes look it up.
+    name = f"realplan_file_{hashlib.sha256(str(file).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not file.is_file():
+        raise ConfigError("no such file", where=str(file), remedy="name an existing .py file")
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None, file
+    assert spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        del sys.modules[name]
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise ConfigError(
+            f"cannot be imported ({error.msg})", where=f"{file}{line}",
+            remedy="mend it, or install what it imports",
+        ) from None  # fmt: skip
+    return module
+
+
+def import_functions(algorithm: Algorithm) -> ModuleType:
+    """The module of an algorithm's torch half: an import path, or a file."""
+    if algorithm.functions.endswith(".py"):
+        return import_file(Path(algorithm.functions))
+    return importlib.import_module(algorithm.functions)
+
+
+def role_paths(
+    algorithm: Algorithm, config: Any, *, model: str, critic: str | None
+) -> dict[str, str]:
+    """Each role's Hugging Face folder, where ``--model`` or ``--critic`` is one.
+
+    A trained scalar head (a critic) starts from the actor's weights where ``critic`` is None. A
+    frozen one (a reward model) never does: its head must have been trained.
+    """
+    graph, found = algorithm.graph(config), {}
+    folders = {"model": model, "critic": critic or model}
+    for role, spec in algorithm.roles(config).items():
+        if role not in graph.roles:
+            continue
+        needs_own = spec.head == "scalar" and graph.train_call(role) is None
+        given = spec.source == "critic" and critic is not None
+        if Path(folders[spec.source]).is_dir() and (given or not needs_own):
+            found[role] = folders[spec.source]
+    return found
 
 
 def make_config(

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from planner.algorithm import Algorithm, find_algorithm, make_config, make_problem
+from planner.algorithm import find_algorithm, make_config, make_problem, role_paths
 from planner.arguments import seconds, whole
 from planner.console import note, output_console, say
 from planner.cost import CostModel
@@ -64,7 +64,7 @@ def make_search_problem(
     cluster = overrides.on(resolve_cluster(args.cluster, args.device, args.gpus, table))
     problem = make_problem(
         algorithm, config, model=resolve_model(args.model), critic=_resolve_critic(critic),
-        paths=_paths(args, algorithm, config), cluster=cluster,
+        paths=role_paths(algorithm, config, model=args.model, critic=args.critic), cluster=cluster,
     )  # fmt: skip
     overrides.check_calls(problem.graph)
     if overrides.locks:
@@ -73,21 +73,6 @@ def make_search_problem(
             remedy="edit the plan and see realplan estimate",
         )  # fmt: skip
     return problem
-
-
-def _paths(args: argparse.Namespace, algorithm: Algorithm, config: Any) -> Mapping[str, str]:
-    """Each role's folder, where a flag names one.
-
-    A critic without ``--critic`` starts from the actor's weights; a reward model does not, for
-    it needs a head that was trained.
-    """
-    graph, found = algorithm.graph(config), {}
-    folders = {"model": args.model, "critic": args.critic or args.model}
-    for role, spec in algorithm.roles(config).items():
-        frozen_scalar = spec.head == "scalar" and graph.train_call(role) is None
-        if Path(folders[spec.source]).is_dir() and (args.critic or not frozen_scalar):
-            found[role] = folders[spec.source]
-    return found
 
 
 def _resolve_critic(name: str) -> Any:

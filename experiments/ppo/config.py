@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from experiments.options import (
+    GenerationConfig,
+    RewardConfig,
+    check_above,
+    check_least,
+    check_mini_batches,
+    check_share,
+)
 from planner.run_config import ModelConfig, RunConfig
-from profiles.errors import ConfigError
-
-
-@dataclass
-class RewardConfig(ModelConfig):
-    """Where rewards come from: a reward model, or a function of the answer's text."""
-
-    source: str = "model"  # model; vader (sentiment); or package.module:function
 
 
 @dataclass
@@ -37,17 +37,6 @@ class PPOConfig:
 
 
 @dataclass
-class GenerationConfig:
-    """Sampling of answers; answers are at most ``response_len`` tokens."""
-
-    temperature: float = 1.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    greedy: bool = False
-    min_new_tokens: int = 0
-
-
-@dataclass
 class PPOExperiment(RunConfig):
     """PPO with four models: actor, critic, reference and reward."""
 
@@ -63,21 +52,8 @@ class PPOExperiment(RunConfig):
     def check(self) -> PPOExperiment:
         """Itself, or ``ConfigError`` naming the first value out of range."""
         self.check_run()
-        if self.samples_per_prompt < 1:
-            raise ConfigError(
-                f"{self.samples_per_prompt} is not at least 1", where="samples_per_prompt"
-            )
-        if not 1 <= self.ppo.num_mini_batches <= self.batch_size:
-            raise ConfigError(
-                f"{self.ppo.num_mini_batches} mini-batches of a batch of {self.batch_size}",
-                where="ppo.num_mini_batches", remedy=f"use 1 to {self.batch_size}",
-            )  # fmt: skip
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self.ppo, name) <= 1:
-                raise ConfigError(
-                    f"{getattr(self.ppo, name)} is not in [0, 1]", where=f"ppo.{name}"
-                )
-        for name in ("clip", "value_clip", "reward_clip"):
-            if not getattr(self.ppo, name) > 0:
-                raise ConfigError(f"{getattr(self.ppo, name)} is not above 0", where=f"ppo.{name}")
+        check_least(self, 1, "samples_per_prompt")
+        check_mini_batches(self, self.ppo.num_mini_batches, where="ppo")
+        check_share(self.ppo, "gamma", "lam", where="ppo")
+        check_above(self.ppo, 0, "clip", "value_clip", "reward_clip", where="ppo")
         return self

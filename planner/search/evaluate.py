@@ -140,7 +140,9 @@ class Evaluator:
 
     def floor_s(self, assignment: Assignment) -> float:
         """Seconds that a step of ``assignment`` takes at least: busiest device, longest cycle."""
-        floor = max(sum(assignment[i].seconds for i in chain) for chain in self.chains)
+        # Without a trained role no step waits for the step before: there is no chain.
+        cycles = (sum(assignment[i].seconds for i in chain) for chain in self.chains)
+        floor = max(cycles, default=0.0)
         for here in assignment:
             first, busy = here.mesh.first, 0.0
             for other in assignment:

@@ -145,7 +145,8 @@ def variants(problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh) -> Ite
     """Every way to run a call on a mesh that is worth pricing."""
     most, spec = largest_dp(problem, call.name), problem.spec_of(call.name)
     for legal in legal_strategies(spec, mesh, problem.cluster, max_dp=most):
-        share = ceil(problem.workload.batch_size / legal.dp)
+        groups = ceil(problem.workload.batch_size / legal.dp)
+        share = groups * problem.workload_of(call.name).group_size
         for count in micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]:
             if call.kind is CallKind.GENERATE:
                 batches, strategies = generation_batches(share, count), [legal]

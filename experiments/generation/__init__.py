@@ -1,0 +1,1 @@
+"""Batch inference: prompts in, answers out."""

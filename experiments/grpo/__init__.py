@@ -1,0 +1,1 @@
+"""Group-relative policy optimisation, with its Dr. GRPO and DAPO variants."""

@@ -1,0 +1,67 @@
+"""GRPO's graph (no torch): PPO's without a critic; without a KL term also without a reference.
+
+prompts -> actor_gen -> sequences -> { rew_inf, ref_inf } -> actor_train
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from experiments.grpo.config import GRPOExperiment
+from experiments.parts import (
+    FINISHED,
+    LOG_PROBS,
+    PROMPTS,
+    REF_LOG_PROBS,
+    REWARDS,
+    SAMPLED,
+    SEQUENCES,
+    actor_gen,
+    ref_inf,
+    rew_inf,
+    workload_of,
+)
+from planner.algorithm import Algorithm, RoleSpec
+from planner.graph import CallKind, DataflowGraph, ModelFunctionCall
+from planner.plan import Workload
+
+
+def build_graph(config: GRPOExperiment) -> DataflowGraph:
+    """Three calls, four with a KL term; a group is a prompt's answers."""
+    config.check()
+    with_ref = config.grpo.kl_coef > 0
+    train = ModelFunctionCall(
+        name="actor_train", kind=CallKind.TRAIN, role="actor",
+        inputs=(*SAMPLED, *(("ref_log_probs",) if with_ref else ()), "rewards"),
+        num_mini_batches=config.grpo.num_mini_batches,
+    )  # fmt: skip
+    references = (ref_inf(),) if with_ref else ()
+    return DataflowGraph(
+        name="grpo",
+        keys=(PROMPTS, *SEQUENCES, FINISHED, LOG_PROBS, REF_LOG_PROBS, REWARDS),
+        source_keys=frozenset({"prompts"}),
+        calls=(actor_gen(), rew_inf(config.reward.source), *references, train),
+    )
+
+
+def workload(config: GRPOExperiment) -> Workload:
+    return workload_of(config, group_size=config.samples_per_prompt)
+
+
+def roles(config: GRPOExperiment) -> Mapping[str, RoleSpec]:
+    """The reward model is ``--critic``'s."""
+    return {
+        "actor": RoleSpec(source="model", head="lm"),
+        "ref": RoleSpec(source="model", head="lm"),
+        "reward": RoleSpec(source="critic", head="scalar"),
+    }
+
+
+ALGORITHM = Algorithm(
+    name="grpo",
+    config_class=GRPOExperiment,
+    graph=build_graph,
+    workload=workload,
+    roles=roles,
+    functions="experiments.grpo.functions",
+)

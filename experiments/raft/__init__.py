@@ -1,0 +1,1 @@
+"""RAFT: fine-tuning on the best of n answers."""

@@ -1,0 +1,1 @@
+"""ReMax: REINFORCE with a greedy answer as baseline."""
