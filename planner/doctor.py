@@ -37,8 +37,6 @@ _LIBRARIES = (
     ("hydra-core", True, "key=value options"),
     ("networkx", True, "dataflow graphs"),
     ("ortools", True, "the exact engine"),
-    ("numba", False, "faster evaluation of plans"),
-    ("plotly", False, "figures: pip install 'realplan[notebook]'"),
     ("torch", False, "running plans: pip install 'realplan[executor]'"),
     ("transformers", False, "running plans: pip install 'realplan[executor]'"),
     ("flash-attn", False, "faster attention on GPUs: pip install 'realplan[cuda]'"),
