@@ -19,6 +19,7 @@ from planner.program import compile_plan
 from planner.search.baselines import BASELINES, Baseline
 from planner.search.bounds import lower_bound_s
 from planner.search.evaluate import Evaluator
+from planner.search.exact import exact
 from planner.search.mcmc import Budget, Progress, Record, greedy, walk
 from planner.search.options import Assignment, OptionSpace, more_memory
 from planner.simulate import StepPrices, Timeline, run_program
@@ -77,7 +78,7 @@ def _brute(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed:
     return record
 
 
-ENGINES: Mapping[str, Engine] = {"mcmc": _mcmc, "brute": _brute}
+ENGINES: Mapping[str, Engine] = {"mcmc": _mcmc, "exact": exact, "brute": _brute}
 
 
 def search(
@@ -117,11 +118,13 @@ def search(
         max_evaluations=max_evaluations,
         deadline_s=time.monotonic() + time_limit_s,
         target_s=bound_s / (1.0 - gap) if gap < 1 else 0.0,
+        gap=gap,
         progress=progress,
     )
     record = ENGINES[engine](evaluator, [b.assignment for b in baselines.values()], budget, seed)
     if record.best is None:
         raise _nothing_fits(evaluator, record)
+    bound_s = max(bound_s, record.lower_bound_s)
     seconds = {name: b.score.step_s for name, b in baselines.items()}
     plan, timeline = estimate_plan(
         replace(evaluator.plan(record.best, seed=seed), baselines=seconds),

@@ -30,6 +30,7 @@ class Budget:
     max_evaluations: int
     deadline_s: float  # on time.monotonic's clock
     target_s: float = 0.0
+    gap: float = 0.0
     progress: Progress | None = None
 
 
@@ -43,6 +44,7 @@ class Record:
     best_score: Score = field(default_factory=lambda: Score(math.inf, math.inf))
     least_unfit: tuple[float, Assignment] | None = None
     looked_at: int = 0
+    lower_bound_s: float = 0.0  # what an engine has proven
 
     def energy_below(self, assignment: Assignment, threshold: float) -> float | None:
         """The energy where it is at most ``threshold``; remembers what it saw."""
@@ -68,6 +70,10 @@ class Record:
             self.best, self.best_score = assignment, score
             if self.budget.progress is not None:
                 self.budget.progress(self.looked_at, score.step_s)
+
+    def within_gap(self, lower_bound_s: float) -> bool:
+        """Is the best plan within the budget's gap of a bound?"""
+        return self.best_score.step_s * (1.0 - self.budget.gap) <= lower_bound_s
 
     @property
     def spent(self) -> bool:

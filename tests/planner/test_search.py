@@ -176,8 +176,8 @@ def test_a_brute_search_refuses_a_large_space() -> None:
     problem = ppo(make_test_cluster(2, 8), ["batch_size=64"])
     with pytest.raises(ConfigError, match=r"--engine brute: .* too many to try all"):
         search(problem, model_of(problem), engine="brute")
-    with pytest.raises(ConfigError, match=r"unknown engine 'exact'; use mcmc or brute"):
-        search(problem, model_of(problem), engine="exact")
+    with pytest.raises(ConfigError, match=r"unknown engine 'magic'; use mcmc or exact or brute"):
+        search(problem, model_of(problem), engine="magic")
 
 
 @pytest.mark.parametrize(("num_nodes", "devices_per_node"), [(1, 8), (3, 4), (16, 8), (5, 6)])

@@ -1,0 +1,47 @@
+"""``exact``: the optimum of the option space, or a plan and a proven bound.
+
+The walk finds good plans fast; ``bounds.prove`` shows how much better a plan can be, and finds
+what the walk missed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from planner.search.bounds import Proof, prove
+from planner.search.evaluate import Evaluator
+from planner.search.mcmc import Budget, Record, walk
+from planner.search.options import Assignment
+from planner.search.relaxation import Relaxation
+
+
+def exact(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
+    """The walk for a third of the budget, then a proof that also finds what the walk missed.
+
+    An interrupt (Ctrl-C) ends it with the best plan and the bound so far. The optimum is over the
+    options of ``OptionSpace``. With the same seed and no time limit that cuts in the answer is the
+    same.
+    """
+    now = time.monotonic()
+    first = replace(
+        budget,
+        max_evaluations=budget.max_evaluations // 3,
+        deadline_s=now + (budget.deadline_s - now) / 3,
+    )
+    record = walk(evaluator, starts, first, seed=seed)
+    record.budget = budget
+    proof = Proof()
+    try:
+        prove(
+            Relaxation(evaluator),
+            best_s=lambda: record.best_score.step_s,
+            visit=record.score,
+            stop=lambda _: record.within_gap(proof.lower_bound_s) or record.spent,
+            proof=proof,
+        )
+    except KeyboardInterrupt:
+        if record.best is None:
+            raise
+    record.lower_bound_s = max(record.lower_bound_s, proof.lower_bound_s)
+    return record
