@@ -23,6 +23,7 @@ from planner.cli_plans import (
     run_estimate,
     run_explain,
     run_models,
+    run_report,
     run_show,
 )
 from planner.cli_search import run_baselines, run_search
@@ -52,6 +53,9 @@ _COMPARE_EXAMPLES = """examples:
 _EXPLAIN_EXAMPLES = """examples:
   realplan explain plan.json                       # what binds, and where the next gain is
   realplan explain plan.json --against mine.json   # why not this plan of mine
+"""
+_REPORT_EXAMPLES = """examples:
+  realplan report plan.json -o report.html --trace predicted.json
 """
 _BASELINES_EXAMPLES = """examples:
   realplan baselines --model llama-13b --gpus 16
@@ -100,13 +104,20 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     explain.add_argument("plan", metavar="plan.json")
     explain.add_argument("--against", metavar="FILE", help="another plan: why not that one")
+    report = _verb(
+        verbs, "report", "a plan as a page, or as a trace for Perfetto", _REPORT_EXAMPLES,
+        "Write a plan's timeline, meshes, memory and levers as a page that needs no network.",
+    )  # fmt: skip
+    report.add_argument("plan", metavar="plan.json")
+    report.add_argument("-o", "--output", metavar="FILE", help="the page: report.html")
+    report.add_argument("--trace", metavar="FILE", help="the predicted steps, for ui.perfetto.dev")
     models = verbs.add_parser("models", help="models of the catalogue")
     devices = verbs.add_parser("devices", help="devices of the catalogue")
     doctor = verbs.add_parser(
         "doctor", help="is this installation whole?",
         description="Check versions, packages, devices, and search a tiny plan; exit 0 or 1.",
     )  # fmt: skip
-    for verb in (show, estimate, compare, explain):
+    for verb in (show, estimate, compare, explain, report):
         _add_profile(verb)
     for verb in (show, estimate, compare, explain, models, devices, doctor):
         verb.add_argument("--json", action="store_true", help="print JSON")
@@ -141,7 +152,7 @@ def _add_search(verbs: Any) -> None:
         "--engine",
         default="mcmc",
         choices=sorted(ENGINES),
-        help="mcmc (default), exact (with a proof), or brute for very small problems",
+        help="mcmc (default), or brute for very small problems",
     )
     add(
         "--time-limit",
@@ -201,8 +212,8 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
 
 _VERBS = {
     "search": run_search, "baselines": run_baselines, "show": run_show, "estimate": run_estimate,
-    "compare": run_compare, "explain": run_explain, "models": run_models, "devices": run_devices,
-    "doctor": run_doctor,
+    "compare": run_compare, "explain": run_explain, "report": run_report, "models": run_models,
+    "devices": run_devices, "doctor": run_doctor,
 }  # fmt: skip
 
 

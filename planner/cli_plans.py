@@ -22,11 +22,14 @@ from planner.plan import ExecutionPlan
 from planner.plan_schema import load_plan, plan_to_dict, save_plan
 from planner.report import print_plan, program_table
 from planner.report_explain import comparison_to_dict, print_comparison, print_explanation
+from planner.report_html import report_page
+from planner.report_trace import save_trace, write_whole
 from planner.resolve import costs_of_plan, hardware_levers, make_costs, table_of_plan
 from planner.search import estimate_plan
 from planner.simulate import StepPrices, Timeline
 from profiles.catalogue import MODELS
 from profiles.clusters import DEVICES
+from profiles.errors import ConfigError
 from profiles.units import format_bytes
 
 
@@ -95,6 +98,26 @@ def run_explain(args: argparse.Namespace) -> int:
     if against is not None:
         say(output_console(), f"\nwhy not {args.against}?")
         print_comparison(against, output_console())
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """``realplan report``: a page, a trace for Perfetto, or both."""
+    plan = load_plan(args.plan)
+    if args.output is None and args.trace is None:
+        raise ConfigError("nothing to write", where="report", remedy="give -o FILE or --trace FILE")
+    table = table_of_plan(plan, args.profile, note)
+    costs = make_costs(plan.problem.cluster, table)
+    plan, timeline = _timeline(plan, costs)
+    if args.output is not None:
+        links, device = hardware_levers(table)
+        found = explain(plan, costs, links=links, device=device)
+        write_whole(args.output, report_page(plan, timeline, found))
+    if args.trace is not None:
+        save_trace(timeline, args.trace)
+    for path in (args.output, args.trace):
+        if path is not None:
+            say(output_console(), f"wrote {path}")
     return 0
 
 

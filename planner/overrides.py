@@ -7,6 +7,7 @@
 | ``lock.CALL.strategy=d4p1m2`` | dp, pp, tp |
 | ``lock.CALL.num_micro_batches=4`` | as in a plan |
 | ``memory_limit=70GiB`` | of each device, at most what it has |
+| ``max_staleness=0`` | generation always runs on the newest weights: nothing else is planned |
 | ``gap=0.02`` | stop when at most this share of a step can be saved |
 | ``cluster.inter_link.bytes_per_s=12.5GB`` | any field of the cluster |
 
@@ -33,7 +34,7 @@ from profiles.hardware import ClusterSpec
 from profiles.units import format_bytes, parse_bytes
 
 DEFAULT_GAP = 0.01  # as search's
-_PLANNER_WORDS = ("lock", "memory_limit", "gap", "cluster")
+_PLANNER_WORDS = ("lock", "memory_limit", "max_staleness", "gap", "cluster")
 _LOCK_FIELDS = ("mesh", "strategy", "num_micro_batches")
 
 
@@ -119,12 +120,23 @@ def _with(found: Overrides, key: str, value: Any, word: str) -> Overrides:
     if head == "cluster" or path:
         remedy = "write cluster.FIELD=…" if head == "cluster" else f"write {head}=…"
         raise ConfigError("is not understood", where=key, remedy=remedy)
+    if head == "max_staleness":
+        return _on_policy(found, value)
     if head == "gap":
         return replace(found, gap=_gap(value))
     limit_bytes = parse_bytes(str(value), where="memory_limit")
     if limit_bytes < 1:
         raise ConfigError("is not above 0", where="memory_limit")
     return replace(found, memory_limit_bytes=limit_bytes)
+
+
+def _on_policy(found: Overrides, value: Any) -> Overrides:
+    if type(value) is not int or value != 0:
+        raise ConfigError(
+            f"{value!r}: generation on older weights is not planned yet", where="max_staleness",
+            remedy="use 0, or leave it out",
+        )  # fmt: skip
+    return found
 
 
 def _gap(value: Any) -> float:

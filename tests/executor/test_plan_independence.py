@@ -7,11 +7,12 @@ layout is an oracle for every other, and the one-process plan for all.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.runs import OVERRIDES, Outcome, make_plan, run_plan
+from tests.runs import OVERRIDES, SMALL, Outcome, make_plan, run_plan
 
 PLANS = {
     "one process": make_plan(1, "0:d1p1m1:1"),
@@ -61,6 +62,20 @@ GROUP_PLANS = {
 }  # fmt: skip
 
 
+# What other families add: experts and their router, and shapes that tp does not divide.
+FAMILIES = {
+    "experts": replace(
+        SMALL, family="qwen2_moe", qkv_bias=True, ffn=24, num_experts=6, experts_per_token=2,
+        shared_ffn=40, normalize_top_k=False,
+    ),
+    "gpt2, odd vocabulary": replace(
+        SMALL, family="gpt2", norm="layer", positions="learned", gated=False, num_kv_heads=4,
+        activation="gelu_tanh", qkv_bias=True, o_bias=True, ffn_bias=True, vocab=97,
+    ),
+    "one kv head, window": replace(SMALL, family="mistral", num_kv_heads=1, sliding_window=6),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run_plan(PLANS["one process"], tmp_path_factory.mktemp("reference"))[0]
@@ -80,6 +95,18 @@ def test_groups_of_samples_give_the_same_under_every_plan(tmp_path: Path) -> Non
     assert len({tuple(ids) for ids in whole.tokens.values()}) > 2 * 5 * 2
     for name in list(GROUP_PLANS)[1:]:
         compare(name, run_plan(GROUP_PLANS[name], tmp_path / name), whole)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_gives_the_same_under_every_plan(name: str, tmp_path: Path) -> None:
+    spec = FAMILIES[name]
+    whole = run_plan(make_plan(1, "0:d1p1m1:1", spec=spec), tmp_path / "whole")[0]
+    split = make_plan(
+        4, "0:d4p1m1:1", spec=spec, actor_gen="0:d2p1m2:2", rew_inf="2:d1p2m1:2",
+        ref_inf="0:d1p1m2:2", critic_inf="2:d1p1m2:1", actor_train="0:d1p2m2:2:recompute",
+        critic_train="0:d2p1m2:2:zero",
+    )  # fmt: skip
+    compare(name, run_plan(split, tmp_path / "split"), whole)
 
 
 def compare(name: str, outcomes: list[Outcome], reference: Outcome) -> None:

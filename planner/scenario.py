@@ -1,0 +1,183 @@
+"""One scenario of a what-if analysis: a problem with some things changed, solved and remembered.
+
+``scenario_problem`` changes a problem by named axes; ``solve`` searches its plan in this process
+or another one; ``Answers`` keeps what was found, in memory and in a folder. Read ``Task`` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from planner.algorithm import config_to_dict, find_algorithm, make_config
+from planner.cost import CostModel
+from planner.overrides import parse_overrides
+from planner.plan import ExecutionPlan, Problem
+from planner.plan_schema import load_plan, plan_to_dict, save_plan
+from planner.resolve import make_costs
+from planner.search import search
+from profiles.catalogue import resolve_model
+from profiles.clusters import DEVICES, make_cluster
+from profiles.errors import ConfigError, InfeasibleError, UserError
+from profiles.hardware import ClusterSpec
+from profiles.table import CostTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is to be searched, and how: equal tasks have equal answers, but for the clock.
+
+    ``table``: measured costs, used on the device that they are of.
+    """
+
+    problem: Problem
+    table: CostTable | None
+    seed: int
+    gap: float
+    time_limit_s: float
+
+    @property
+    def key(self) -> str:
+        """Of the cache: a digest of everything that the answer depends on."""
+        plan = plan_to_dict(ExecutionPlan(problem=self.problem, allocations={}))
+        table = None if self.table is None else self.table.to_dict()
+        question = [plan, table, self.seed, self.gap, self.time_limit_s]
+        return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A plan with its estimate; or None, and the reason in a sentence."""
+
+    plan: ExecutionPlan | None
+    reason: str = ""
+
+
+def task_costs(cluster: ClusterSpec, table: CostTable | None) -> CostModel:
+    """Measured costs on the device that was measured, peak rates on any other."""
+    known = table is not None and table.device.name == cluster.device.name
+    return make_costs(cluster, table if known else None)
+
+
+def solve(task: Task) -> Answer:
+    """Search the plan of a task; a problem that does not fit is an answer too."""
+    try:
+        result = search(
+            task.problem, task_costs(task.problem.cluster, task.table), seed=task.seed,
+            gap=task.gap, time_limit_s=task.time_limit_s,
+        )  # fmt: skip
+    except InfeasibleError as error:
+        return Answer(plan=None, reason=str(error))
+    return Answer(plan=result.plan)
+
+
+@dataclass(slots=True, kw_only=True)
+class Answers:
+    """Answers by key; with ``folder`` also as files, a plan or a reason each."""
+
+    folder: Path | None = None
+    known: dict[str, Answer] = field(default_factory=dict)
+
+    def find(self, key: str) -> Answer | None:
+        """What is known; a file that cannot be read counts as nothing."""
+        if key not in self.known and self.folder is not None:
+            read = _read(self.folder, key)
+            if read is not None:
+                self.known[key] = read
+        return self.known.get(key)
+
+    def add(self, key: str, answer: Answer) -> None:
+        self.known[key] = answer
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if answer.plan is not None:
+            save_plan(answer.plan, self.folder / f"{key}.json")
+        else:
+            (self.folder / f"{key}.txt").write_text(answer.reason, encoding="utf-8")
+
+
+def _read(folder: Path, key: str) -> Answer | None:
+    plan, reason = folder / f"{key}.json", folder / f"{key}.txt"
+    if plan.is_file():
+        try:
+            return Answer(plan=load_plan(plan))
+        except UserError:  # cut off, or of another version: search again
+            return None
+    if reason.is_file():
+        return Answer(plan=None, reason=reason.read_text(encoding="utf-8"))
+    return None
+
+
+# ---- scenarios --------------------------------------------------------------------------------
+
+_CLUSTER_AXES = ("gpus", "device", "memory_limit")
+_MODEL_AXES = ("model", "critic")
+
+
+def scenario_problem(base: Problem, changes: Mapping[str, Any]) -> Problem:
+    """``base`` with ``changes``.
+
+    ``gpus``, ``device`` and ``memory_limit`` change the cluster, so does ``cluster.FIELD``;
+    ``model`` and ``critic`` name models; all other names are options of the algorithm, such as
+    ``batch_size``, ``response_len`` or ``ppo.num_mini_batches``.
+
+    Raises:
+        ConfigError: an unknown name or a value that it cannot have.
+    """
+    words, options = [], []
+    for name, value in changes.items():
+        if name == "memory_limit" or name.startswith("cluster."):
+            words.append(f"{name}={value}")
+        elif name not in (*_CLUSTER_AXES, *_MODEL_AXES):
+            options.append(f"{name}={value}")
+    cluster = parse_overrides(words).on(_cluster(base.cluster, changes))
+    named = {name: str(changes[name]) for name in _MODEL_AXES if name in changes}
+    if not options and not named:
+        return replace(base, cluster=cluster)
+    return _with_options(replace(base, cluster=cluster), options, named)
+
+
+def _cluster(base: ClusterSpec, changes: Mapping[str, Any]) -> ClusterSpec:
+    count = changes.get("gpus", base.num_devices)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ConfigError(f"{count!r} is not a positive whole number", where="gpus")
+    if "device" in changes:
+        return make_cluster(str(changes["device"]), count)
+    if count == base.num_devices:
+        return base
+    # A small cluster of the catalogue is a part of one server, and grows into a whole one.
+    known = base.device.name in DEVICES and base.device.kind != "cpu"
+    if known and base == make_cluster(base.device.name, base.num_devices):
+        return make_cluster(base.device.name, count)
+    per_node = min(base.devices_per_node, count)
+    if count % per_node:
+        raise ConfigError(f"{count} devices do not fill nodes of {per_node}", where="gpus")
+    return replace(
+        base, name=f"{count} x {base.device.name}", num_nodes=count // per_node,
+        devices_per_node=per_node,
+    )  # fmt: skip
+
+
+def _with_options(base: Problem, options: list[str], named: Mapping[str, str]) -> Problem:
+    """The problem of the algorithm's graph, data and roles under changed options."""
+    algorithm = find_algorithm(base.algorithm)
+    config = make_config(algorithm.config_class, options, base=base.config)
+    graph, roles = algorithm.graph(config), algorithm.roles(config)
+    models = {}
+    for role in graph.roles:
+        spec = roles[role]
+        if spec.source in named:
+            models[role] = resolve_model(named[spec.source]).with_head(spec.head)
+        elif role in base.models:
+            models[role] = base.models[role]
+        else:
+            raise ConfigError("a role that the plan has no model for", where=role)
+    return replace(
+        base, config=config_to_dict(config), graph=graph, models=models,
+        workload=algorithm.workload(config),
+    )  # fmt: skip

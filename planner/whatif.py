@@ -1,0 +1,274 @@
+"""``WhatIf``: a plan or a problem, and what becomes of it when the world is another.
+
+>>> from planner import WhatIf, load_plan                                      # doctest: +SKIP
+>>> what = WhatIf(load_plan("plan.json"), dollars_per_hour={"a100": 2, "h100": 3})
+>>> what.sweep(gpus=[32, 64, 128], device=["a100", "h100"])                    # doctest: +SKIP
+>>> what.pareto("seconds", "dollars")                                          # doctest: +SKIP
+
+Every scenario is searched once and then remembered, on request in a folder too; new ones run in
+parallel processes. A script that calls ``sweep`` needs ``if __name__ == "__main__":``, as always
+with processes that Python spawns.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from planner.compare import Comparison, compare
+from planner.explain import Explanation, explain
+from planner.plan import ExecutionPlan, Problem
+from planner.resolve import hardware_levers, load_table
+from planner.scenario import Answer, Answers, Task, scenario_problem, solve, task_costs
+from profiles.errors import ConfigError
+
+# Measures of a row, and whether more of it is better.
+_MEASURES: Mapping[str, bool] = {
+    "seconds": False, "dollars": False, "peak_memory": False, "gap": False, "lower_bound": False,
+    "tokens_per_s": True, "headroom": True, "vs_symmetric": True,
+}  # fmt: skip
+
+# What ``tornado`` turns: label -> axis of the sweep.
+_HARDWARE: Mapping[str, str] = {
+    "FLOP/s": "cluster.device.peak_flops",
+    "memory bandwidth": "cluster.device.memory_bytes_per_s",
+    "links inside nodes": "cluster.intra_link.bytes_per_s",
+    "network between nodes": "cluster.inter_link.bytes_per_s",
+}
+_WORKLOAD: Mapping[str, str] = {"response length": "response_len", "batch size": "batch_size"}
+
+
+class WhatIf:
+    """Scenarios around one problem; remembers all that it was asked."""
+
+    def __init__(
+        self,
+        start: ExecutionPlan | Problem,
+        *,
+        profile: str | None = None,
+        dollars_per_hour: float | Mapping[str, float] | None = None,
+        time_limit_s: float = 5.0,
+        cache: str | Path | None = None,
+        workers: int | None = None,
+    ) -> None:
+        """``dollars_per_hour``: of one device, or by a device's name; there is no default, for
+
+        prices of one GPU differ fourfold between providers. ``time_limit_s``: of each new
+        scenario's search. ``cache``: a folder. ``workers``: processes, default one a core.
+
+        Raises:
+            ProfileError: the profile cannot be read.
+        """
+        self.problem = start.problem if isinstance(start, ExecutionPlan) else start
+        self.seed = start.seed if isinstance(start, ExecutionPlan) else 1
+        self.table = load_table(profile)
+        self.dollars_per_hour = dollars_per_hour
+        self.time_limit_s = time_limit_s
+        self.workers = workers or os.cpu_count() or 1
+        self.answers = Answers(folder=None if cache is None else Path(cache))
+        self._rows: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+
+    # ---- scenarios ----
+
+    def sweep(self, **axes: Any) -> pd.DataFrame:
+        """One row for each combination of the axes' values; see ``scenario.scenario_problem``.
+
+        Axes with a dot in their name go as ``sweep(**{"ppo.num_mini_batches": [4, 8]})``.
+        Columns: the axes, seconds and tokens_per_s of a step, dollars of a step (NaN without a
+        price), lower_bound (seconds), gap, peak_memory and headroom (bytes of the fullest
+        device), vs_symmetric (how many times as fast as the best single layout), plan, and
+        reason where nothing fits: then all else is NaN.
+
+        Raises:
+            ConfigError: an axis that does not exist, or a value that it cannot have.
+        """
+        values = [v if isinstance(v, list | tuple | range) else [v] for v in axes.values()]
+        scenarios = [dict(zip(axes, row)) for row in product(*values)]
+        tasks = [self._task(scenario) for scenario in scenarios]
+        self._solve(tasks)
+        rows = []
+        for scenario, task in zip(scenarios, tasks):
+            answer = self.answers.find(task.key)
+            assert answer is not None, scenario
+            row = {**scenario, **self._measures(task.problem, answer)}
+            self._rows[tuple(scenario.items())] = row
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def best(self, **changes: Any) -> ExecutionPlan:
+        """The plan of one scenario.
+
+        Raises:
+            ConfigError: nothing fits, or no such scenario.
+        """
+        row = self.sweep(**changes).iloc[0]
+        if row["plan"] is None:
+            raise ConfigError(row["reason"], where="what if")
+        plan: ExecutionPlan = row["plan"]
+        return plan
+
+    def _task(self, changes: Mapping[str, Any]) -> Task:
+        return Task(
+            problem=scenario_problem(self.problem, changes), table=self.table, seed=self.seed,
+            gap=0.01, time_limit_s=self.time_limit_s,
+        )  # fmt: skip
+
+    def _solve(self, tasks: Sequence[Task]) -> None:
+        """Answer those tasks that are not known yet."""
+        new = {task.key: task for task in tasks if self.answers.find(task.key) is None}
+        for key, answer in zip(new, self._run(list(new.values()))):
+            self.answers.add(key, answer)
+
+    def _run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
+        workers = min(self.workers, len(tasks))
+        if workers <= 1:
+            yield from map(solve, tasks)
+            return
+        # Not forked: a notebook has threads, whose locks a forked child would hold for ever.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            yield from pool.map(solve, tasks)
+
+    def _measures(self, problem: Problem, answer: Answer) -> dict[str, Any]:
+        plan = answer.plan
+        if plan is None:
+            return {**dict.fromkeys(_MEASURES, float("nan")), "plan": None, "reason": answer.reason}
+        estimate, workload, cluster = plan.estimate, problem.workload, problem.cluster
+        assert estimate is not None
+        symmetric_s = plan.baselines.get("symmetric", float("nan"))
+        return {
+            "seconds": estimate.step_s,
+            "dollars": estimate.step_s / 3600 * cluster.num_devices * self._price(problem),
+            "peak_memory": estimate.peak_bytes,
+            "gap": estimate.gap,
+            "lower_bound": estimate.lower_bound_s,
+            "tokens_per_s": workload.batch_size * workload.expected_tokens / estimate.step_s,
+            "headroom": cluster.device.memory_bytes - estimate.peak_bytes,
+            "vs_symmetric": symmetric_s / estimate.step_s,
+            "plan": plan,
+            "reason": "",
+        }
+
+    def _price(self, problem: Problem) -> float:
+        """Dollars of one device in an hour, NaN where none was given."""
+        if isinstance(self.dollars_per_hour, Mapping):
+            return self.dollars_per_hour.get(problem.cluster.device.name, float("nan"))
+        return float("nan") if self.dollars_per_hour is None else self.dollars_per_hour
+
+    # ---- answers ----
+
+    def pareto(self, *measures: str) -> pd.DataFrame:
+        """Of all scenarios so far those that no other one equals or beats in every measure.
+
+        Raises:
+            ConfigError: an unknown measure, dollars without a price, or no sweep yet.
+        """
+        for measure in measures:
+            if measure not in _MEASURES:
+                raise ConfigError(
+                    f"unknown measure '{measure}'", where="pareto",
+                    remedy=f"use {', '.join(_MEASURES)}",
+                )  # fmt: skip
+        frame = pd.DataFrame(list(self._rows.values()))
+        if frame.empty or not measures:
+            raise ConfigError("no scenarios yet", where="pareto", remedy="call sweep first")
+        if "dollars" in measures and frame["dollars"].isna().all():
+            raise ConfigError(
+                "no price is known", where="pareto", remedy="give WhatIf dollars_per_hour"
+            )
+        frame = frame.dropna(subset=list(measures))
+        signs = [-1.0 if _MEASURES[measure] else 1.0 for measure in measures]
+        points = frame[list(measures)].to_numpy(dtype=float) * signs
+        beaten = [
+            bool(((points <= point).all(axis=1) & (points < point).any(axis=1)).any())
+            for point in points
+        ]
+        kept = frame[[not lost for lost in beaten]]
+        return kept.sort_values(measures[0], ascending=not _MEASURES[measures[0]])
+
+    def tornado(self, measure: str = "seconds", *, factor: float = 2.0) -> pd.DataFrame:
+        """What matters most: ``measure`` with each thing divided and multiplied by ``factor``.
+
+        A new plan is searched each time. Columns: divided, base, multiplied, swing (the
+        difference); the largest swing first. Hardware is left out where its costs are measured:
+        a profile says nothing of a device that was not there.
+
+        Raises:
+            ConfigError: an unknown measure, or a factor that is not above 1.
+        """
+        if measure not in _MEASURES or not factor > 1:
+            raise ConfigError(f"cannot turn {measure} by {factor}", where="tornado")
+        levers = dict(_WORKLOAD) if self.table is not None else {**_HARDWARE, **_WORKLOAD}
+        scenarios: list[dict[str, Any]] = [{}]
+        for axis in levers.values():
+            value = self._value(axis)
+            whole = isinstance(value, int) and axis in _WORKLOAD.values()
+            for changed in (value / factor, value * factor):
+                scenarios.append({axis: max(1, round(changed)) if whole else changed})
+        tasks = [self._task(scenario) for scenario in scenarios]
+        self._solve(tasks)
+        found = [self._measures(t.problem, self._known(t))[measure] for t in tasks]
+        rows = [
+            {
+                "lever": lever,
+                "divided": found[1 + 2 * i],
+                "base": found[0],
+                "multiplied": found[2 + 2 * i],
+                "swing": abs(found[2 + 2 * i] - found[1 + 2 * i]),
+            }
+            for i, lever in enumerate(levers)
+        ]
+        return pd.DataFrame(rows).sort_values("swing", ascending=False, ignore_index=True)
+
+    def _known(self, task: Task) -> Answer:
+        answer = self.answers.find(task.key)
+        assert answer is not None
+        return answer
+
+    def _value(self, axis: str) -> Any:
+        """What an axis is now."""
+        if not axis.startswith("cluster."):
+            return self.problem.config[axis]
+        value: Any = self.problem.cluster
+        for part in axis.split(".")[1:]:
+            value = getattr(value, part)
+        return value
+
+    def break_even(
+        self, axis: str, values: Sequence[float], a: Mapping[str, Any], b: Mapping[str, Any], *,
+        measure: str = "dollars",
+    ) -> float | None:  # fmt: skip
+        """Where on ``axis`` scenario ``a`` and scenario ``b`` are level in ``measure``.
+
+        Linear between the two neighbouring ``values`` where the sign of the difference turns;
+        None where one is ahead throughout.
+        """
+        first = self.sweep(**a, **{axis: list(values)})[measure]
+        second = self.sweep(**b, **{axis: list(values)})[measure]
+        difference = (first - second).to_list()
+        for i in range(len(values) - 1):
+            left, right = difference[i], difference[i + 1]
+            if left == 0:
+                return float(values[i])
+            if left * right < 0:
+                return float(values[i] + (values[i + 1] - values[i]) * left / (left - right))
+        return float(values[-1]) if difference[-1] == 0 else None
+
+    def explain(self, plan: ExecutionPlan) -> Explanation:
+        """What binds ``plan``; see ``planner.explain``."""
+        cluster = plan.problem.cluster
+        same = self.table is not None and self.table.device.name == cluster.device.name
+        links, device = hardware_levers(self.table if same else None)
+        return explain(plan, task_costs(cluster, self.table), links=links, device=device)
+
+    def compare(self, a: ExecutionPlan, b: ExecutionPlan) -> Comparison:
+        """Two plans side by side; see ``planner.compare``."""
+        costs = [task_costs(plan.problem.cluster, self.table) for plan in (a, b)]
+        return compare(a, b, *costs)

@@ -1,0 +1,99 @@
+"""Protects the page: it needs nothing from a network, its marks are the plan's, and a
+browser draws it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from planner.explain import explain
+from planner.plan import ExecutionPlan
+from planner.report_html import report_page
+from planner.resolve import hardware_levers, make_costs
+from planner.search import estimate_plan
+from planner.simulate import StepPrices, Timeline
+from tests.planner.plans import random_plan
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def page(seed: int) -> tuple[str, ExecutionPlan, Timeline]:
+    plan = random_plan(random.Random(seed))
+    costs = make_costs(plan.problem.cluster, None)
+    plan, timeline = estimate_plan(plan, StepPrices(plan.problem, costs), lower_bound=1e-6)
+    links, device = hardware_levers(None)
+    found = explain(plan, costs, links=links, device=device)
+    return report_page(plan, timeline, found), plan, timeline
+
+
+class _Tags(HTMLParser):
+    """Every opened tag is closed in order; void ones and self-closed ones apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_page_is_whole_and_asks_nobody(seed: int) -> None:
+    text, plan, _ = page(seed)
+    tags = _Tags()
+    tags.feed(text)
+    assert not tags.open
+    assert tags.counts["svg"] >= 3
+    assert "script" not in tags.counts
+    assert not re.search(r"https?://|src=|@import|url\(", text)
+    assert "nan" not in re.findall(r'(?:x|y|width|height)="([^"]*)"', text)
+    for name in plan.allocations:
+        assert name in text
+
+
+def test_bars_of_the_timeline_are_as_long_as_the_spans() -> None:
+    """Oracle: seconds of each call in the window, at the figure's scale."""
+    text, _, timeline = page(3)
+    svg = text[text.index('aria-label="timeline') : text.index("Which devices")]
+    bars = re.findall(r'<rect x="([\d.]+)"[^>]* width="([\d.]+)"[^>]*><title>(\w+): ', svg)
+    assert bars
+    scale = (1080 - 120 - 60) / timeline.step_s
+    longest: dict[str, float] = {}
+    for _, width, name in bars:
+        longest[name] = max(longest.get(name, 0.0), float(width))
+    for span in timeline.last_step:
+        if span.label in longest and span.label in timeline.call_order:
+            assert longest[span.label] <= max(0.31, span.seconds * scale + 0.02)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_draws_the_figures(tmp_path: Path) -> None:
+    """The screenshot has the palette's colours: the figures are not empty."""
+    file, picture = tmp_path / "report.html", tmp_path / "report.png"
+    file.write_text(page(2)[0])
+    assert CHROMIUM is not None
+    subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={picture}",
+         "--window-size=1200,1600", file.as_uri()],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    image = pytest.importorskip("PIL.Image").open(picture).convert("RGB")
+    seen = {colour for count, colour in image.getcolors(1 << 24) if count > 300}
+    palette = {(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167)}
+    assert palette <= seen
