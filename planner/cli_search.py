@@ -40,6 +40,7 @@ from planner.search.options import OptionSpace
 from planner.simulate import StepPrices
 from profiles.catalogue import resolve_model
 from profiles.errors import ConfigError, InfeasibleError
+from profiles.shipped import describe_costs
 from profiles.table import CostTable
 from profiles.units import format_bytes, format_seconds
 
@@ -111,7 +112,7 @@ def run_search(args: argparse.Namespace) -> int:
     problem = make_search_problem(args, overrides, table)
     costs = make_costs(problem.cluster, table)
     if table is None:
-        note(f"no --profile: costs are from {problem.cluster.device.name}'s peak rates")
+        note(f"no --profile: {describe_costs(problem.cluster.device.name)}")
     with _interrupts() as interrupted, _Progress() as progress:
         result = search(
             problem, costs, engine=args.engine, seed=seed, time_limit_s=time_limit_s,

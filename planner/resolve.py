@@ -15,10 +15,9 @@ from planner.cluster_file import is_cluster_file, load_cluster
 from planner.cost import CostModel
 from planner.plan import ExecutionPlan
 from profiles.clusters import PLATFORMS, local_cluster, make_cluster
-from profiles.collectives import Collectives
 from profiles.errors import ConfigError
 from profiles.hardware import ClusterSpec
-from profiles.roofline import RooflineCosts
+from profiles.shipped import shipped_costs
 from profiles.table import CostTable, TableCosts
 
 _DEFAULT_GPUS = {"local": 2}
@@ -79,14 +78,16 @@ def _this_machine(count: int, table: CostTable | None) -> ClusterSpec:
 
 
 def make_costs(cluster: ClusterSpec, table: CostTable | None) -> CostModel:
-    """Costs on ``cluster``: measured where ``table`` has rows, else from peak rates.
+    """Costs on ``cluster``: measured where ``table`` has rows, else the shipped tables of the
+
+    device, else from peak rates.
 
     Raises:
         ConfigError: the table is of another kind of device.
     """
-    roofline = RooflineCosts(cluster.device)
+    layers, collectives = shipped_costs(cluster, table)
     if table is None:
-        return CostModel(cluster, roofline, Collectives(cluster))
+        return CostModel(cluster, layers, collectives)
     if table.device.kind != cluster.device.kind:
         raise ConfigError(
             f"was measured on {table.device.name} ({table.device.kind}), the plan is for "
@@ -94,7 +95,7 @@ def make_costs(cluster: ClusterSpec, table: CostTable | None) -> CostModel:
             where="--profile",
             remedy="measure that device with realexec profile",
         )
-    return CostModel(cluster, TableCosts(table, roofline), Collectives(cluster, table))
+    return CostModel(cluster, TableCosts(table, layers), collectives)
 
 
 def load_table(path: str | None) -> CostTable | None:

@@ -14,8 +14,10 @@ from typing import Literal
 from profiles.costs import Cost, Provenance
 from profiles.hardware import ClusterSpec, LinkSpec
 from profiles.interpolate import Point, Surface
+from profiles.kernel_tables import shipped_table
 from profiles.table import CostTable
 
+_SHIPPED = ("all_reduce", "all_gather", "reduce_scatter")
 CollectiveOperation = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
@@ -50,6 +52,8 @@ def ring_gather_s(
 class Collectives:
     """Collectives on ``cluster``; ``table`` gives measured rows inside a node.
 
+    ``shipped``: what ``table`` lacks comes from the package's table of the cluster's device.
+
     ``bandwidth_efficiency``: share of a link's datasheet rate that messages get. NCCL's own model
     (graph/tuning.cc) bounds an A100 node's bus bandwidth by 235 of 300 GB/s, 0.78; Vidur (Agrawal
     et al. 2024) measures messages of 64 MiB at 228 of 300 GB/s on A100 and 348 of 450 GB/s on
@@ -62,6 +66,7 @@ class Collectives:
         table: CostTable | None = None,
         *,
         bandwidth_efficiency: float = 0.77,
+        shipped: bool = False,
     ) -> None:
         self.cluster = cluster
         self.efficiency = bandwidth_efficiency
@@ -69,6 +74,10 @@ class Collectives:
         for row in table.rows if table is not None else ():
             if row.component == "collective":
                 points[row.operation][(row.size, row.workers)] = row.seconds
+        for name in _SHIPPED if shipped else ():
+            if name not in points:  # measured here wins
+                rows = shipped_table(cluster.device.name, name).rows
+                points[name] = {(size, count): s for (count, size), s in rows.items()}
         # A surface over (bytes, devices); a single number of devices says nothing of others.
         self._measured = {name: Surface(found) for name, found in points.items()}
         self._counts = {name: {c for _, c in found} for name, found in points.items()}

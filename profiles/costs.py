@@ -1,11 +1,13 @@
 """The questions that a planner asks of a profile, and the shape of an answer.
 
-``LayerCosts`` is answered by ``table.TableCosts`` (measured, interpolated) and by
-``roofline.RooflineCosts`` (peak rates); both say where each number comes from.
+``LayerCosts`` is answered by ``table.TableCosts`` (layers measured here), by
+``kernel_costs.KernelCosts`` (shipped tables of kernels) and by ``roofline.RooflineCosts`` (peak
+rates); all say where each number comes from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, Protocol
@@ -27,10 +29,28 @@ class Provenance(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds, and how they are known."""
+    """Seconds, and how they are known.
+
+    ``provenance``: of most of the seconds. ``shares``: seconds by ``Provenance``, in its order,
+    where the answer is a sum of parts that are known differently.
+    """
 
     seconds: float
     provenance: Provenance
+    shares: tuple[float, float, float, float] | None = None
+
+    @classmethod
+    def total(cls, parts: Iterable[Cost], times: float = 1.0) -> Cost:
+        """The sum of ``parts``, ``times`` over."""
+        shares = dict.fromkeys(Provenance, 0.0)
+        for part in parts:
+            split = part.shares or tuple(
+                part.seconds if kind is part.provenance else 0.0 for kind in Provenance
+            )
+            for kind, seconds in zip(Provenance, split, strict=True):
+                shares[kind] += seconds * times
+        a, b, c, d = shares.values()
+        return cls(a + b + c + d, max(shares, key=lambda kind: shares[kind]), (a, b, c, d))
 
 
 class LayerCosts(Protocol):

@@ -102,7 +102,7 @@ class RooflineCosts:
             elif component == "embedding":
                 seconds = self._embedding_s(spec, operation, size)
             else:
-                seconds = self._head_s(spec, operation, tp, size)
+                seconds = self.head_s(spec, operation, tp, size)
             answer = self._answers[question] = Cost(seconds, Provenance.ROOFLINE)
         return answer
 
@@ -115,7 +115,7 @@ class RooflineCosts:
             for product in block_products(spec, tp, size)
         )
         # backward: the gradient of the input and of the weight, one product each.
-        return passes * (matmul_s + self._elementwise_s(spec, tp, size)) + self._attention(
+        return passes * (matmul_s + self.elementwise_s(spec, tp, size)) + self._attention(
             spec, operation, tp, size, length
         )
 
@@ -139,7 +139,7 @@ class RooflineCosts:
         factor = 2.5 if operation == "backward" else 1.0
         return self.attention_s(factor * flops, factor * num_bytes)
 
-    def _elementwise_s(self, spec: ModelSpec, tp: int, size: int) -> float:
+    def elementwise_s(self, spec: ModelSpec, tp: int, size: int) -> float:
         """Two norms, two residual sums, rotary embedding, silu and its product, as eager kernels.
 
         Values read and written for each token: norms 2 * 2 hidden, sums 2 * 3 hidden, rotary
@@ -160,7 +160,7 @@ class RooflineCosts:
         row_bytes = 3 * 4 if operation == "backward" else 2 * self.value_bytes
         return self.stream_s(row_bytes * spec.hidden * float(size))
 
-    def _head_s(self, spec: ModelSpec, operation: Operation, tp: int, size: int) -> float:
+    def head_s(self, spec: ModelSpec, operation: Operation, tp: int, size: int) -> float:
         """Final norm, product with the head, and three fp32 passes over the logits: largest,
 
         sum of exponentials, and (backward) the gradient. Decode: logits, and a token of each row.

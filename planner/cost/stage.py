@@ -40,6 +40,8 @@ class Priced:
 
     @classmethod
     def of(cls, cost: Cost, times: float = 1.0) -> Priced:
+        if cost.shares is not None:
+            return cls(cost.seconds, cost.shares) * times
         origin = [0.0, 0.0, 0.0, 0.0]
         origin[_ORDER[cost.provenance]] = cost.seconds * times
         return cls(cost.seconds * times, (origin[0], origin[1], origin[2], origin[3]))

@@ -1,0 +1,133 @@
+"""``KernelCosts``: a layer's seconds as the sum of its measured kernels, for any model.
+
+Forward: the products of ``roofline.block_products`` and attention from shipped tables;
+element-wise kernels, experts' grouped products, embedding and optimizer from the roofline, which
+is said in the answer's shares. Backward is modelled from shapes: of each product the gradient of
+its input [m, n] x [n, k] and of its weight [k, m] x [m, n], looked up in the same table, and
+attention times ``attention_backward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from profiles.costs import Component, Cost, Operation, Provenance
+from profiles.kernels import KernelSurfaces
+from profiles.models import ModelSpec
+from profiles.roofline import MatrixProduct, RooflineCosts, block_products
+
+
+class KernelCosts:
+    """``LayerCosts`` from ``surfaces``, and ``roofline`` for the kernels that no table has.
+
+    ``sustained``: a product in a long run over the same product measured alone. Vidur, which
+    times whole layers, takes a median 1.09 (H100) to 1.11 (A100) times aiconfigurator's seconds
+    at 1024 to 4096 tokens, and 0.98 to 1.03 below 128, where memory bounds: so it holds from
+    ``sustained_rows`` rows on. ``scripts/validate_profiles.py`` prints both.
+
+    ``attention_backward``: seconds of the backward kernel over the forward's. 2.5 times the
+    FLOPs (five products instead of two: Dao 2023, FlashAttention-2, section 4.1).
+    """
+
+    def __init__(
+        self,
+        surfaces: KernelSurfaces,
+        roofline: RooflineCosts,
+        *,
+        sustained: float = 1.1,
+        sustained_rows: int = 512,
+        attention_backward: float = 2.5,
+    ) -> None:
+        self.surfaces = surfaces
+        self.roofline = roofline
+        self.sustained = sustained
+        self.sustained_rows = sustained_rows
+        self.attention_backward = attention_backward
+        self._launch_s = roofline.device.launch_s
+        self._answers: dict[tuple[object, ...], Cost] = {}
+        self._products: dict[tuple[object, ...], Cost] = {}
+
+    def layer(
+        self, spec: ModelSpec, component: Component, operation: Operation, *, tp: int, size: int,
+        length: int,
+    ) -> Cost:  # fmt: skip
+        """See ``costs.LayerCosts``."""
+        question = (spec, component, operation, tp, size, length)
+        answer = self._answers.get(question)
+        if answer is None:
+            if component == "block":
+                answer = self._block(spec, operation, tp, size, length)
+            elif component == "head" and spec.head == "lm":
+                answer = self._head(spec, operation, tp, size, length)
+            else:
+                answer = self.roofline.layer(
+                    spec, component, operation, tp=tp, size=size, length=length
+                )
+            self._answers[question] = answer
+        return answer
+
+    def optimizer_step(self, num_parameters: int) -> Cost:
+        """See ``costs.LayerCosts``; from the memory's peak rate."""
+        return self.roofline.optimizer_step(num_parameters)
+
+    # ---- parts --------------------------------------------------------------------------------
+
+    def _block(
+        self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int
+    ) -> Cost:
+        question = (spec, operation, tp, size)  # all but attention: no length
+        linear = self._products.get(question)
+        if linear is None:
+            passes = 2 if operation == "backward" else 1
+            streams = _modelled(passes * self.roofline.elementwise_s(spec, tp, size))
+            products = self._all_products(block_products(spec, tp, size), operation)
+            linear = self._products[question] = Cost.total([streams, *products])
+        return Cost.total([linear, self._attention(spec, operation, tp, size, length)])
+
+    def _head(self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int) -> Cost:
+        """The roofline's head with its product measured."""
+        whole = self.roofline.layer(spec, "head", operation, tp=tp, size=size, length=length)
+        product = MatrixProduct(rows=size, inner=spec.hidden, columns=-(-spec.vocab // tp))
+        passes = 2 if operation == "backward" else 1
+        bound_s = self.roofline.matmul_s(product.rows, product.inner, product.columns)
+        rest = _modelled(max(0.0, whole.seconds - passes * bound_s))
+        return Cost.total([rest, *self._all_products([product], operation)])
+
+    def _all_products(
+        self, products: Iterable[MatrixProduct], operation: Operation
+    ) -> Iterable[Cost]:
+        for product in products:
+            m, k, n = product.rows, product.inner, product.columns
+            if product.groups != 1.0:  # one kernel over all experts: in no table
+                passes = 2 if operation == "backward" else 1
+                yield _modelled(passes * self.roofline.matmul_s(m, k, n, groups=product.groups))
+            elif operation == "backward":
+                yield self._product(m, k, n)
+                # The longer side of the weight as columns: the tables' columns reach further.
+                yield self._product(min(k, n), max(k, n), m)
+            else:
+                yield self._product(m, n, k)
+
+    def _product(self, m: float, n: float, k: float) -> Cost:
+        cost = self.surfaces.product(m, n, k)
+        slower = self.sustained if min(m, n, k) >= self.sustained_rows else 1.0
+        return Cost(max(slower * cost.seconds, self._launch_s), cost.provenance)
+
+    def _attention(
+        self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int
+    ) -> Cost:
+        heads = max(1, spec.num_heads // tp)
+        decode = operation == "decode"
+        alone = self.surfaces.attention(
+            decode=decode, batch=size if decode else size / length, length=length, heads=heads,
+            kv_heads=min(heads, spec.held_kv_heads(tp)), head_dim=spec.head_dim,
+        )  # fmt: skip
+        if operation == "backward":
+            return Cost(
+                max(self.attention_backward * alone.seconds, self._launch_s), Provenance.ROOFLINE
+            )
+        return Cost(max(alone.seconds, self._launch_s), alone.provenance)
+
+
+def _modelled(seconds: float) -> Cost:
+    return Cost(seconds, Provenance.ROOFLINE)

@@ -1,0 +1,208 @@
+"""Seconds of one kernel between measured ones: products and attention on one device.
+
+Efficiency ((the shortest kernel's time + the time that peak rates allow) / the time measured) is
+interpolated linearly in the logarithm of every dimension, never the time itself. Read
+``EfficiencyGrid``, then ``KernelSurfaces``; ``kernel_costs.py`` makes layers of these kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+
+from profiles.costs import Cost, Provenance
+from profiles.hardware import DeviceSpec
+from profiles.kernel_tables import KernelTable, shipped_table
+
+logger = logging.getLogger(__name__)
+
+Coordinates = tuple[float, ...]
+_RANK = {p: i for i, p in enumerate(Provenance)}
+_VALUE_BYTES = 2  # every shipped table is bf16
+
+
+def _worse(a: Provenance, b: Provenance) -> Provenance:
+    return a if _RANK[a] >= _RANK[b] else b
+
+
+class _Axis:
+    """One dimension: sorted coordinates, and below each the next dimension (or a logarithm)."""
+
+    def __init__(self, points: Mapping[Coordinates, float]) -> None:
+        below: dict[float, dict[Coordinates, float]] = {}
+        for point, value in points.items():
+            below.setdefault(point[0], {})[point[1:]] = value
+        self.coordinates = sorted(below)
+        self.logs = [math.log(x) for x in self.coordinates]
+        self.leaf = all(len(point) == 1 for point in points)
+        self.values: list[float] = []
+        self.axes: list[_Axis] = []
+        for x in self.coordinates:
+            if self.leaf:
+                self.values.append(below[x][()])
+            else:
+                self.axes.append(_Axis(below[x]))
+
+    def _value(self, i: int, rest: Coordinates) -> tuple[float, Provenance]:
+        if self.leaf:
+            return self.values[i], Provenance.MEASURED
+        return self.axes[i].at(rest)
+
+    def at(self, point: Coordinates) -> tuple[float, Provenance]:
+        """The value and how it is known; beyond the ends the value at the end."""
+        x, rest = point[0], point[1:]
+        if x <= self.coordinates[0] or x >= self.coordinates[-1]:
+            i = 0 if x <= self.coordinates[0] else len(self.coordinates) - 1
+            value, known = self._value(i, rest)
+            return value, known if x == self.coordinates[i] else Provenance.EXTRAPOLATED
+        i = bisect_left(self.coordinates, x)
+        high, high_known = self._value(i, rest)
+        if self.coordinates[i] == x:
+            return high, high_known
+        low, low_known = self._value(i - 1, rest)
+        share = (math.log(x) - self.logs[i - 1]) / (self.logs[i] - self.logs[i - 1])
+        known = _worse(Provenance.INTERPOLATED, _worse(low_known, high_known))
+        return low + share * (high - low), known
+
+
+class EfficiencyGrid:
+    """log(efficiency) over points that need not form a rectangle: nested axes, each logarithmic.
+
+    The last axis is the densest: a point that lacks is filled from its neighbours there, which on
+    whole grids makes no difference.
+
+    Below the smallest coordinate the caller asks for the smallest (a launch dominates there);
+    above the largest the efficiency stays. Both are EXTRAPOLATED, and warned of once.
+    """
+
+    def __init__(self, table: KernelTable, points: Mapping[Coordinates, float]) -> None:
+        self.table = table
+        self.points = points
+        self.floor_s = shortest_s(table)
+        self._root = _Axis(points)
+        dimensions = range(len(next(iter(points))))
+        self.lows = tuple(min(point[i] for point in points) for i in dimensions)
+        self.highs = tuple(max(point[i] for point in points) for i in dimensions)
+        self._warned = False
+
+    def without(self, points: Iterable[Coordinates]) -> EfficiencyGrid:
+        """The grid of the other points: how well does it predict these?"""
+        gone = set(points)
+        return EfficiencyGrid(self.table, {p: v for p, v in self.points.items() if p not in gone})
+
+    def at(self, point: Coordinates) -> tuple[float, Provenance]:
+        """(efficiency, provenance) at a point."""
+        value, known = self._root.at(point)
+        if known is Provenance.EXTRAPOLATED and not self._warned:
+            self._warned = True
+            ranges = ", ".join(
+                f"{a:g} to {b:g}" for a, b in zip(self.lows, self.highs, strict=True)
+            )
+            logger.warning(
+                "%s on %s: %s is outside what was measured (%s; %s); said once",
+                self.table.name, self.table.device, "x".join(f"{x:g}" for x in point), ranges,
+                self.table.source,
+            )  # fmt: skip
+        return math.exp(value), known
+
+
+class KernelSurfaces:
+    """Products and attention on ``device``, from the tables ``tables`` (of ``measured_on``).
+
+    ``measured_on``: the device with its published rates; ``device`` may have others (a question
+    of what would be if): the efficiencies hold, the rates change.
+    """
+
+    def __init__(
+        self, device: DeviceSpec, measured_on: DeviceSpec, tables: Mapping[str, KernelTable]
+    ) -> None:
+        self.device = device
+        self._products: dict[tuple[float, ...], Cost] = {}
+        self._attentions: dict[tuple[float, ...], Cost] = {}
+        self.gemm = product_grid(tables["gemm"], measured_on)
+        self.prefill = attention_grid(tables["prefill_attention"], measured_on, decode=False)
+        self.decode = attention_grid(tables["decode_attention"], measured_on, decode=True)
+
+    @classmethod
+    def shipped(cls, device: DeviceSpec, measured_on: DeviceSpec) -> KernelSurfaces:
+        """The surfaces of this package's tables; raises ``ProfileError`` where one is damaged."""
+        names = ("gemm", "prefill_attention", "decode_attention")
+        return cls(device, measured_on, {n: shipped_table(measured_on.name, n) for n in names})
+
+    def product(self, m: float, n: float, k: float) -> Cost:
+        """[m, k] x [k, n] in bf16."""
+        question = (m, n, k)
+        answer = self._products.get(question)
+        if answer is None:
+            m_low, n_low, k_low = self.gemm.lows
+            efficiency, known = self.gemm.at((m, n, k))
+            bound_s = product_bound_s(self.device, max(m, m_low), max(n, n_low), max(k, k_low))
+            seconds = (self.gemm.floor_s + bound_s) / efficiency
+            answer = self._products[question] = Cost(seconds, known)
+        return answer
+
+    def attention(
+        self, *, decode: bool, batch: float, length: int, heads: int, kv_heads: int, head_dim: int
+    ) -> Cost:
+        """Causal attention of ``batch`` sequences of ``length``; in decode one new token each."""
+        question = (decode, batch, length, heads, kv_heads, head_dim)
+        answer = self._attentions.get(question)
+        if answer is None:
+            grid = self.decode if decode else self.prefill
+            point = (head_dim, length, batch, heads / kv_heads, heads)
+            efficiency, known = grid.at(point)
+            size, length_, batch_, group, heads_ = (
+                max(x, low) for x, low in zip(point, grid.lows, strict=True)
+            )
+            shape = (batch_, length_, heads_, heads_ / group, size)
+            bound_s = attention_bound_s(self.device, shape, decode=decode)
+            seconds = (grid.floor_s + bound_s) / efficiency
+            answer = self._attentions[question] = Cost(seconds, known)
+        return answer
+
+
+def product_bound_s(device: DeviceSpec, m: float, n: float, k: float) -> float:
+    """Seconds of [m, k] x [k, n] in bf16 at the peak rates, each matrix read or written once."""
+    num_bytes = _VALUE_BYTES * (m * k + k * n + m * n)
+    return max(2.0 * m * n * k / device.peak_flops, num_bytes / device.memory_bytes_per_s)
+
+
+def attention_bound_s(device: DeviceSpec, shape: Coordinates, *, decode: bool) -> float:
+    """Seconds at the peak rates of attention of (batch, length, heads, kv heads, head size).
+
+    4 * head_dim FLOPs for each head and pair of positions, half of the pairs when causal; q, k, v
+    and the result once.
+    """
+    batch, length, heads, kv_heads, head_dim = shape
+    queries = 1.0 if decode else length
+    flops = (4.0 if decode else 2.0) * batch * heads * head_dim * queries * length
+    values = 2.0 * batch * head_dim * (heads * queries + kv_heads * length)
+    return max(flops / device.peak_flops, _VALUE_BYTES * values / device.memory_bytes_per_s)
+
+
+def shortest_s(table: KernelTable) -> float:
+    """Seconds of the shortest kernel: what each takes however little it does."""
+    return min(table.rows.values())
+
+
+def product_grid(table: KernelTable, device: DeviceSpec) -> EfficiencyGrid:
+    """Efficiency over (m, n, k) on the device that ``table`` was measured on."""
+    points: dict[Coordinates, float] = {}
+    floor_s = shortest_s(table)
+    for (m, n, k), seconds in table.rows.items():
+        bound_s = floor_s + product_bound_s(device, m, n, k)
+        points[(m, n, k)] = math.log(bound_s / seconds)
+    return EfficiencyGrid(table, points)
+
+
+def attention_grid(table: KernelTable, device: DeviceSpec, *, decode: bool) -> EfficiencyGrid:
+    """Efficiency over (head size, length, batch, heads of a kv head, heads)."""
+    points: dict[Coordinates, float] = {}
+    floor_s = shortest_s(table)
+    for (batch, length, heads, kv_heads, head_dim), seconds in table.rows.items():
+        shape = (batch, length, heads, kv_heads, head_dim)
+        bound_s = floor_s + attention_bound_s(device, shape, decode=decode)
+        points[(head_dim, length, batch, heads / kv_heads, heads)] = math.log(bound_s / seconds)
+    return EfficiencyGrid(table, points)

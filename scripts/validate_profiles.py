@@ -1,0 +1,107 @@
+"""How well the shipped tables predict what they do not hold.
+
+    python scripts/validate_profiles.py [DEVICE ...]
+
+Prints (a) the products' times against another publisher's measurements of LLaMA's shapes,
+(b) for each table its held-out points predicted from the rest, (c) a LLaMA layer's seconds.
+Exits with 1 where (a) is above 12.5% on average, or (b) above 5% in the median or 15% at the 95th
+percentile.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import logging
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+
+from profiles.catalogue import MODELS
+from profiles.clusters import DEVICES, make_cluster
+from profiles.costs import Operation, Provenance
+from profiles.kernel_tables import DATA_FOLDER, shipped_devices, shipped_table
+from profiles.kernels import (
+    KernelSurfaces,
+    attention_grid,
+    product_grid,
+)
+from profiles.shipped import shipped_costs
+
+MAPE_LIMIT, MEDIAN_LIMIT, P95_LIMIT = 0.125, 0.05, 0.15
+# Each held-out point needs the others' grid: every HELD_OUT-th inner point is left out at once.
+HELD_OUT = 29
+
+
+def against_vidur(device: str) -> tuple[float, dict[int, float]]:
+    """(mean absolute error, measured / predicted by rows) of Vidur's products."""
+    surfaces = KernelSurfaces.shipped(DEVICES[device], DEVICES[device])
+    errors, ratios = [], defaultdict(list)
+    with gzip.open(DATA_FOLDER / "check" / f"vidur_{device}.csv.gz", "rt") as file:
+        for row in csv.DictReader(file):
+            m, n, k = (int(row[name]) for name in "mnk")
+            ratio = float(row["latency_us"]) * 1e-6 / surfaces.product(m, n, k).seconds
+            errors.append(abs(1.0 / ratio - 1.0))
+            ratios[m].append(ratio)
+    return statistics.mean(errors), {m: statistics.median(r) for m, r in ratios.items()}
+
+
+def held_out(device: str, name: str) -> tuple[int, list[float]]:
+    """(points, relative errors) of points that lie inside the grid, predicted from the rest."""
+    table, spec = shipped_table(device, name), DEVICES[device]
+    if name == "gemm":
+        grid = product_grid(table, spec)
+    else:
+        grid = attention_grid(table, spec, decode=name == "decode_attention")
+    points = sorted(grid.points)
+    rest = grid.without(points[::HELD_OUT])
+    # A missing corner of the grid is no hole in it: such a question is answered as EXTRAPOLATED.
+    left_out = [p for p in points[::HELD_OUT] if rest.at(p)[1] is not Provenance.EXTRAPOLATED]
+    errors = [abs(math.expm1(grid.points[p] - math.log(rest.at(p)[0]))) for p in left_out]
+    return len(left_out), sorted(errors)
+
+
+def layer_ms(device: str, model: str, operation: Operation, size: int, length: int) -> list[str]:
+    """Milliseconds of a block with its two all-reduces at tp 1, 2, 4, 8."""
+    layers, collectives = shipped_costs(make_cluster(device, 8))
+    spec, found = MODELS[model], []
+    for tp in (1, 2, 4, 8):
+        block = layers.layer(spec, "block", operation, tp=tp, size=size, length=length)
+        reduce_s = collectives.all_reduce(2 * size * spec.hidden, range(tp)).seconds
+        found.append(f"{1e3 * (block.seconds + 2 * reduce_s):.2f}")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    devices = list(sys.argv[1:] if argv is None else argv) or list(shipped_devices())
+    logging.disable(logging.WARNING)
+    failed = False
+    for device in [d for d in devices if d in ("a100", "h100")]:
+        mape, ratios = against_vidur(device)
+        failed |= mape > MAPE_LIMIT
+        print(f"{device} products against Vidur: mean error {mape:.1%} (limit {MAPE_LIMIT:.1%})")
+        print(
+            "  measured / predicted by rows: " + " ".join(f"{m}:{r:.2f}" for m, r in ratios.items())
+        )
+    for device in devices:
+        for name in ("gemm", "prefill_attention", "decode_attention"):
+            count, errors = held_out(device, name)
+            median, p95 = statistics.median(errors), errors[int(0.95 * len(errors))]
+            bad = median > MEDIAN_LIMIT or p95 > P95_LIMIT
+            failed |= bad
+            print(
+                f"{device} {name}: {count} held out, median {median:.1%}, p95 {p95:.1%}"
+                f"{'  ABOVE THE LIMIT' if bad else ''}"
+            )
+    for device in devices:
+        for model in ("llama-7b", "llama-70b"):
+            forward = "/".join(layer_ms(device, model, "forward", 2048, 2048))
+            decode = "/".join(layer_ms(device, model, "decode", 64, 1024))
+            print(f"{device} {model} layer, ms at tp 1/2/4/8: forward {forward}, decode {decode}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
