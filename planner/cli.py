@@ -202,7 +202,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     add(
         "--profile",
         metavar="FILE",
-        help="measured costs (realexec profile); without: peak rates of the device",
+        help="measured costs (realexec profile); without: shipped tables of the device",
     )
     add("--algorithm", default="ppo", metavar="NAME|FILE.py", help="default ppo")
     add("--prompt-len", metavar="N", help="longest prompt, in tokens: prompt_len=N")

@@ -122,7 +122,7 @@ def table_of_plan(
         if Path(recorded).is_file():
             profile = recorded
         else:
-            note(f"the plan's profile {recorded} is not here: costs are from peak rates")
+            note(f"the plan's profile {recorded} is not here: costs are as without one")
     return load_table(profile)
 
 

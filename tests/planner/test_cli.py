@@ -57,7 +57,7 @@ def test_search_writes_a_plan_and_shows_it(
     assert "symmetric" in plan.baselines
     for text in ("actor_train", "per step", "lower bound", "one steady step", str(file)):
         assert text in captured.out
-    assert "costs are from a100's peak rates" in captured.err
+    assert "costs are from the shipped a100 tables" in captured.err
 
 
 def test_json_is_the_plan_and_nothing_else(
@@ -174,7 +174,7 @@ def test_a_profile_is_used_and_remembered(
     assert again["step_s"] == plan.estimate.step_s
     profile.unlink()
     assert main(["show", str(out)]) == 0
-    assert "is not here: costs are from peak rates" in capsys.readouterr().err
+    assert "is not here: costs are as without one" in capsys.readouterr().err
 
 
 def test_the_flags_of_search() -> None:
