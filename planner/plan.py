@@ -153,6 +153,8 @@ class Problem:
 
     def workload_of(self, call_name: str) -> Workload:
         """The data as a call sees it: of some calls, groups have one sequence."""
+        if self.workload.group_size == 1:
+            return self.workload
         call = self.graph.call(call_name)
         seen = self.graph.sequences_per_group(call, self.workload.group_size)
         return replace(self.workload, group_size=seen)

@@ -60,6 +60,7 @@ class CostModel:
         self.function_s = function_s
         self.stages = StageCosts(cluster.device, layer_costs, collectives)
         self.known_calls: dict[tuple[object, ...], CallCost] = {}
+        self._known_hops: dict[tuple[int, int, int, float], list[Priced]] = {}
         self.known_reallocations: dict[tuple[object, ...], float] = {}
 
     @property
@@ -70,10 +71,16 @@ class CostModel:
     def hops(self, allocation: Allocation, num_bytes: float) -> list[Priced]:
         """Seconds of ``num_bytes`` from each stage to the next, on every lane at once."""
         s, first = allocation.strategy, allocation.mesh.first
-        width = s.dp * s.tp
+        question = (s.pp, s.dp * s.tp, first, num_bytes)
+        answer = self._known_hops.get(question)
+        if answer is None:
+            answer = self._known_hops[question] = self._hops(*question)
+        return answer
+
+    def _hops(self, pp: int, width: int, first: int, num_bytes: float) -> list[Priced]:
         by_link: dict[bool, Priced] = {}  # inside a node or not: a link class has one price
         found = []
-        for stage in range(s.pp - 1):
+        for stage in range(pp - 1):
             start = first + stage * width
             costs = []
             for lane in (start, start + width - 1):

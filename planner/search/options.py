@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planner.cost.stage import stage_shapes
+from planner.cost.stage import VALUE_BYTES, stage_shapes
 from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
 from planner.memory import (
@@ -125,20 +125,33 @@ def micro_batch_counts(strategy: ParallelStrategy, num_sequences: int) -> list[i
     return sorted(found)
 
 
-def generation_batches(num_sequences: int, num_micro_batches: int) -> list[int]:
+def generation_batches(num_sequences: int, num_micro_batches: int, *, enough: int) -> list[int]:
     """Counts worth trying for the sequences of a data-parallel rank: all (0), a half, a quarter, …
 
-    At least one sequence for each group in flight, and 1/64 of all: decoding fewer costs more for
-    each than any layout saves.
+    At least one sequence for each group in flight, and no less than ``enough``, below which
+    memory that keys and values leave free is of no use to anybody.
 
-    >>> generation_batches(32, 2)
-    [0, 16, 8, 4, 2]
+    >>> generation_batches(32, 2, enough=4)
+    [0, 16, 8, 4]
     """
     found, rows = [0], num_sequences
-    while rows % 2 == 0 and rows // 2 >= max(num_micro_batches, num_sequences / 64):
+    while rows % 2 == 0 and rows // 2 >= max(num_micro_batches, enough):
         rows //= 2
         found.append(rows)
     return found
+
+
+# Keys and values that take less than this share of a device are not worth waves.
+SMALL_CACHE = 1 / 16
+
+
+def _enough_rows(problem: Problem, spec: ModelSpec, strategy: ParallelStrategy) -> int:
+    """Sequences whose keys and values take ``SMALL_CACHE`` of a device's memory."""
+    device = problem.cluster.device
+    row_bytes = problem.workload.max_tokens * spec.kv_bytes_per_token(
+        bytes_per_value=VALUE_BYTES[device.kind]
+    )
+    return ceil(SMALL_CACHE * device.memory_bytes * strategy.pp * strategy.tp / row_bytes)
 
 
 def variants(problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh) -> Iterator[Allocation]:
@@ -148,8 +161,9 @@ def variants(problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh) -> Ite
         groups = ceil(problem.workload.batch_size / legal.dp)
         share = groups * problem.workload_of(call.name).group_size
         for count in micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]:
-            if call.kind is CallKind.GENERATE:
-                batches, strategies = generation_batches(share, count), [legal]
+            if call.kind is CallKind.GENERATE and spec is not None:
+                enough = _enough_rows(problem, spec, legal)
+                batches, strategies = generation_batches(share, count, enough=enough), [legal]
             else:
                 batches, strategies = [0], _strategies(call, legal)
             for strategy in strategies:
