@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from planner.cost import CostModel
+from planner.lock import Lock
 from planner.memory import check_memory, plan_memory
 from planner.plan import Estimate, ExecutionPlan, Problem
 from planner.program import compile_plan
@@ -91,8 +92,9 @@ def search(
     gap: float = 0.01,
     max_evaluations: int = 60_000,
     progress: Progress | None = None,
+    locks: Mapping[str, Lock] | None = None,
 ) -> SearchResult:
-    """The best plan found; it fits the devices' memory.
+    """The best plan found; it fits the devices' memory, and its calls are as ``locks`` say.
 
     Stops after ``max_evaluations``, at a plan within ``gap`` of the lower bound, or, whatever
     was reached, ``time_limit_s`` seconds after the options were costed. The same seed gives the
@@ -100,13 +102,13 @@ def search(
 
     Raises:
         InfeasibleError: no plan fits; says what lacks.
-        ConfigError: an unknown engine.
+        ConfigError: an unknown engine, or a lock that no option of its call meets.
     """
     if engine not in ENGINES:
         raise ConfigError(
             f"unknown engine '{engine}'", where="--engine", remedy=f"use {' or '.join(ENGINES)}"
         )
-    space = OptionSpace(problem, StepPrices(problem, costs))
+    space = OptionSpace(problem, StepPrices(problem, costs), locks)
     evaluator = Evaluator(space)
     bound_s = lower_bound_s(evaluator)
     baselines: dict[str, Baseline] = {}
@@ -121,7 +123,8 @@ def search(
         gap=gap,
         progress=progress,
     )
-    record = ENGINES[engine](evaluator, [b.assignment for b in baselines.values()], budget, seed)
+    starts = [b.assignment for b in baselines.values() if space.allows(b.assignment)]
+    record = ENGINES[engine](evaluator, starts, budget, seed)
     if record.best is None:
         raise _nothing_fits(evaluator, record)
     bound_s = max(bound_s, record.lower_bound_s)

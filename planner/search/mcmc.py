@@ -129,7 +129,7 @@ def greedy(evaluator: Evaluator) -> Assignment:
     return tuple(
         min(
             (
-                space.option(call.name, space.meshes_by_size[size][0], choices[0])
+                space.option(call.name, space.meshes_of(call.name, size)[0], choices[0])
                 for size, choices in space.choices[call.name].items()
             ),
             key=lambda option: option.seconds,
@@ -188,10 +188,11 @@ def _neighbours(space: OptionSpace, here: Assignment, i: int) -> Iterator[Assign
     role = space.calls[i].role
     options = list(_candidates(space, here, i))
     for option in options:
-        yield replaced(here, i, option)
+        if space.allows((option,)):
+            yield replaced(here, i, option)
     for option in options if role is not None else ():
         trial = together(here, space, role or "", option)
-        if trial is not None:
+        if trial is not None and space.allows(trial):
             yield trial
 
 

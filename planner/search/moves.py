@@ -142,4 +142,6 @@ def propose(assignment: Assignment, space: OptionSpace, rng: random.Random) -> A
     names = list(MOVES)
     (name,) = rng.choices(names, [MOVES[n][1] for n in names])
     found = MOVES[name][0](assignment, space, rng)
-    return None if found == assignment else found
+    if found is None or found == assignment or not space.allows(found):
+        return None
+    return found

@@ -11,7 +11,7 @@ layout, so every plan keeps an equal that is at least as good.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from planner.cost.stage import VALUE_BYTES, stage_shapes
 from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
+from planner.lock import Lock
 from planner.memory import (
     STAGING_BYTES,
     MemoryBreakdown,
@@ -34,7 +35,7 @@ from planner.plan import Allocation, Problem, largest_dp
 from planner.program import assign_samples
 from planner.simulate import StepPrices
 from planner.strategy import ParallelStrategy, Recompute, legal_strategies
-from profiles.errors import InfeasibleError
+from profiles.errors import ConfigError, InfeasibleError
 from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 from profiles.units import format_bytes
@@ -231,10 +232,14 @@ class OptionSpace:
 
     Raises:
         InfeasibleError: a call fits on no mesh even alone.
+        ConfigError: no option of a call is as its lock says.
     """
 
-    def __init__(self, problem: Problem, prices: StepPrices) -> None:
+    def __init__(
+        self, problem: Problem, prices: StepPrices, locks: Mapping[str, Lock] | None = None
+    ) -> None:
         self.problem = problem
+        self.locks = dict(locks or {})
         self.prices = prices
         self.calls = problem.graph.calls
         self.meshes_by_size: dict[int, list[DeviceMesh]] = {}
@@ -248,9 +253,25 @@ class OptionSpace:
         self._known: dict[tuple[object, ...], Mapping[int, tuple[Choice, ...]]] = {}
         self.choices = {call.name: self._choices(call) for call in self.calls}
         self.meshes: Mapping[str, tuple[DeviceMesh, ...]] = {
-            name: tuple(m for size in by_size for m in self.meshes_by_size[size])
+            name: tuple(m for size in by_size for m in self.meshes_of(name, size))
             for name, by_size in self.choices.items()
         }
+
+    def meshes_of(self, call: str, size: int) -> list[DeviceMesh]:
+        """Meshes of ``size`` devices that a call may take, by position."""
+        fixed = self._fixed_mesh(call)
+        return [m for m in self.meshes_by_size.get(size, []) if fixed in (None, m)]
+
+    def _fixed_mesh(self, call: str) -> DeviceMesh | None:
+        lock = self.locks.get(call, Lock())
+        return lock.allocation.mesh if lock.allocation is not None else lock.mesh
+
+    def allows(self, assignment: Assignment) -> bool:
+        """Is every locked call as its lock says?"""
+        return not self.locks or all(
+            option.call not in self.locks or self.locks[option.call].allows(option.allocation)
+            for option in assignment
+        )
 
     def option(self, call: str, mesh: DeviceMesh, choice: Choice) -> Option:
         """The option of ``choice`` on ``mesh``."""
@@ -281,28 +302,49 @@ class OptionSpace:
         """Choices by size of mesh, fastest first; only sizes that have one."""
         # Calls of equal kind and model cost the same: critic_inf and rew_inf.
         workload = self.problem.workload_of(call.name)
-        key = (call.kind, call.num_mini_batches, self.problem.spec_of(call.name), workload)
+        key = (
+            self.locks.get(call.name),
+            call.kind,
+            call.num_mini_batches,
+            self.problem.spec_of(call.name),
+            workload,
+        )
         if key in self._known:
             return self._known[key]
         found: dict[int, tuple[Choice, ...]] = {}
-        for size, meshes in self.meshes_by_size.items():
+        for size in self.meshes_by_size:
             groups: dict[tuple[int, int, int], list[Choice]] = {}
-            for choice in self._fitting(call, meshes[0]):
+            for choice in self._fitting(call, self.meshes_of(call.name, size)):
                 groups.setdefault(choice.axes, []).append(choice)
             kept = [choice for group in groups.values() for choice in undominated(group)]
             if kept:
                 found[size] = tuple(sorted(kept, key=lambda c: c.seconds))
         if not found:
-            raise self._infeasible(call)
+            raise self._locked_out(call) if call.name in self.locks else self._infeasible(call)
         self._known[key] = found
         return found
 
-    def _fitting(self, call: ModelFunctionCall, mesh: DeviceMesh) -> Iterator[Choice]:
+    def _fitting(self, call: ModelFunctionCall, meshes: Sequence[DeviceMesh]) -> Iterator[Choice]:
+        """Choices that fit, and are as locked, on meshes of one size: all cost the same."""
+        lock = self.locks.get(call.name, Lock())
+        if lock.allocation is not None and meshes:
+            candidates: Iterable[Allocation] = [lock.allocation]
+        else:
+            candidates = variants(self.problem, call, meshes[0]) if meshes else ()
         had = self.problem.cluster.device.memory_bytes
-        for allocation in variants(self.problem, call, mesh):
+        for allocation in candidates:
+            if not lock.allows(allocation):
+                continue
             if call_memory(self.problem, call.name, allocation).total <= had:
                 self.num_costed += 1
                 yield self._choice(call, allocation)
+
+    def _locked_out(self, call: ModelFunctionCall) -> ConfigError:
+        return ConfigError(
+            "no option of this call that fits a device's memory is as it is locked",
+            where=f"lock.{call.name}",
+            remedy="fix less of it: mesh, strategy or num_micro_batches",
+        )
 
     def _choice(self, call: ModelFunctionCall, allocation: Allocation) -> Choice:
         spec, s = self.problem.spec_of(call.name), allocation.strategy

@@ -215,9 +215,10 @@ class Relaxation:
         sizes = sorted(set(table.size[rows].tolist()))
         lo, hi = 0, self.num_devices
         if len(rows) == 1 and positions is None:
-            positions = (0, len(self.space.meshes_by_size[sizes[0]]))
+            positions = (0, len(self.space.meshes_of(self.calls[i].name, sizes[0])))
         for size in sizes:
-            meshes = self.space.meshes_by_size[size][slice(*(positions or (None, None)))]
+            meshes = self.space.meshes_of(self.calls[i].name, size)
+            meshes = meshes[slice(*(positions or (None, None)))]
             lo = max(lo, *(mesh.first for mesh in (meshes[0], meshes[-1])))
             hi = min(hi, *(mesh.first + size for mesh in (meshes[0], meshes[-1])))
         return Pool(
@@ -267,7 +268,7 @@ class Relaxation:
         assert pool.positions is not None
         assert pool.is_single
         size, choice = self.tables[pool.call].choices[int(pool.rows[0])]
-        mesh = self.space.meshes_by_size[size][pool.positions[0]]
+        mesh = self.space.meshes_of(self.calls[pool.call].name, size)[pool.positions[0]]
         return self.space.option(self.calls[pool.call].name, mesh, choice)
 
     def assignment(self, box: Box) -> Assignment | None:
