@@ -68,11 +68,6 @@ def make_search_problem(
         paths=role_paths(algorithm, config, model=args.model, critic=args.critic), cluster=cluster,
     )  # fmt: skip
     overrides.check_calls(problem.graph)
-    if overrides.locks:
-        raise ConfigError(
-            "engines cannot keep a call's allocation yet", where=f"lock.{min(overrides.locks)}",
-            remedy="edit the plan and see realplan estimate",
-        )  # fmt: skip
     return problem
 
 
@@ -116,7 +111,7 @@ def run_search(args: argparse.Namespace) -> int:
     with _interrupts() as interrupted, _Progress() as progress:
         result = search(
             problem, costs, engine=args.engine, seed=seed, time_limit_s=time_limit_s,
-            progress=progress.tell, gap=overrides.gap,
+            progress=progress.tell, gap=overrides.gap, locks=overrides.locks,
         )  # fmt: skip
     plan = dataclasses.replace(result.plan, provenance=_provenance(args, result.evaluations))
     save_plan(plan, args.output)
