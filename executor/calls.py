@@ -64,7 +64,10 @@ class TrainFunction(Protocol):
 class DataFunction(Protocol):
     """FUNCTION: output keys from data alone."""
 
-    def run(self, batch: SequenceBatch, records: Records) -> Mapping[str, Tensor]: ...
+    def run(self, batch: SequenceBatch, records: Records) -> Mapping[str, Tensor] | SequenceBatch:
+        """The call's output keys, [tokens] or [num_sequences] of ``batch`` each; or, where it
+        makes or chooses sequences, a batch of them by the numbers of their ``samples``."""
+        ...
 
 
 class Stateful(Protocol):

@@ -1,86 +1,142 @@
-"""Prompts, read on every rank: order and content follow from (seed, step) alone."""
+"""The data of a step, read on every rank: order and content follow from (seed, step) alone.
+
+Read ``Item`` (a group of the step's batch), then ``Dataset``. What a file looks like is
+``records.py``'s.
+"""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from executor.records import DataKind, Example, Prompt, joined, read_examples
 from profiles.errors import ConfigError
 
-Record = Mapping[str, Any]
+_ANSWERS: Mapping[DataKind, int] = {"prompts": 0, "answers": 1, "pairs": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One group of the data: ``prompt`` [length] int64, ``answers`` likewise (chosen, rejected)."""
+
+    record: Mapping[str, Any]
+    prompt: Tensor
+    answers: tuple[Tensor, ...] = ()
 
 
 class Prompts(Protocol):
-    """A source of prompts. ``num_prompts`` is None where it is endless."""
+    """A source of data. ``num_prompts`` is None where it is endless."""
 
     num_prompts: int | None
 
-    def batch(self, step: int, batch_size: int) -> tuple[list[Tensor], list[Record]]:
-        """Token ids [length] int64 and records of every sample of a step."""
+    def batch(self, step: int, batch_size: int) -> list[Item]:
+        """The groups of a step, the same on every rank."""
         ...
 
 
-class MockPrompts:
-    """Random token ids of random lengths in [prompt_len / 2, prompt_len]: for benchmarks."""
-
-    def __init__(self, *, vocab: int, prompt_len: int, seed: int) -> None:
-        self.num_prompts: int | None = None
-        self.vocab, self.prompt_len, self.seed = vocab, prompt_len, seed
-
-    def batch(self, step: int, batch_size: int) -> tuple[list[Tensor], list[Record]]:
-        rng = _generator(self.seed, step)
-        shortest = max(1, self.prompt_len // 2)
-        lengths = torch.randint(shortest, self.prompt_len + 1, (batch_size,), generator=rng)
-        prompts = [
-            torch.randint(0, self.vocab, (int(length),), generator=rng) for length in lengths
-        ]
-        records = [{"id": f"{step}-{i}", "prompt": ""} for i in range(batch_size)]
-        return prompts, list(records)
-
-
-class PromptDataset:
-    """JSONL prompts, checked when opened; shuffled anew in every pass over them."""
+class MockData:
+    """Random token ids of random lengths in [longest / 2, longest]: for benchmarks."""
 
     def __init__(
-        self, path: Path, *, seed: int, chat_template: bool, tokenizer: Any, max_prompt_tokens: int
+        self, *, vocab: int, prompt_len: int, seed: int, kind: DataKind = "prompts",
+        response_len: int = 1,
+    ) -> None:  # fmt: skip
+        self.num_prompts: int | None = None
+        self.vocab, self.seed, self.kind = vocab, seed, kind
+        self.prompt_len, self.response_len = prompt_len, response_len
+
+    def batch(self, step: int, batch_size: int) -> list[Item]:
+        rng = _generator(self.seed, step)
+
+        def texts(longest: int, count: int) -> list[Tensor]:
+            lengths = torch.randint(max(1, longest // 2), longest + 1, (count,), generator=rng)
+            return [torch.randint(0, self.vocab, (int(n),), generator=rng) for n in lengths]
+
+        prompts, each = texts(self.prompt_len, batch_size), _ANSWERS[self.kind]
+        answers = texts(self.response_len, batch_size * each)
+        return [
+            Item(
+                record={"id": f"{step}-{i}", "prompt": ""},
+                prompt=prompts[i],
+                answers=tuple(answers[i * each : (i + 1) * each]),
+            )
+            for i in range(batch_size)
+        ]
+
+
+class Dataset:
+    """A JSONL file, checked when opened; shuffled anew in every pass over it.
+
+    Raises:
+        ConfigError: a line is not as ``records.py`` says, or is too long; names file and line.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        kind: DataKind,
+        seed: int,
+        chat_template: bool,
+        tokenizer: Any,
+        max_prompt_tokens: int,
+        max_answer_tokens: int,
+        stop_token_ids: tuple[int, ...] = (),
     ) -> None:
         self.seed = seed
-        self.records = read_records(path)
-        self.num_prompts: int | None = len(self.records)
-        self.prompts: list[Tensor] = []
-        for line, record in self.records:
-            ids = prompt_ids(tokenizer, record["prompt"], chat_template=chat_template)
-            if not ids:
-                raise ConfigError(
-                    "the tokenizer makes no tokens of the prompt", where=f"{path}:{line}",
-                    remedy="remove the line",
-                )  # fmt: skip
-            if len(ids) > max_prompt_tokens:
-                raise ConfigError(
-                    f"the prompt has {len(ids)} tokens, more than prompt_len={max_prompt_tokens}",
-                    where=f"{path}:{line}",
-                    remedy=f"shorten it or search a plan with prompt_len={len(ids)}",
-                )
-            self.prompts.append(torch.tensor(ids, dtype=torch.int64))
+        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.longest = {"prompt": max_prompt_tokens, "answer": max_answer_tokens}
+        self.stops = stop_token_ids
+        self.items = [self._item(example) for example in read_examples(path, kind)]
+        self.num_prompts: int | None = len(self.items)
 
-    def batch(self, step: int, batch_size: int) -> tuple[list[Tensor], list[Record]]:
-        count = len(self.records)
+    def batch(self, step: int, batch_size: int) -> list[Item]:
+        count = len(self.items)
         places = range(step * batch_size, (step + 1) * batch_size)
         order = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
-        chosen = [order[place // count][place % count] for place in places]
-        return [self.prompts[i] for i in chosen], [self.records[i][1] for i in chosen]
+        return [self.items[order[place // count][place % count]] for place in places]
 
     def _order(self, epoch: int) -> list[int]:
         order: list[int] = torch.randperm(
-            len(self.records), generator=_generator(self.seed, epoch)
+            len(self.items), generator=_generator(self.seed, epoch)
         ).tolist()
         return order
+
+    def _item(self, example: Example) -> Item:
+        prompt = prompt_ids(self.tokenizer, example.prompt, chat_template=self.chat_template)
+        answers = [
+            answer_ids(
+                self.tokenizer, example.prompt, answer, chat_template=self.chat_template,
+                stops=self.stops,
+            )
+            for answer in example.answers
+        ]  # fmt: skip
+        return Item(
+            record=example.record,
+            prompt=self._checked(prompt, "prompt", example.where),
+            answers=tuple(self._checked(ids, "answer", example.where) for ids in answers),
+        )
+
+    def _checked(self, ids: list[int], what: str, where: str) -> Tensor:
+        option = {"prompt": "prompt_len", "answer": "response_len"}[what]
+        if not ids:
+            raise ConfigError(
+                f"the tokenizer makes no tokens of the {what}", where=where,
+                remedy="remove the line",
+            )  # fmt: skip
+        if len(ids) > self.longest[what]:
+            raise ConfigError(
+                f"the {what} has {len(ids)} tokens, more than {option}={self.longest[what]}",
+                where=where,
+                remedy=f"shorten it or search a plan with {option}={len(ids)}",
+            )
+        return torch.tensor(ids, dtype=torch.int64)
 
 
 def _generator(seed: int, counter: int) -> torch.Generator:
@@ -88,63 +144,50 @@ def _generator(seed: int, counter: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{seed} {counter}").getrandbits(32))
 
 
-def prompt_ids(tokenizer: Any, prompt: str, *, chat_template: bool) -> list[int]:
-    """Token ids of a prompt, as the user's turn of a chat where the tokenizer has a template."""
-    if chat_template and getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+# ---- texts to tokens --------------------------------------------------------------------------
+
+
+def _turns(prompt: Prompt) -> list[Mapping[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def _has_template(tokenizer: Any, chat_template: bool) -> bool:
+    return chat_template and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _chat(tokenizer: Any, turns: list[Mapping[str, str]], *, prompt: bool) -> str:
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+    return text
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, *, chat_template: bool) -> list[int]:
+    """Token ids of a prompt: through the tokenizer's chat template if it has one.
+
+    Without a template messages are joined by line breaks.
+    """
+    if _has_template(tokenizer, chat_template):
+        text = _chat(tokenizer, _turns(prompt), prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not isinstance(prompt, str):
+        prompt = joined(prompt) + "\n"
     return list(tokenizer(prompt)["input_ids"])
 
 
-def read_records(path: Path) -> list[tuple[int, Record]]:
-    """(line number, record) of a JSONL file whose lines have a ``prompt``.
+def answer_ids(
+    tokenizer: Any, prompt: Prompt, answer: str, *, chat_template: bool, stops: tuple[int, ...]
+) -> list[int]:
+    """Token ids that follow ``prompt_ids`` where the model gives ``answer``, with an end token.
 
-    A record without an ``id`` gets its line number as one.
-
-    Raises:
-        ConfigError: no path or file, not UTF-8, no records, or a line that is not a JSON object
-            with a non-empty ``prompt``; names file and line.
+    With a template: what the template adds to the prompt for the assistant's turn.
     """
-    if str(path) in ("", "."):
-        raise ConfigError("no prompts", where="data.path", remedy="give data.path=prompts.jsonl")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # without a byte order mark, if there is one
-    except OSError as error:
-        raise ConfigError(
-            f"cannot be read ({error.strerror})", where=str(path), remedy="give data.path=FILE"
-        ) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError("not UTF-8", where=f"{path}:{line}", remedy="save as UTF-8") from None
-    records: list[tuple[int, Record]] = [
-        (number, {"id": number, **_record(line, f"{path}:{number}")})
-        for number, line in enumerate(text.split("\n"), start=1)
-        if line.strip()
-    ]
-    if not records:
-        raise ConfigError("no prompts in it", where=str(path), remedy='write {"prompt": "…"} lines')
-    return records
-
-
-def _record(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"not JSON ({error.msg})", where=where, remedy='write one {"prompt": "…"} a line'
-        ) from None
-    if not isinstance(record, dict):
-        raise ConfigError("not a JSON object", where=where, remedy='write {"prompt": "…"}')
-    prompt = record.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ConfigError(
-            f"prompt is {prompt!r}", where=where, remedy="every line needs a text under prompt"
-        )
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ConfigError(
-            "the prompt has half of a surrogate pair", where=where, remedy="repair its \\u escapes"
-        ) from None
-    return record
+    text = answer
+    if _has_template(tokenizer, chat_template):
+        turns = _turns(prompt)
+        before = _chat(tokenizer, turns, prompt=True)
+        turns.append({"role": "assistant", "content": answer})
+        whole = _chat(tokenizer, turns, prompt=False)
+        # Some templates write an assistant's turn otherwise than they begin one; then as it is.
+        text = whole[len(before) :].rstrip() if whole.startswith(before) else answer
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ended = bool(stops) and bool(ids) and ids[-1] in stops
+    return ids if ended or not stops else [*ids, stops[0]]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from executor.dataset import MockPrompts, PromptDataset, Prompts
+from executor.dataset import Dataset, MockData, Prompts
 from executor.metrics import MetricsWriter
 from executor.resume import restore, save_run
 from executor.run import Run, functions_of
@@ -79,17 +79,23 @@ def model_folder(run: Run) -> Path | None:
 
 
 def open_data(run: Run, text: TextCodec) -> Prompts:
-    """The run's prompts, checked; random ones for a benchmark without data."""
+    """The run's data, checked; random tokens for a benchmark without data."""
     config, problem = run.config, run.plan.problem
     if not config.data.path and text.tokenizer is None:
         vocab = min(spec.vocab for spec in problem.models.values())
-        return MockPrompts(vocab=vocab, prompt_len=config.prompt_len, seed=config.seed)
-    return PromptDataset(
+        return MockData(
+            vocab=vocab, seed=config.seed, kind=run.algorithm.data, prompt_len=config.prompt_len,
+            response_len=config.response_len,
+        )  # fmt: skip
+    return Dataset(
         Path(config.data.path),
+        kind=run.algorithm.data,
         seed=config.seed,
         chat_template=config.data.chat_template,
         tokenizer=text.tokenizer,
         max_prompt_tokens=config.prompt_len,
+        max_answer_tokens=config.response_len,
+        stop_token_ids=text.stop_token_ids,
     )
 
 

@@ -224,8 +224,27 @@ class Worker:
         return self.problem.workload_of(call.name).group_size
 
     def _gather(self, call: ModelFunctionCall, groups: Sequence[int]) -> SequenceBatch:
-        """The call's inputs of these groups."""
+        """The call's inputs of these groups, those of the data set among them."""
+        names = [k for k in call.inputs if k in self.problem.graph.source_keys and k != "prompts"]
+        if names:
+            self._read_data(names, groups)
         return self.samples.gather(groups, call, self._group_size(call))
+
+    def _read_data(self, names: Sequence[str], groups: Sequence[int]) -> None:
+        """Keep ``sequences`` and ``prompt_lengths`` of these groups of the data set."""
+        items = self.data.batch(self.step, self.problem.workload.batch_size)
+        sequences = self.samples.sequences(groups, self.problem.workload.group_size)
+        rows = [
+            (items[group].prompt, answer) for group in groups for answer in items[group].answers
+        ]
+        batch = SequenceBatch(
+            samples=tuple(sequences),
+            lengths=tuple(len(prompt) + len(answer) for prompt, answer in rows),
+            per_token={"sequences": torch.cat([part for row in rows for part in row])},
+            per_sequence={"prompt_lengths": torch.tensor([len(prompt) for prompt, _ in rows])},
+        )
+        for name in names:
+            self.samples.put_key(batch, name, batch.get(name))
 
     def _context_of(self, name: str) -> tuple[RankContext, Layout]:
         layout = call_layout(self.plan, name)
@@ -238,14 +257,14 @@ class Worker:
         call, allocation, dp_rank = self._place(instruction.call)
         assert call.role is not None
         _, layout = self._context_of(call.name)
-        prompts, _ = self.data.batch(self.step, self.problem.workload.batch_size)
+        items = self.data.batch(self.step, self.problem.workload.batch_size)
         sequences = self.samples.sequences(
             self._share(call, allocation, dp_rank), self._group_size(call)
         )
         whole = self.problem.workload.group_size
         batch = generate(
             self._stage(call.role, layout),
-            [prompts[sequence // whole].to(self.device) for sequence in sequences],
+            [items[sequence // whole].prompt.to(self.device) for sequence in sequences],
             samples=sequences,
             params=self.functions[call.name].sampling(self.text.stop_token_ids),
             seed=self.run.config.seed,
@@ -316,12 +335,16 @@ class Worker:
     def _function(self, instruction: Function, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
         batch = self._gather(call, self._share(call, allocation, dp_rank))
-        _, records = self.data.batch(self.step, self.problem.workload.batch_size)
+        items = self.data.batch(self.step, self.problem.workload.batch_size)
         whole = self.problem.workload.group_size
-        own = self.text.with_answers([records[sample // whole] for sample in batch.samples], batch)
+        own = self.text.with_answers([items[s // whole].record for s in batch.samples], batch)
         values = self.functions[call.name].run(batch, own)
-        self.samples.put(self._with_outputs(call, batch, values), call)
         counts["num_tokens"] = batch.num_tokens
+        if isinstance(values, SequenceBatch):  # sequences of its own: a choice among those given
+            self.samples.put(values, call)
+            values = {}
+        else:
+            self.samples.put(self._with_outputs(call, batch, values), call)
         means = {key: float(value.double().mean()) for key, value in values.items()}
         # Ranks of a function never wait for each other: each tells its own share.
         post(self.store, self.step, call.name, means, part=dp_rank, weight=batch.num_sequences)

@@ -6,16 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from executor.dataset import MockPrompts
+from executor.dataset import MockData, Prompts
 from executor.run import Run, functions_of
 from executor.text import TextCodec
 from executor.trace import TraceWriter
 from executor.worker import Worker
+from experiments.dpo import graph as dpo
+from experiments.generation import graph as generation
 from experiments.ppo.graph import ALGORITHM
+from experiments.reward import graph as reward
+from experiments.sft import graph as sft
 from planner.algorithm import make_config, make_problem
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem, validate_plan
@@ -49,6 +54,18 @@ def cluster(num_devices: int) -> ClusterSpec:
     )  # fmt: skip
 
 
+ALGORITHMS = {
+    algorithm.name: algorithm
+    for algorithm in (
+        ALGORITHM,
+        sft.ALGORITHM,
+        reward.ALGORITHM,
+        dpo.ALGORITHM,
+        generation.ALGORITHM,
+    )
+}
+
+
 def ppo_problem(num_devices: int, overrides: Sequence[str], spec: ModelSpec = SMALL) -> Problem:
     """PPO with a critic of one layer less than the actor."""
     config = make_config(ALGORITHM.config_class, overrides)
@@ -64,13 +81,21 @@ def make_plan(
     *,
     overrides: Sequence[str] = tuple(OVERRIDES),
     spec: ModelSpec = SMALL,
+    algorithm: str = "ppo",
     **calls: str,
 ) -> ExecutionPlan:
     """Calls as "first:d1p2m1:micro-batches[:zero][:recompute][:rows=N]"; ``default`` for the rest.
 
     ``rows`` is the generation batch.
     """
-    problem = ppo_problem(num_devices, overrides, spec)
+    chosen = ALGORITHMS[algorithm]
+    if algorithm == "ppo":
+        problem = ppo_problem(num_devices, overrides, spec)
+    else:
+        config = make_config(chosen.config_class, overrides)
+        problem = make_problem(
+            chosen, config, model=spec, critic=spec, cluster=cluster(num_devices)
+        )
 
     def allocation(text: str) -> Allocation:
         first, layout, micro, *flags = text.split(":")
@@ -101,19 +126,27 @@ class Outcome:
     slices: dict[str, dict[tuple[str, tuple[int, ...]], torch.Tensor]]
 
 
-def run_rank(rank: int, world_size: int, plan: ExecutionPlan, folder: str) -> Outcome:
-    config = make_config(ALGORITHM.config_class, [], base=plan.problem.config)
-    run = Run(plan=plan, algorithm=ALGORITHM, config=config)
+def mock_data(plan: ExecutionPlan, config: Any) -> MockData:
+    return MockData(
+        vocab=min(spec.vocab for spec in plan.problem.models.values()),
+        kind=ALGORITHMS[plan.problem.algorithm].data, seed=config.seed,
+        prompt_len=config.prompt_len, response_len=config.response_len,
+    )  # fmt: skip
+
+
+def run_rank(
+    rank: int, world_size: int, plan: ExecutionPlan, folder: str, data: Prompts | None = None
+) -> Outcome:
+    algorithm = ALGORITHMS[plan.problem.algorithm]
+    config = make_config(algorithm.config_class, [], base=plan.problem.config)
+    run = Run(plan=plan, algorithm=algorithm, config=config)
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
     tokens: dict[tuple[int, int], list[int]] = {}
     with TraceWriter(Path(folder) / "trace", rank) as trace:
         worker = Worker(
             run, compile_plan(plan), rank=rank, device=torch.device("cpu"),
             functions=functions_of(run), store=store, trace=trace, text=TextCodec(None),
-            data=MockPrompts(
-                vocab=plan.problem.models["actor"].vocab, prompt_len=config.prompt_len,
-                seed=config.seed,
-            ),
+            data=data or mock_data(plan, config),
         )  # fmt: skip
         worker.setup()
         for step in range(config.total_steps):
@@ -138,6 +171,6 @@ def run_rank(rank: int, world_size: int, plan: ExecutionPlan, folder: str) -> Ou
     return Outcome(tokens=tokens, metrics=metrics, slices=slices)
 
 
-def run_plan(plan: ExecutionPlan, folder: Path) -> list[Outcome]:
+def run_plan(plan: ExecutionPlan, folder: Path, data: Prompts | None = None) -> list[Outcome]:
     folder.mkdir(parents=True, exist_ok=True)
-    return spawn(plan.num_devices, run_rank, plan, str(folder))
+    return spawn(plan.num_devices, run_rank, plan, str(folder), data)

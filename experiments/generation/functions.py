@@ -1,0 +1,63 @@
+"""Batch inference (the torch half; ``graph.py`` names the calls)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from executor.batch import SequenceBatch
+from executor.calls import Records
+from executor.generate.sampling import SamplingParams
+from experiments.generation.config import GenerationExperiment
+
+
+def make_functions(config: GenerationExperiment) -> dict[str, Any]:
+    return {
+        "actor_gen": Generate(config=config),
+        "write": Write(Path(config.output) / "answers", config.samples_per_prompt),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generate:
+    config: GenerationExperiment
+
+    def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+        options = self.config.generation
+        return SamplingParams(
+            max_new_tokens=self.config.response_len,
+            min_new_tokens=options.min_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            greedy=options.greedy,
+            stop_token_ids=stop_token_ids,
+        )
+
+
+class Write:
+    """Every rank appends its answers to a file of its own, one JSON object a line.
+
+    The record of the prompt with ``answer``, ``sample`` (its place among the prompt's answers)
+    and ``finished`` (false: cut off at ``response_len``).
+    """
+
+    def __init__(self, folder: Path, samples_per_prompt: int) -> None:
+        self.folder = folder
+        self.samples_per_prompt = samples_per_prompt
+
+    def run(self, batch: SequenceBatch, records: Records) -> Mapping[str, Tensor]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        first = batch.samples[0] // self.samples_per_prompt  # of a rank the same in every step
+        finished = batch.get("finished").tolist()
+        with (self.folder / f"from{first}.jsonl").open("a", encoding="utf-8") as file:
+            for sample, record, ended in zip(batch.samples, records, finished, strict=True):
+                line = {name: value for name, value in record.items() if name != "answer_ids"}
+                line |= {"sample": sample % self.samples_per_prompt, "finished": bool(ended)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return {}
