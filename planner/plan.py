@@ -17,6 +17,8 @@ from profiles.errors import PlanError
 from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 
+# Sequences are dealt one by one; a larger number is a slip of the pen.
+MAX_SEQUENCES = 2**20
 SCHEMA_VERSION = 3
 
 
@@ -45,6 +47,11 @@ class Workload:
                 raise PlanError(
                     f"{value!r} is not a positive whole number", where=f"workload.{name}"
                 )
+        if self.num_sequences > MAX_SEQUENCES:
+            raise PlanError(
+                f"{self.num_sequences} sequences per step", where="workload.batch_size",
+                remedy=f"at most {MAX_SEQUENCES}",
+            )  # fmt: skip
         for name, longest in (
             ("mean_prompt_tokens", self.prompt_tokens),
             ("mean_response_tokens", self.response_tokens),

@@ -45,6 +45,10 @@ class LinkSpec:
             raise ConfigError("a link needs bytes_per_s > 0 and latency_s >= 0", where="link")
 
 
+# Devices are looked at one by one; a larger number is a slip of the pen.
+MAX_DEVICES = 2**17
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
     """``num_nodes`` equal nodes of ``devices_per_node`` devices; device d is on node d // per node.
@@ -68,6 +72,10 @@ class ClusterSpec:
                 raise ConfigError(
                     f"{value!r} is not a positive whole number", where=f"cluster.{field}"
                 )
+        if self.num_devices > MAX_DEVICES:
+            raise ConfigError(
+                f"{self.num_devices} devices", where="cluster", remedy=f"at most {MAX_DEVICES}"
+            )
 
     @property
     def num_devices(self) -> int:

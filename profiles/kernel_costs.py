@@ -21,8 +21,9 @@ class KernelCosts:
     """``LayerCosts`` from ``surfaces``, and ``roofline`` for the kernels that no table has.
 
     ``sustained``: a product in a long run over the same product measured alone. Vidur, which
-    times whole layers, takes a median 1.09 (H100) to 1.11 (A100) times aiconfigurator's seconds
-    at 1024 to 4096 tokens, and 0.98 to 1.03 below 128, where memory bounds: so it holds from
+    times whole layers, takes 1.11 to 1.15 (A100) and 1.08 to 1.22 (H100) times aiconfigurator's
+    seconds at 1024 to 4096 rows, in the median of each number of rows, and 0.98 to 1.03 below
+    128, where memory bounds: so it holds from
     ``sustained_rows`` rows on. ``scripts/validate_profiles.py`` prints both.
 
     ``attention_backward``: seconds of the backward kernel over the forward's. 2.5 times the

@@ -57,6 +57,10 @@ class RopeScaling:
             )
 
 
+# Layers are looked at one by one; a larger number is a slip of the pen.
+MAX_LAYERS = 10_000
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A decoder: ``num_layers`` blocks of grouped-query attention and a feed-forward.
@@ -115,6 +119,11 @@ class ModelSpec:
             self._check_count(field, least=1)
         for field in ("sliding_window", "num_experts", "experts_per_token", "shared_ffn"):
             self._check_count(field, least=0)
+        if self.num_layers > MAX_LAYERS:
+            raise ConfigError(
+                f"{self.num_layers} layers", where=f"model {self.name}.num_layers",
+                remedy=f"at most {MAX_LAYERS}",
+            )  # fmt: skip
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} heads cannot share {self.num_kv_heads} kv heads evenly",

@@ -394,6 +394,28 @@ def test_a_broken_plan_never_ends_in_a_traceback(seed: int, verb: str, plan_file
     assert main([verb, str(broken), *more]) in (0, 2)
 
 
+@pytest.mark.parametrize(
+    "path,sentence",
+    [
+        (("cluster", "num_nodes"), "cluster: .* devices; at most 131072"),
+        (("workload", "batch_size"), "sequences per step; at most 1048576"),
+        (("models", "actor", "num_layers"), "layers; at most 10000"),
+    ],
+)
+def test_an_absurd_number_is_refused_at_once(
+    path: tuple[str, ...], sentence: str, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads(plan_file.read_text())
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = 10**30
+    broken = plan_file.with_name("absurd.json")
+    broken.write_text(json.dumps(data))
+    assert main(["show", str(broken)]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
 def test_json_errors_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "--model", "x", "--json"]) == 2
     error = json.loads(capsys.readouterr().out)
