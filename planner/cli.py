@@ -150,15 +150,15 @@ def _add_search(verbs: Any) -> None:
     add = search.add_argument
     add(
         "--engine",
-        default="mcmc",
+        default="auto",
         choices=sorted(ENGINES),
-        help="mcmc (default), or brute for very small problems",
+        help="auto (default): a walk, then a proof; mcmc and exact: one of them; brute: try all",
     )
     add(
         "--time-limit",
         default="10",
         metavar="SECONDS",
-        help="cap on the walk, after options were costed (default 10)",
+        help="cap on the search, after options were costed (default 10)",
     )
     add("--seed", default="1", metavar="N", help="of the walk (default 1)")
     add("-o", "--output", default="plan.json", metavar="FILE", help="default plan.json")

@@ -32,10 +32,9 @@ from planner.plan_schema import plan_to_dict, save_plan
 from planner.report import BASELINE_NAMES, print_plan
 from planner.resolve import load_table, make_costs, resolve_cluster
 from planner.search import estimate_plan, search
-from planner.search.baselines import BASELINES
+from planner.search.baselines import baselines
 from planner.search.bounds import lower_bound_s
 from planner.search.evaluate import Evaluator
-from planner.search.mcmc import greedy
 from planner.search.options import OptionSpace
 from planner.simulate import StepPrices
 from profiles.catalogue import resolve_model
@@ -202,30 +201,21 @@ def run_baselines(args: argparse.Namespace) -> int:
 def baseline_plans(problem: Problem, costs: CostModel) -> Mapping[str, ExecutionPlan]:
     """The plans that fit, with their estimates, by name: symmetric, split, greedy.
 
-    Greedy gives each call the fastest option it has alone, the others not looked at.
-
     Raises:
         InfeasibleError: none of them fits.
     """
     space = OptionSpace(problem, StepPrices(problem, costs))
     evaluator = Evaluator(space)
     bound_s = lower_bound_s(evaluator)
-    found = {}
-    for name, baseline in BASELINES.items():
-        best = baseline(evaluator)
-        if best is not None:
-            found[name] = best.assignment
-    each = greedy(evaluator)
-    if evaluator.overshoot(each) == 0:
-        found["greedy"] = each
+    found = baselines(evaluator)
     if not found:
         raise InfeasibleError(
             f"no baseline fits on {problem.cluster.name}",
             remedy="realplan search looks at every plan and says what lacks",
         )
     return {
-        name: estimate_plan(evaluator.plan(a), space.prices, lower_bound=bound_s)[0]
-        for name, a in found.items()
+        name: estimate_plan(evaluator.plan(b.assignment), space.prices, lower_bound=bound_s)[0]
+        for name, b in found.items()
     }
 
 
@@ -239,7 +229,7 @@ def _baselines_table(problem: Problem, plans: Mapping[str, ExecutionPlan]) -> Ta
             name, format_seconds(plan.estimate.step_s), format_bytes(plan.estimate.peak_bytes),
             BASELINE_NAMES.get(name, ""),
         )  # fmt: skip
-    for name in sorted({*BASELINES, "greedy"} - set(plans)):
+    for name in [name for name in BASELINE_NAMES if name not in plans]:
         table.add_row(name, "does not fit", "", BASELINE_NAMES.get(name, ""))
     return table
 

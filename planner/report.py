@@ -125,8 +125,8 @@ def estimate_lines(plan: ExecutionPlan) -> list[str]:
 
 BASELINE_NAMES = {
     "symmetric": "the best single layout of all calls",
-    "split": "language models and scalar models on a half each",
-    "greedy": "every call at its fastest alone",
+    "split": "the best of two parts, each under one layout",
+    "greedy": "call by call the fastest that fits",
 }
 
 

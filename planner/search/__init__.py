@@ -17,10 +17,10 @@ from planner.lock import Lock
 from planner.memory import check_memory, plan_memory
 from planner.plan import Estimate, ExecutionPlan, Problem
 from planner.program import compile_plan
-from planner.search.baselines import BASELINES, Baseline
+from planner.search.baselines import baselines
 from planner.search.bounds import lower_bound_s
 from planner.search.evaluate import Evaluator
-from planner.search.exact import exact
+from planner.search.exact import auto, exact
 from planner.search.mcmc import Budget, Progress, Record, greedy, walk
 from planner.search.options import Assignment, OptionSpace, more_memory
 from planner.simulate import StepPrices, Timeline, run_program
@@ -79,14 +79,16 @@ def _brute(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed:
     return record
 
 
-ENGINES: Mapping[str, Engine] = {"mcmc": _mcmc, "exact": exact, "brute": _brute}
+ENGINES: Mapping[str, Engine] = {
+    "auto": auto, "mcmc": _mcmc, "exact": exact, "brute": _brute,
+}  # fmt: skip
 
 
 def search(
     problem: Problem,
     costs: CostModel,
     *,
-    engine: str = "mcmc",
+    engine: str = "auto",
     seed: int = 1,
     time_limit_s: float = 10.0,
     gap: float = 0.01,
@@ -111,11 +113,7 @@ def search(
     space = OptionSpace(problem, StepPrices(problem, costs), locks)
     evaluator = Evaluator(space)
     bound_s = lower_bound_s(evaluator)
-    baselines: dict[str, Baseline] = {}
-    for name, baseline in BASELINES.items():
-        found = baseline(evaluator)
-        if found is not None:
-            baselines[name] = found
+    found = baselines(evaluator)
     budget = Budget(
         max_evaluations=max_evaluations,
         deadline_s=time.monotonic() + time_limit_s,
@@ -123,12 +121,12 @@ def search(
         gap=gap,
         progress=progress,
     )
-    starts = [b.assignment for b in baselines.values() if space.allows(b.assignment)]
+    starts = [b.assignment for b in found.values() if space.allows(b.assignment)]
     record = ENGINES[engine](evaluator, starts, budget, seed)
     if record.best is None:
         raise _nothing_fits(evaluator, record)
     bound_s = max(bound_s, record.lower_bound_s)
-    seconds = {name: b.score.step_s for name, b in baselines.items()}
+    seconds = {name: b.score.step_s for name, b in found.items()}
     plan, timeline = estimate_plan(
         replace(evaluator.plan(record.best, seed=seed), baselines=seconds),
         space.prices,

@@ -1,11 +1,11 @@
-"""What people do without a search: one layout for everything, or two halves.
+"""What people do without a search: one layout for everything, two parts, or call by call.
 
 A baseline is a start of the walk and a yardstick in the report; it respects memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -39,33 +39,90 @@ def symmetric(evaluator: Evaluator) -> Baseline | None:
         options = _fill(space, everything, whole, axes)
         if options is not None:
             found += _fitting(evaluator, [options])
-    return min(found, key=lambda b: b.score.step_s, default=None)
+    return min(found, key=_seconds, default=None)
 
 
 def split(evaluator: Evaluator) -> Baseline | None:
-    """Trained language models and their references on one half, the rest on the other.
+    """The best of two parts side by side, each under one layout.
 
-    The halves run side by side, each under one layout: roles are divided by the model they run,
-    so that the actor and its reference are together. None where nothing fits or there is one
-    device, or all roles run one model.
+    Parts are what people take: trained language models with their references on one and the rest
+    on the other, or training on one and everything else on the other (OpenRLHF, separate
+    engines); with a quarter, a half or three quarters of the devices. None where nothing fits,
+    there is one device, or nothing is on one side.
     """
     space = evaluator.space
-    num_devices = space.problem.cluster.num_devices
-    left, right = DeviceMesh(0, num_devices // 2), DeviceMesh(num_devices // 2, num_devices // 2)
-    sizes = space.meshes_by_size.get(num_devices // 2, [])
-    if num_devices % 2 or left not in sizes or right not in sizes:
-        return None
-    heads = [space.problem.spec_of(call.name) for call in space.calls]
-    first = [i for i, spec in enumerate(heads) if spec is not None and spec.head == "lm"]
-    second = [i for i in range(len(heads)) if i not in first]
-    if not first or not second:
-        return None
-    found: list[Baseline] = []
-    for a, b in product(_axes(space, first, left), _axes(space, second, right)):
-        halves = [_fill(space, first, left, a), _fill(space, second, right, b)]
-        if None not in halves:
-            found += _fitting(evaluator, [half for half in halves if half is not None])
-    return min(found, key=lambda b: b.score.step_s, default=None)
+    calls = range(len(space.calls))
+    specs = [space.problem.spec_of(call.name) for call in space.calls]
+    language = [i for i in calls if (spec := specs[i]) is not None and spec.head == "lm"]
+    trained = [i for i in calls if space.calls[i].kind is CallKind.TRAIN]
+    best: Baseline | None = None
+    for first, (left, right) in product((language, trained), _cuts(space)):
+        second = [i for i in calls if i not in first]
+        if not first or not second:
+            continue
+        for a, b in product(_axes(space, first, left), _axes(space, second, right)):
+            parts = [_fill(space, first, left, a), _fill(space, second, right, b)]
+            found = [part for part in parts if part is not None]
+            if len(found) < 2 or (best and _floor_s(evaluator, found) >= _seconds(best)):
+                continue
+            best = min(
+                [*_fitting(evaluator, found), *([best] if best else [])], key=_seconds, default=None
+            )
+    return best
+
+
+def _cuts(space: OptionSpace) -> list[tuple[DeviceMesh, DeviceMesh]]:
+    """The cluster in two meshes: at a quarter, a half and three quarters."""
+    count = space.problem.cluster.num_devices
+    pairs = (
+        (DeviceMesh(0, n), DeviceMesh(n, count - n))
+        for n in sorted({count // 4, count // 2, count - count // 4})
+        if 0 < n < count
+    )
+    return [
+        pair
+        for pair in pairs
+        if all(mesh in space.meshes_by_size.get(mesh.num_devices, ()) for mesh in pair)
+    ]
+
+
+def greedy(evaluator: Evaluator, start: Baseline) -> Baseline:
+    """Call by call, the slowest first, the fastest option that fits beside what the others have.
+
+    ``start``: what they have at first.
+    """
+    chosen = start.assignment
+    for i in sorted(range(len(chosen)), key=lambda i: -start.assignment[i].seconds):
+        for option in _faster(evaluator.space, chosen[i]):
+            trial = (*chosen[:i], option, *chosen[i + 1 :])
+            if evaluator.overshoot(trial) == 0:
+                chosen = trial
+                break
+    return Baseline(chosen, evaluator.score(chosen))
+
+
+def _faster(space: OptionSpace, than: Option) -> Iterator[Option]:
+    """Options of the same call that take less time, fastest first, on every mesh of their size."""
+    by_size = space.choices[than.call].items()
+    choices = sorted(
+        ((choice, size) for size, choices in by_size for choice in choices),
+        key=lambda pair: pair[0].seconds,
+    )
+    for choice, size in choices:
+        if choice.seconds >= than.seconds:
+            return
+        for mesh in space.meshes_by_size[size]:
+            yield space.option(than.call, mesh, choice)
+
+
+def _floor_s(evaluator: Evaluator, parts: Sequence[Mapping[int, list[Option]]]) -> float:
+    """Seconds of a step at least, every call at its fastest."""
+    fastest = {i: options[0] for part in parts for i, options in part.items()}
+    return evaluator.floor_s(tuple(fastest[i] for i in sorted(fastest)))
+
+
+def _seconds(baseline: Baseline) -> float:
+    return baseline.score.step_s
 
 
 def _axes(space: OptionSpace, calls: Sequence[int], mesh: DeviceMesh) -> list[Axes]:
@@ -135,4 +192,13 @@ def _fastest_that_fits(
     return tuple(chosen)
 
 
-BASELINES = {"symmetric": symmetric, "split": split}
+def baselines(evaluator: Evaluator) -> dict[str, Baseline]:
+    """The baselines that fit, by name: symmetric, split, and greedy from the better of these."""
+    found = {
+        name: baseline
+        for name, find in (("symmetric", symmetric), ("split", split))
+        if (baseline := find(evaluator)) is not None
+    }
+    if found:
+        found["greedy"] = greedy(evaluator, min(found.values(), key=_seconds))
+    return found

@@ -1,4 +1,4 @@
-"""``exact``: the optimum of the option space, or a plan and a proven bound.
+"""``exact`` and ``auto``: the optimum of the option space, or a plan and a proven bound.
 
 The walk finds good plans fast; ``bounds.prove`` shows how much better a plan can be, and finds
 what the walk missed.
@@ -17,10 +17,20 @@ from planner.search.relaxation import Relaxation
 
 
 def exact(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
+    """From ``starts`` to the optimum over the options of ``OptionSpace``, or as far as time allows.
+
+    An interrupt (Ctrl-C) ends it with the best plan and the bound so far. There is no randomness.
+    """
+    record = Record(evaluator=evaluator, budget=budget)
+    for start in starts:
+        record.score(start)
+    return _proven(record)
+
+
+def auto(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
     """The walk for a third of the budget, then a proof that also finds what the walk missed.
 
-    An interrupt (Ctrl-C) ends it with the best plan and the bound so far. The optimum is over the
-    options of ``OptionSpace``. With the same seed and no time limit that cuts in the answer is the
+    Interrupted as ``exact``. With the same seed and no time limit that cuts in the answer is the
     same.
     """
     now = time.monotonic()
@@ -31,10 +41,15 @@ def exact(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: 
     )
     record = walk(evaluator, starts, first, seed=seed)
     record.budget = budget
+    return record if record.interrupted else _proven(record)
+
+
+def _proven(record: Record) -> Record:
+    """``record`` with the bound and the plans that a proof finds in what is left of the budget."""
     proof = Proof()
     try:
         prove(
-            Relaxation(evaluator),
+            Relaxation(record.evaluator),
             best_s=lambda: record.best_score.step_s,
             visit=record.score,
             stop=lambda _: record.within_gap(proof.lower_bound_s) or record.spent,

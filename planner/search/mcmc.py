@@ -44,6 +44,7 @@ class Record:
     best_score: Score = field(default_factory=lambda: Score(math.inf, math.inf))
     least_unfit: tuple[float, Assignment] | None = None
     looked_at: int = 0
+    interrupted: bool = False
     lower_bound_s: float = 0.0  # what an engine has proven
 
     def energy_below(self, assignment: Assignment, threshold: float) -> float | None:
@@ -120,6 +121,7 @@ def walk(
     except KeyboardInterrupt:
         if record.best is None:
             raise
+        record.interrupted = True
     return record
 
 
