@@ -36,7 +36,6 @@ _LIBRARIES = (
     ("pandas", True, "tables of scenarios"),
     ("hydra-core", True, "key=value options"),
     ("networkx", True, "dataflow graphs"),
-    ("ortools", True, "the exact engine"),
     ("torch", False, "running plans: pip install 'realplan[executor]'"),
     ("transformers", False, "running plans: pip install 'realplan[executor]'"),
     ("flash-attn", False, "faster attention on GPUs: pip install 'realplan[cuda]'"),
