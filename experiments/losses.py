@@ -96,16 +96,29 @@ def kl_estimates(log_probs: Tensor, old_log_probs: Tensor) -> tuple[Tensor, Tens
     return -change, change.exp() - 1 - change
 
 
-def policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip: float
-) -> tuple[Tensor, Tensor]:
-    """(loss, clipped) [tokens] each: max(-A rho, -A clip(rho, 1 - c, 1 + c)), and where it bound.
+def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: str) -> Tensor:
+    """[tokens]: k1, k2 or k3 estimate of KL(pi || ref) on tokens drawn from pi, for a loss.
 
-    rho = exp(log p - log p_old). Source: Schulman et al. 2017 (arXiv:1707.06347), equation 7.
+    x = log pi - log ref; k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x. As a term of a loss k1 has a
+    gradient of mean zero, k2 that of the KL and k3 that of the reverse KL (on-policy).
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    k1, k3 = kl_estimates(ref_log_probs, log_probs)
+    return {"k1": k1, "k2": 0.5 * k1**2, "k3": k3}[estimator]
+
+
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip: float,
+    clip_high: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss, clipped) [tokens] each: max(-A rho, -A clip(rho, 1 - c, 1 + h)), and where it bound.
+
+    rho = exp(log p - log p_old); h is ``clip_high``, or c where that is 0. Source: Schulman et
+    al. 2017 (arXiv:1707.06347), equation 7; h: Yu et al. 2025 (arXiv:2503.14476), equation 10.
     """
     ratio = (log_probs - old_log_probs).exp()
     free = -advantages * ratio
-    bound = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    bound = -advantages * ratio.clamp(1.0 - clip, 1.0 + (clip_high or clip))
     return torch.maximum(free, bound), bound > free
 
 

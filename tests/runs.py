@@ -18,7 +18,11 @@ from executor.trace import TraceWriter
 from executor.worker import Worker
 from experiments.dpo import graph as dpo
 from experiments.generation import graph as generation
+from experiments.grpo import graph as grpo
 from experiments.ppo.graph import ALGORITHM
+from experiments.raft import graph as raft
+from experiments.reinforce import graph as reinforce
+from experiments.remax import graph as remax
 from experiments.reward import graph as reward
 from experiments.sft import graph as sft
 from planner.algorithm import make_config, make_problem
@@ -62,6 +66,10 @@ ALGORITHMS = {
         reward.ALGORITHM,
         dpo.ALGORITHM,
         generation.ALGORITHM,
+        grpo.ALGORITHM,
+        remax.ALGORITHM,
+        reinforce.ALGORITHM,
+        raft.ALGORITHM,
     )
 }
 

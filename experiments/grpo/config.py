@@ -2,6 +2,7 @@
 
 Dr. GRPO   grpo.advantage_std=false grpo.aggregation=constant
 DAPO       grpo.clip_high=0.28 grpo.aggregation=token grpo.kl_coef=0 grpo.drop_equal=true
+           grpo.overlong_buffer=N (a fifth of response_len in the paper)
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class GRPOConfig:
     # (token); or summed and divided by answers * response_len (constant).
     aggregation: str = "sequence"
     drop_equal: bool = False  # leave groups out of the loss whose rewards are all equal
+    # Truncated answers: left out of the loss; and the last tokens before response_len over which
+    # an answer's reward falls by up to 1 (0: it does not).
+    mask_truncated: bool = False
+    overlong_buffer: int = 0
 
 
 @dataclass
@@ -56,7 +61,7 @@ class GRPOExperiment(RunConfig):
         check_least(self, 2, "samples_per_prompt")
         check_mini_batches(self, self.grpo.num_mini_batches, where="grpo")
         check_above(self.grpo, 0, "clip", where="grpo")
-        check_least(self.grpo, 0, "clip_high", "kl_coef", where="grpo")
+        check_least(self.grpo, 0, "clip_high", "kl_coef", "overlong_buffer", where="grpo")
         check_choice(self.grpo, "kl_estimator", KL_ESTIMATORS, where="grpo")
         check_choice(self.grpo, "aggregation", AGGREGATIONS, where="grpo")
         return self

@@ -14,6 +14,7 @@ from executor.calls import Head, Records, Sum
 from executor.context import RankContext
 from executor.generate.sampling import SamplingParams
 from executor.parallel.tensor import vocab_parallel_log_probs
+from experiments.advantages import normalized
 from experiments.losses import (
     gae,
     kl_estimates,
@@ -31,22 +32,31 @@ Statistics = Mapping[str, Tensor]
 
 def make_functions(config: PPOExperiment) -> dict[str, Any]:
     """One object for each of the six calls; see ``executor.calls``."""
-    # The sampler tells log-probabilities at this temperature even where it is greedy.
-    temperature = config.generation.temperature
+    return {
+        **sampling_functions(config),
+        "critic_inf": Values(),
+        "actor_train": TrainActor(ppo=config.ppo, temperature=config.generation.temperature),
+        "critic_train": TrainCritic(ppo=config.ppo),
+    }
+
+
+def sampling_functions(config: Any) -> dict[str, Any]:
+    """The calls that every algorithm on sampled answers has, or some of them: answers, rewards,
+    and the reference's log-probabilities."""
     from_model = config.reward.source == "model"
     return {
         "actor_gen": Generate(config=config),
         "rew_inf": Score() if from_model else Reward(load_reward(config.reward.source)),
-        "ref_inf": LogProbs(temperature=temperature),
-        "critic_inf": Values(),
-        "actor_train": TrainActor(ppo=config.ppo, temperature=temperature),
-        "critic_train": TrainCritic(ppo=config.ppo),
+        # The sampler tells log-probabilities at this temperature even where it is greedy.
+        "ref_inf": LogProbs(temperature=config.generation.temperature),
     }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
-    config: PPOExperiment
+    """Sampling as ``generation`` and ``response_len`` of any algorithm's configuration say."""
+
+    config: Any
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingParams:
         options = self.config.generation
@@ -130,18 +140,6 @@ def experience(batch: SequenceBatch, ppo: PPOConfig, sum_over_dp: Sum) -> Sequen
     if ppo.normalize_advantages:
         advantages = normalized(advantages, response_mask(batch), sum_over_dp)
     return batch.with_values(per_token={"advantages": advantages, "returns": returns})
-
-
-def normalized(values: Tensor, mask: Tensor, sum_over_dp: Sum) -> Tensor:
-    """(x - mean) / (std + 1e-5) over the masked values of all data-parallel ranks, 0 elsewhere.
-
-    Moments in float64 and in two passes, so that no split of the batch changes them.
-    """
-    wide, mask = values.double(), mask.double()
-    count, total = sum_over_dp(torch.stack([mask.sum(), (wide * mask).sum()]))
-    mean = total / count
-    variance = sum_over_dp((((wide - mean) ** 2) * mask).sum()) / count
-    return (((wide - mean) / (variance.sqrt() + 1e-5)) * mask).to(values.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

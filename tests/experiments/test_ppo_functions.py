@@ -14,9 +14,10 @@ from torch import Tensor
 from executor.batch import SequenceBatch
 from executor.context import single_process
 from executor.generate.sampling import SamplingParams, sample
+from experiments.advantages import normalized
 from experiments.losses import response_mask
 from experiments.ppo.config import PPOExperiment
-from experiments.ppo.functions import make_functions, normalized
+from experiments.ppo.functions import make_functions
 from experiments.rewards import load_reward, rewards_of
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
