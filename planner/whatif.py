@@ -1,9 +1,10 @@
 """``WhatIf``: a plan or a problem, and what becomes of it when the world is another.
 
->>> from planner import WhatIf, load_plan                                      # doctest: +SKIP
->>> what = WhatIf(load_plan("plan.json"), dollars_per_hour={"a100": 2, "h100": 3})
->>> what.sweep(gpus=[32, 64, 128], device=["a100", "h100"])                    # doctest: +SKIP
->>> what.pareto("seconds", "dollars")                                          # doctest: +SKIP
+    from planner import WhatIf, load_plan
+
+    what = WhatIf(load_plan("plan.json"), dollars_per_hour={"a100": 2, "h100": 3})
+    what.sweep(gpus=[32, 64, 128], device=["a100", "h100"])
+    what.pareto("seconds", "dollars")
 
 Every scenario is searched once and then remembered, on request in a folder too; new ones run in
 parallel processes. A script that calls ``sweep`` needs ``if __name__ == "__main__":``, as always

@@ -82,14 +82,13 @@ def test_every_question_of_a_planner_has_rows(resumed: tuple[dict, list[str], Pa
     assert table.versions["torch"] == torch.__version__
 
 
-def test_decode_takes_longer_with_more_context(resumed: tuple[dict, list[str], Path]) -> None:
-    """Sixteen rows of 1024 tokens are 4 MB of keys and values, of 32 tokens 128 kB."""
-    seconds = {
-        row.length: row.seconds
-        for row in CostTable.load(resumed[2]).rows
-        if (row.component, row.operation, row.tp, row.size) == ("block", "decode", 1, 16)
-    }
-    assert seconds[1024] > 1.5 * seconds[32]
+@pytest.mark.parametrize("context", [32, 1024])
+def test_a_decode_step_looks_at_all_of_its_context(context: int) -> None:
+    """How long that takes is not tested: clocks depend on who else is on the machine."""
+    bench = LayerBench(TINY, tp=1, device=torch.device("cpu"), dtype=torch.float32)
+    turn = bench._turn(16, context, 1)
+    assert turn.old_lengths.tolist() == [context] * 16
+    assert turn.packed.num_tokens == 16
 
 
 def test_an_interrupted_profile_goes_on_where_it_stopped(
