@@ -102,19 +102,19 @@ class LayerBench:
         """As ``block_train``; ``length`` changes nothing. Backward's gradient is dense."""
         stage = self._stage("first", num_layers=1)
         ids, slope = self._ids(tokens), self._hidden(tokens)
-        places = torch.zeros_like(ids)
+        places, region = torch.zeros_like(ids), stage.region(tokens)
 
         def forward() -> None:
             with torch.no_grad():
-                stage.embed(ids, places)
+                stage.embed(ids, places, region)
 
-        return _forward_backward(forward, lambda: stage.embed(ids, places).backward(slope))
+        return _forward_backward(forward, lambda: stage.embed(ids, places, region).backward(slope))
 
     def embedding_decode(self, num_sequences: int, context: int) -> Probe:
         """The embedding, and what every decode step does once: the cache's next turn."""
         stage = self._stage("first", num_layers=1)
         ids = self._ids(num_sequences)
-        places = torch.zeros_like(ids)
+        places, region = torch.zeros_like(ids), stage.region(num_sequences)
         cache = self._cache(num_sequences, self.spec.max_positions, num_layers=1)
         cache.turn([1] * num_sequences)
 
@@ -122,7 +122,7 @@ class LayerBench:
         def step() -> None:
             cache.lengths = [1] * num_sequences
             cache.turn()
-            stage.embed(ids, places)
+            stage.embed(ids, places, region)
 
         return Probe(actions=(step,), readings={"decode": (1,)})
 

@@ -96,7 +96,7 @@ class Worker:
         layouts = dict.fromkeys(layout for _, layout in program.layouts)
         self.contexts = build_contexts(layouts, rank=rank, device=device)
         self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
-        self.stages: dict[tuple[str, Layout], DecoderStage] = {}
+        self.stages: dict[tuple[str, Layout, bool], DecoderStage] = {}
         self.trainers: dict[str, Trainer] = {}
         self.samples = SampleStore(self.problem.graph, device, self.problem.workload.group_size)
         self.exchange = Exchange(self.samples)
@@ -165,8 +165,9 @@ class Worker:
         context = self.contexts[layout]
         gradients = torch.zeros(buffer.flat.numel(), dtype=torch.float32, device=self.device)
         stage = DecoderStage(
-            context, buffer, gradients=gradients, recompute=strategy.recompute == "full"
-        )
+            context, buffer, gradients=gradients, recompute=strategy.recompute,
+            sequence_parallel=strategy.sequence_parallel,
+        )  # fmt: skip
         model = self.run.config.models()[role]
         config = AdamConfig(
             lr=model.lr,
@@ -178,7 +179,9 @@ class Worker:
             schedule=model.schedule,
             max_grad_norm=model.max_grad_norm,
         )
-        optimizer = Adam(context, buffer, gradients, config, zero=strategy.zero)
+        optimizer = Adam(
+            context, buffer, gradients, config, zero=strategy.zero, partial=stage.partial
+        )
         return Trainer(gradients=gradients, stage=stage, optimizer=optimizer)
 
     def _reallocate(self, instruction: Reallocate, counts: dict[str, int]) -> None:
@@ -194,13 +197,17 @@ class Worker:
 
     def _free(self, free: Free, counts: dict[str, int]) -> None:
         del self.buffers[(free.role, free.layout)]
-        self.stages.pop((free.role, free.layout), None)
+        for split in (False, True):
+            self.stages.pop((free.role, free.layout, split), None)
 
-    def _stage(self, role: str, layout: Layout) -> DecoderStage:
+    def _stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
         """The model without gradients in a layout whose weights are here."""
-        key = (role, layout)
+        key = (role, layout, sequence_parallel)
         if key not in self.stages:
-            self.stages[key] = DecoderStage(self.contexts[layout], self.buffers[key])
+            self.stages[key] = DecoderStage(
+                self.contexts[layout], self.buffers[role, layout],
+                sequence_parallel=sequence_parallel,
+            )  # fmt: skip
         return self.stages[key]
 
     # ---- data ---------------------------------------------------------------------------------
@@ -291,7 +298,10 @@ class Worker:
         call, allocation, dp_rank = self._place(instruction.call)
         assert call.role is not None
         context, layout = self._context_of(call.name)
-        stage, function = self._stage(call.role, layout), self.functions[call.name]
+        stage = self._stage(
+            call.role, layout, sequence_parallel=allocation.strategy.sequence_parallel
+        )
+        function = self.functions[call.name]
         batch = self._gather(call, self._share(call, allocation, dp_rank))
         parts = balanced_groups(batch.lengths, self._group_size(call), allocation.num_micro_batches)
         micro_batches = [batch.select(part) for part in parts]

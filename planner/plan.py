@@ -209,6 +209,8 @@ def allocation_problem(problem: Problem, call_name: str, allocation: Allocation)
         return "ZeRO applies to TRAIN calls only"
     if s.recompute != "none" and problem.graph.call(call_name).kind is not CallKind.TRAIN:
         return "recomputation applies to TRAIN calls only"
+    if s.sequence_parallel and problem.graph.call(call_name).kind is CallKind.GENERATE:
+        return "sequence_parallel applies to INFER and TRAIN calls only"
     if allocation.generation_batch and problem.graph.call(call_name).kind is not CallKind.GENERATE:
         return "generation_batch applies to GENERATE calls only"
     if 0 < allocation.generation_batch < allocation.num_micro_batches:

@@ -30,7 +30,7 @@ from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem, validate_plan
 from planner.program import compile_plan
 from planner.program_check import check_program
-from planner.strategy import parse_strategy
+from planner.strategy import Recompute, parse_strategy
 from profiles.hardware import ClusterSpec, DeviceSpec, LinkSpec
 from profiles.models import ModelSpec
 from tests.spawn import spawn
@@ -92,9 +92,10 @@ def make_plan(
     algorithm: str = "ppo",
     **calls: str,
 ) -> ExecutionPlan:
-    """Calls as "first:d1p2m1:micro-batches[:zero][:recompute][:rows=N]"; ``default`` for the rest.
+    """Calls as "first:d1p2m1:micro-batches[:FLAG…]"; ``default`` for the rest.
 
-    ``rows`` is the generation batch.
+    Flags: ``zero``, ``recompute``, ``selective``, ``sp`` (sequence parallel), ``rows=N`` (the
+    generation batch).
     """
     chosen = ALGORITHMS[algorithm]
     if algorithm == "ppo":
@@ -107,10 +108,16 @@ def make_plan(
 
     def allocation(text: str) -> Allocation:
         first, layout, micro, *flags = text.split(":")
+        recompute: Recompute = "none"
+        if "recompute" in flags:
+            recompute = "full"
+        elif "selective" in flags:
+            recompute = "selective"
         strategy = replace(
             parse_strategy(layout),
             zero=int("zero" in flags),
-            recompute="full" if "recompute" in flags else "none",
+            recompute=recompute,
+            sequence_parallel="sp" in flags,
         )
         mesh = DeviceMesh(int(first), strategy.num_devices)
         rows = [int(flag.removeprefix("rows=")) for flag in flags if flag.startswith("rows=")]

@@ -1,8 +1,9 @@
 """The feed-forward half of a block: one for all tokens, or experts that a router chooses among.
 
 Read ``dense`` and ``mixture`` first. Both take hidden states that are whole on every shard and
-give the shard's part of the sum over shards: columns of the first matrices and rows of the second
-are split over tp, of every expert alike, so that no token crosses to another shard.
+give the shard's part of the sum over shards (backward likewise): columns of the first matrices and
+rows of the second are split over tp, of every expert alike, so that no token crosses to another
+shard.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from executor.context import RankContext
-from executor.parallel.tensor import copy_to_tp
+from executor.model.recompute import linear_of
 from profiles.models import Activation, ModelSpec
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
@@ -64,8 +64,20 @@ def dense(weights: FeedForward, x: Tensor, spec: ModelSpec) -> Tensor:
 
     Without ``down``'s bias, which belongs to the sum over shards.
     """
-    inner = _activated(F.linear(x, weights.up.weight, weights.up.bias), spec)
-    return F.linear(inner, weights.down.weight)
+    return dense_down(weights, F.linear(x, weights.up.weight, weights.up.bias), spec)
+
+
+def dense_down(
+    weights: FeedForward, inner: Tensor, spec: ModelSpec, *, recompute: bool = False
+) -> Tensor:
+    """The rest of ``dense`` after its first product, [tokens, 2 or 1 ffn / tp].
+
+    ``recompute``: the activation is computed again in backward instead of kept.
+    """
+    activated = partial(_activated, spec=spec)
+    if recompute:
+        return linear_of(activated, weights.down.weight, None, inner)
+    return F.linear(activated(inner), weights.down.weight)
 
 
 def _activated(x: Tensor, spec: ModelSpec) -> Tensor:
@@ -77,24 +89,19 @@ def _activated(x: Tensor, spec: ModelSpec) -> Tensor:
     return act(gate) * up
 
 
-def mixture(weights: Experts, x: Tensor, ctx: RankContext) -> Tensor:
+def mixture(weights: Experts, x: Tensor, spec: ModelSpec) -> Tensor:
     """sum over a token's experts of probability * expert(x), [tokens, hidden], this shard's part.
 
-    ``x`` [tokens, hidden] before ``copy_to_tp``. The router is whole on every shard, which all
-    make the same choice; its gradient is, as x's, the sum of what the shards' parts give. With a
-    shared expert: + sigmoid(shared_gate(x)) * shared(x).
+    The router is whole on every shard, which all make the same choice; its gradient is, as x's,
+    the sum of what the shards' parts give. With a shared expert:
+    + sigmoid(shared_gate(x)) * shared(x).
     Source: Jiang et al. 2024 (Mixtral), section 2.1; Qwen team 2024 (Qwen1.5-MoE).
     """
-    spec = ctx.layout.spec
-    logits = copy_to_tp(F.linear(x, weights.router), ctx)
-    gate = None
-    if weights.shared_gate is not None:
-        gate = copy_to_tp(F.linear(x, weights.shared_gate), ctx).sigmoid()  # [tokens, 1]
-    x = copy_to_tp(x, ctx)
-    probabilities, chosen = route(logits, spec)
+    probabilities, chosen = route(F.linear(x, weights.router), spec)
     out = _experts(weights, x, probabilities, chosen, spec)
-    if gate is not None:
+    if weights.shared_gate is not None:
         assert weights.shared is not None
+        gate = F.linear(x, weights.shared_gate).sigmoid()  # [tokens, 1]
         out = out + gate * dense(weights.shared, x, spec)
     return out
 

@@ -21,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.model.attention import KVCacheLike, PackedLengths, packed_attention
-from executor.model.feed_forward import Experts, FeedForward, Linear, dense, mixture
+from executor.model.feed_forward import Experts, FeedForward, Linear, dense_down, mixture
+from executor.model.recompute import linear_of
 from executor.model.rotary import Rotary, rotary_of, rotate
-from executor.parallel.tensor import copy_to_tp, reduce_from_tp, vocab_parallel_embedding
+from executor.parallel.tensor import Region, copy_to_tp, vocab_parallel_embedding
 from planner.layout import repeated_kv_heads
+from planner.strategy import Recompute
 from profiles.models import ModelSpec
 
 # (q [tokens, heads / tp, head_dim], k and v [tokens, kv_heads, head_dim]) -> q's shape.
@@ -71,48 +73,68 @@ def normalize(x: Tensor, norm: Norm, spec: ModelSpec) -> Tensor:
 
 
 def block_forward(
-    weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, ctx: RankContext
-) -> Tensor:
-    """One block: hidden [tokens, hidden] -> [tokens, hidden].
+    weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, region: Region, *,
+    recompute: bool = False,
+) -> Tensor:  # fmt: skip
+    """One block: hidden [rows of the region, hidden] -> the same.
 
-    x += o(attention(qkv(norm(x)))); x += feed_forward(norm(x)).
+    x += o(attention(qkv(norm(x)))); x += feed_forward(norm(x)). ``recompute``: norms and the
+    feed-forward's activation are computed again in backward instead of kept.
     """
-    hidden = hidden + _attention(weights, hidden, rotary, attend, ctx)
-    return hidden + _feed_forward(weights, hidden, ctx)
+    hidden = hidden + _attention(weights, hidden, rotary, attend, region, recompute)
+    return hidden + _feed_forward(weights, hidden, region, recompute)
+
+
+def _normed_linear(
+    hidden: Tensor, norm: Norm, linear: Linear, region: Region, recompute: bool
+) -> Tensor:
+    """linear(norm(hidden)) of all tokens: [rows, hidden] -> [tokens, out / tp]."""
+    spec = region.ctx.layout.spec
+
+    def normed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return region.enter(normalize(hidden, Norm(weight=weight, bias=bias), spec))
+
+    if recompute:
+        return linear_of(normed, linear.weight, linear.bias, hidden, norm.weight, norm.bias)
+    return F.linear(normed(hidden, norm.weight, norm.bias), linear.weight, linear.bias)
 
 
 def _attention(
-    weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, ctx: RankContext
-) -> Tensor:
+    weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, region: Region,
+    recompute: bool,
+) -> Tensor:  # fmt: skip
+    ctx = region.ctx
     spec, tp = ctx.layout.spec, ctx.layout.tp
-    x = copy_to_tp(normalize(hidden, weights.attention_norm, spec), ctx)
     # [tokens, heads + 2 kv_heads, head_dim], all of this shard
-    qkv = F.linear(x, weights.qkv.weight, weights.qkv.bias).unflatten(-1, (-1, spec.head_dim))
+    qkv = _normed_linear(hidden, weights.attention_norm, weights.qkv, region, recompute)
+    qkv = qkv.unflatten(-1, (-1, spec.head_dim))
     num_heads = spec.num_heads // tp
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
     qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
     if weights.qk_norm is not None:
         # Whole on every shard, but used on this shard's heads only: gradients are summed.
-        of_q, of_k = copy_to_tp(weights.qk_norm, ctx).unflatten(0, (2, 1, -1))
+        of_q, of_k = weights.qk_norm.unflatten(0, (2, 1, -1))
         scales = torch.cat((of_q.expand(num_heads, -1), of_k.expand(num_kv_heads, -1)))
         qk = F.rms_norm(qk, (spec.head_dim,), None, spec.norm_eps) * scales
     q, k = rotate(qk, rotary).split((num_heads, num_kv_heads), dim=1)
     if (repeated := repeated_kv_heads(spec, tp, ctx.tp_rank)) is not None:
         k, v = k[:, repeated], v[:, repeated]
-    return _row_parallel(F.linear(attend(q, k, v).flatten(1), weights.o.weight), weights.o, ctx)
+    return _row_parallel(F.linear(attend(q, k, v).flatten(1), weights.o.weight), weights.o, region)
 
 
-def _feed_forward(weights: BlockWeights, hidden: Tensor, ctx: RankContext) -> Tensor:
-    spec, feed_forward = ctx.layout.spec, weights.feed_forward
-    x = normalize(hidden, weights.ffn_norm, spec)
+def _feed_forward(weights: BlockWeights, hidden: Tensor, region: Region, recompute: bool) -> Tensor:
+    spec, feed_forward = region.ctx.layout.spec, weights.feed_forward
     if isinstance(feed_forward, Experts):
-        return reduce_from_tp(mixture(feed_forward, x, ctx), ctx)
-    return _row_parallel(dense(feed_forward, copy_to_tp(x, ctx), spec), feed_forward.down, ctx)
+        x = region.enter(normalize(hidden, weights.ffn_norm, spec))
+        return region.leave(mixture(feed_forward, x, spec))
+    inner = _normed_linear(hidden, weights.ffn_norm, feed_forward.up, region, recompute)
+    part = dense_down(feed_forward, inner, spec, recompute=recompute)
+    return _row_parallel(part, feed_forward.down, region)
 
 
-def _row_parallel(part: Tensor, linear: Linear, ctx: RankContext) -> Tensor:
+def _row_parallel(part: Tensor, linear: Linear, region: Region) -> Tensor:
     """The sum of the shards' parts, and the bias once."""
-    out = reduce_from_tp(part, ctx)
+    out = region.leave(part)
     return out if linear.bias is None else out + linear.bias
 
 
@@ -121,8 +143,11 @@ class DecoderStage:
 
     ``layers``: one ``BlockWeights`` per block. ``gradients``: a flat tensor in the order and
     padding of ``buffer.flat``, of its type or wider; backward adds to it, nobody clears it.
-    Without it nothing requires a gradient. ``recompute``: keep each block's input only, and
-    run the block again in backward.
+    Without it nothing requires a gradient. ``recompute`` in backward: ``full`` keeps each block's
+    input only and runs the block again, ``selective`` makes the inputs of its products again.
+    ``sequence_parallel``: hidden states between the halves of blocks are split over tp by tokens
+    (``Region``), except while generating. ``partial``: parameters whose gradient is, after
+    backward, this shard's part of a sum over tp.
     """
 
     def __init__(
@@ -131,7 +156,8 @@ class DecoderStage:
         buffer: ParameterBuffer,
         *,
         gradients: Tensor | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
+        sequence_parallel: bool = False,
     ) -> None:
         assert gradients is None or gradients.shape == buffer.flat.shape
         self.ctx = ctx
@@ -139,12 +165,14 @@ class DecoderStage:
         self.buffer = buffer
         self.gradients = gradients
         self.recompute = recompute
+        self.sequence_parallel = sequence_parallel and ctx.tp_group is not None
+        self.partial: list[str] = []
         self.leaves: list[Tensor] = []
         first, last, spec = ctx.is_first_stage, ctx.is_last_stage, self.spec
         tied = spec.tied_embedding
         self.embedding = self._weight("embedding.weight") if first or (last and tied) else None
         learned = first and spec.positions == "learned"
-        self.positions = self._weight("position.weight") if learned else None
+        self.positions = self._outer("position.weight") if learned else None
         self.layers = [self._block(index) for index in ctx.layout.layers(ctx.pp_rank)]
         self.final_norm = self._norm("final_norm") if last else None
         self.head_weight: Tensor | None = None
@@ -159,14 +187,30 @@ class DecoderStage:
             self.leaves.append(weight)
         return weight
 
-    def _norm(self, name: str) -> Norm:
-        bias = self._weight(f"{name}.bias") if self.spec.norm == "layer" else None
-        return Norm(weight=self._weight(f"{name}.weight"), bias=bias)
+    def _inner(self, *names: str) -> Tensor:
+        """Whole on every shard, and used on what only this shard computes."""
+        if self.ctx.tp_group is not None:
+            self.partial += names
+        return self._weight(*names)
 
-    def _linear(self, prefix: str, *names: str, bias: bool) -> Linear:
+    def _outer(self, name: str) -> Tensor:
+        """Whole on every shard, and used on the hidden states between the halves of blocks."""
+        return self._inner(name) if self.sequence_parallel else self._weight(name)
+
+    def _norm(self, name: str) -> Norm:
+        bias = self._outer(f"{name}.bias") if self.spec.norm == "layer" else None
+        return Norm(weight=self._outer(f"{name}.weight"), bias=bias)
+
+    def _column_linear(self, prefix: str, *names: str, bias: bool) -> Linear:
         return Linear(
             weight=self._weight(*(f"{prefix}{name}.weight" for name in names)),
             bias=self._weight(*(f"{prefix}{name}.bias" for name in names)) if bias else None,
+        )
+
+    def _row_linear(self, name: str, *, bias: bool) -> Linear:
+        return Linear(
+            weight=self._weight(f"{name}.weight"),
+            bias=self._outer(f"{name}.bias") if bias else None,
         )
 
     def _block(self, index: int) -> BlockWeights:
@@ -174,9 +218,9 @@ class DecoderStage:
         norms = (f"{prefix}q_norm.weight", f"{prefix}k_norm.weight")
         return BlockWeights(
             attention_norm=self._norm(f"{prefix}attention_norm"),
-            qkv=self._linear(prefix, "q", "k", "v", bias=spec.qkv_bias),
-            qk_norm=self._weight(*norms) if spec.qk_norm else None,
-            o=self._linear(prefix, "o", bias=spec.o_bias),
+            qkv=self._column_linear(prefix, "q", "k", "v", bias=spec.qkv_bias),
+            qk_norm=self._inner(*norms) if spec.qk_norm else None,
+            o=self._row_linear(f"{prefix}o", bias=spec.o_bias),
             ffn_norm=self._norm(f"{prefix}ffn_norm"),
             feed_forward=self._experts(prefix) if spec.num_experts else self._dense(prefix),
         )
@@ -184,66 +228,76 @@ class DecoderStage:
     def _dense(self, prefix: str) -> FeedForward:
         first = ("gate", "up") if self.spec.gated else ("up",)
         return FeedForward(
-            up=self._linear(prefix, *first, bias=self.spec.ffn_bias),
-            down=self._linear(prefix, "down", bias=self.spec.ffn_bias),
+            up=self._column_linear(prefix, *first, bias=self.spec.ffn_bias),
+            down=self._row_linear(f"{prefix}down", bias=self.spec.ffn_bias),
         )
 
     def _experts(self, prefix: str) -> Experts:
         shared = bool(self.spec.shared_ffn)
         return Experts(
-            router=self._weight(f"{prefix}router.weight"),
+            router=self._inner(f"{prefix}router.weight"),
             up=self._weight(f"{prefix}experts.gate_up.weight"),
             down=self._weight(f"{prefix}experts.down.weight"),
             shared=self._dense(f"{prefix}shared.") if shared else None,
-            shared_gate=self._weight(f"{prefix}shared_gate.weight") if shared else None,
+            shared_gate=self._inner(f"{prefix}shared_gate.weight") if shared else None,
         )
+
+    def region(self, num_tokens: int, *, generating: bool = False) -> Region:
+        """How a batch of ``num_tokens`` lies between the halves of blocks."""
+        split = self.sequence_parallel and not generating
+        return Region(ctx=self.ctx, num_tokens=num_tokens, split_tokens=split)
 
     def forward(
         self, inputs: Tensor, packed: PackedLengths, cache: KVCacheLike | None = None
     ) -> Tensor:
-        """Hidden states [tokens, hidden], after the final norm on the last stage.
+        """Hidden states [tokens, hidden], after the final norm, on the last stage.
 
-        ``inputs``: token ids [tokens] on the first stage, hidden states [tokens, hidden] of the
-        stage before on the others. With a ``cache`` no gradient is kept.
+        On the others those that the next stage goes on with, [rows of ``region``, hidden].
+        ``inputs``: token ids [tokens] on the first stage, on the others what the stage before
+        gave. With a ``cache`` no gradient is kept.
         """
         train = self.gradients is not None and cache is None and torch.is_grad_enabled()
+        region = self.region(packed.num_tokens, generating=cache is not None)
         with torch.set_grad_enabled(train):
             rotary = rotary_of(packed.positions, self.spec)
-            hidden = self.embed(inputs, packed.positions) if self.ctx.is_first_stage else inputs
+            hidden = inputs
+            if self.ctx.is_first_stage:
+                hidden = self.embed(inputs, packed.positions, region)
             for index, weights in enumerate(self.layers):
                 attend: Attend = (
                     partial(packed_attention, packed=packed, window=self.spec.sliding_window)
                     if cache is None
                     else partial(cache.attend, index, packed=packed)
                 )
-                hidden = self._run(weights, hidden, rotary, attend, recompute=train)
+                hidden = self._run(weights, hidden, rotary, attend, region, train=train)
             if self.final_norm is not None:
-                hidden = normalize(hidden, self.final_norm, self.spec)
+                hidden = region.whole(normalize(hidden, self.final_norm, self.spec))
             return hidden
 
     __call__ = forward
 
     def _run(
-        self, weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, *,
-        recompute: bool,
+        self, weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend,
+        region: Region, *, train: bool,
     ) -> Tensor:  # fmt: skip
-        if not (recompute and self.recompute):
-            return block_forward(weights, hidden, rotary, attend, self.ctx)
+        if not (train and self.recompute == "full"):
+            again = train and self.recompute == "selective"
+            return block_forward(weights, hidden, rotary, attend, region, recompute=again)
         out: Tensor = checkpoint(
-            block_forward, weights, hidden, rotary, attend, self.ctx,
+            block_forward, weights, hidden, rotary, attend, region,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         return out
 
-    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """[tokens] and their places [tokens] -> [tokens, hidden]; first stage only."""
+    def embed(self, token_ids: Tensor, positions: Tensor, region: Region) -> Tensor:
+        """[tokens] and their places [tokens] -> [rows, hidden]; first stage only."""
         assert self.embedding is not None, "the embedding is on the first stage"
-        hidden = vocab_parallel_embedding(token_ids, self.embedding, self.ctx)
+        hidden = vocab_parallel_embedding(token_ids, self.embedding, region)
         if self.spec.scaled_embedding:
             # Rounded to the weights' type first, as the family was trained.
             hidden = hidden * torch.tensor(self.spec.hidden**0.5, dtype=hidden.dtype).item()
         if self.positions is not None:
-            hidden = hidden + F.embedding(positions, self.positions)
+            hidden = hidden + F.embedding(region.own(positions), self.positions)
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:

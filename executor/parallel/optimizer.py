@@ -8,7 +8,7 @@ Sums over replicas are ``data.py``'s; what fills the gradients is ``pipeline.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -88,6 +88,8 @@ def learning_rate(config: AdamConfig, step: int) -> float:
 class Adam:
     """The optimizer of one rank. ``gradients``: flat, in ``buffer.flat``'s order and padding.
 
+    ``partial``: parameters that all tensor shards hold, whose gradient is the sum of theirs.
+
     Collective: all ranks of the layout make one and call the same methods. Masters are taken
     from the buffer when it is made; after a later change of the weights call ``take_weights``.
     Bytes: 8 a value of the own range (all of it, or with ZeRO 1 a dp-th), and 4 more for masters.
@@ -95,11 +97,12 @@ class Adam:
 
     def __init__(
         self, ctx: RankContext, buffer: ParameterBuffer, gradients: Tensor, config: AdamConfig, *,
-        zero: int,
+        zero: int, partial: Sequence[str] = (),
     ) -> None:  # fmt: skip
         assert gradients.shape == buffer.flat.shape, (gradients.shape, buffer.flat.shape)
         assert zero in (0, 1), zero
         self.ctx, self.buffer, self.gradients, self.config = ctx, buffer, gradients, config
+        self.partial = tuple(partial)
         self.shard_group = ctx.dp_group if zero == 1 else None
         # The own range: what this rank keeps state for, views.
         self.weights = data.shard(buffer.flat, self.shard_group)
@@ -154,8 +157,10 @@ class Adam:
         return {"grad_norm": norm, "lr": lr, "skipped": 0.0 if finite else 1.0}
 
     def _reduce_gradients(self) -> None:
-        if self.ctx.kv_group is not None:
-            self._sum_kv_heads()
+        shapes = self.ctx.layout.stage_parameters(self.ctx.pp_rank)
+        # Kv heads that several shards hold, each for its own heads' queries.
+        self._sum([shape.name for shape in shapes if shape.max_parts], self.ctx.kv_group)
+        self._sum(self.partial, self.ctx.tp_group)
         if self.ctx.embedding_group is not None and EMBEDDING in self.buffer.by_name:
             embedding = self.buffer.view(EMBEDDING, of=self.gradients)
             data.all_reduce(embedding.flatten(), self.ctx.embedding_group)
@@ -164,15 +169,13 @@ class Adam:
         else:
             data.all_reduce(self.gradients, self.ctx.dp_group)
 
-    def _sum_kv_heads(self) -> None:
-        """Gradients of kv heads that several shards hold, each for its own heads' queries."""
-        views = [
-            self.buffer.view(shape.name, of=self.gradients)
-            for shape in self.ctx.layout.stage_parameters(self.ctx.pp_rank)
-            if shape.max_parts
-        ]
+    def _sum(self, names: Sequence[str], group: dist.ProcessGroup | None) -> None:
+        """Gradients of some parameters become their sums over ``group``, in one message."""
+        if group is None or not names:
+            return
+        views = [self.buffer.view(name, of=self.gradients) for name in names]
         together = torch.cat([view.flatten() for view in views])
-        data.all_reduce(together, self.ctx.kv_group)
+        data.all_reduce(together, group)
         for view, total in zip(views, together.split([view.numel() for view in views])):
             view.copy_(total.view_as(view))
 

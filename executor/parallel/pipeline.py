@@ -137,7 +137,7 @@ def _no_backward(index: int, gradient: Tensor | None) -> Tensor | None:
 
 
 def _forward(stage: DecoderStage, micro_batch: SequenceBatch, inputs: Tensor | None) -> Tensor:
-    """Hidden states [tokens, hidden]; ``inputs`` [tokens, hidden] of the stage before, if any.
+    """What ``DecoderStage.forward`` gives; ``inputs`` [rows, hidden] of the stage before, if any.
 
     Nothing runs on an empty micro-batch, on any shard.
     """
@@ -150,9 +150,9 @@ def _forward(stage: DecoderStage, micro_batch: SequenceBatch, inputs: Tensor | N
 
 
 def _empty_hidden(stage: DecoderStage, micro_batch: SequenceBatch) -> Tensor:
-    """Room for the hidden states of a micro-batch, [tokens, hidden]."""
+    """Room for the hidden states of a micro-batch between stages, [rows, hidden]."""
     return torch.empty(
-        micro_batch.num_tokens,
+        stage.region(micro_batch.num_tokens).num_rows,
         stage.spec.hidden,
         dtype=stage.buffer.flat.dtype,
         device=stage.ctx.device,

@@ -1,12 +1,15 @@
 """Tensor parallelism: the few places where the shards of one model speak to each other.
 
 A block is entered through ``copy_to_tp`` and left through ``reduce_from_tp`` (Shoeybi et al.
-2019, Megatron-LM, section 3: f and g). The vocabulary is split over the same ranks; functions of
-whole rows of logits exchange one number a row instead of the rows. With tp 1 nothing is sent.
+2019, Megatron-LM, section 3: f and g), or, where what lies between two blocks' halves is split
+over its tokens, through a gather and a reduce-scatter of the same bytes (``Region``). The
+vocabulary is split over the same ranks; functions of whole rows of logits exchange one number a
+row instead of the rows. With tp 1 nothing is sent.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from executor.context import RankContext
+from executor.parallel import data
 
 # Values of one block of rows in fp32 work space: 16 MiB, so that no second copy of the logits
 # is ever made while the blocks stay large enough to be fast.
@@ -56,16 +60,111 @@ class _ReduceFromTp(torch.autograd.Function):
         return grad, None
 
 
-def vocab_parallel_embedding(ids: Tensor, weight: Tensor, ctx: RankContext) -> Tensor:
-    """Rows of the whole embedding for ``ids`` [tokens] -> [tokens, hidden].
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """How a batch of ``num_tokens`` enters and leaves what is split over tp.
+
+    Outside, hidden states are whole on every shard: [tokens, hidden]. With ``split_tokens``
+    (sequence parallelism, Korthikanti et al. 2022, section 4.2.2) each shard has ``num_rows`` of
+    them, [ceil(tokens / tp), hidden], the last ones of no meaning where tp does not divide the
+    tokens: norms and sums of the residual stream are computed and kept once instead of tp times,
+    and the gradients of the weights used there are each shard's part (``Adam``'s ``partial``).
+    """
+
+    ctx: RankContext
+    num_tokens: int
+    split_tokens: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a shard's hidden states outside."""
+        return -(-self.num_tokens // self.ctx.layout.tp) if self.split_tokens else self.num_tokens
+
+    def enter(self, x: Tensor) -> Tensor:
+        """[num_rows, …] -> [tokens, …] on every shard; backward adds the shards' gradients."""
+        if self.split_tokens:
+            return _GatherTokens.apply(x, self.ctx.tp_group, self.num_tokens, True)
+        return copy_to_tp(x, self.ctx)
+
+    def leave(self, part: Tensor) -> Tensor:
+        """The sum of every shard's ``part`` [tokens, …] -> [num_rows, …]."""
+        if self.split_tokens:
+            return _ScatterSum.apply(part, self.ctx.tp_group)
+        return reduce_from_tp(part, self.ctx)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """[num_rows, …] -> [tokens, …] for what every shard computes alike."""
+        if self.split_tokens:
+            return _GatherTokens.apply(x, self.ctx.tp_group, self.num_tokens, False)
+        return x
+
+    def own(self, values: Tensor) -> Tensor:
+        """This shard's ``num_rows`` of [tokens, …]; no gradient."""
+        if not self.split_tokens:
+            return values
+        return _padded(values, self.ctx.layout.tp).chunk(self.ctx.layout.tp)[self.ctx.tp_rank]
+
+
+def _padded(x: Tensor, parts: int) -> Tensor:
+    """``x`` [tokens, …] with zeros behind, a multiple of ``parts`` rows."""
+    missing = -len(x) % parts
+    return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
+
+
+def _summed_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This shard's rows of the sum of every shard's ``x`` [tokens, …]."""
+    size = dist.get_world_size(group)
+    padded = _padded(x, size)
+    flat = padded.clone(memory_format=torch.contiguous_format) if padded is x else padded
+    rows = data.reduce_scatter(flat.view(-1), group)
+    return rows.clone().view(len(padded) // size, *x.shape[1:])
+
+
+def _gathered_rows(x: Tensor, group: dist.ProcessGroup, num_tokens: int) -> Tensor:
+    """All shards' rows [num_rows, …] one after the other, [tokens, …]."""
+    whole = x.new_empty(len(x) * dist.get_world_size(group), *x.shape[1:])
+    data.shard(whole, group).copy_(x)
+    data.all_gather(whole.view(-1), group)
+    return whole[:num_tokens]
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, num_tokens: int, summed: bool
+    ) -> Tensor:
+        ctx.group, ctx.summed = group, summed
+        return _gathered_rows(x, group, num_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.summed:
+            return _summed_rows(grad, ctx.group), None, None, None
+        rows = data.shard(_padded(grad, dist.get_world_size(ctx.group)), ctx.group)
+        return rows.contiguous(), None, None, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.num_tokens = group, len(part)
+        return _summed_rows(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gathered_rows(grad, ctx.group, ctx.num_tokens), None
+
+
+def vocab_parallel_embedding(ids: Tensor, weight: Tensor, region: Region) -> Tensor:
+    """Rows of the whole embedding for ``ids`` [tokens] -> [num_rows, hidden] of ``region``.
 
     ``weight`` [vocab / tp, hidden]: a shard gives the rows it holds and zeros for the others.
     Where tp does not divide the vocabulary, shards hold one row more or less.
     """
-    if ctx.tp_group is None:
+    if region.ctx.tp_group is None:
         return F.embedding(ids, weight)
-    local, here = _local_ids(ids, weight.shape[0], ctx)
-    return reduce_from_tp(F.embedding(local, weight) * here[:, None], ctx)
+    local, here = _local_ids(ids, weight.shape[0], region.ctx)
+    return region.leave(F.embedding(local, weight) * here[:, None])
 
 
 def _local_ids(ids: Tensor, num_rows: int, ctx: RankContext) -> tuple[Tensor, Tensor]:

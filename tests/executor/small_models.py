@@ -16,6 +16,7 @@ from executor.model.random_weights import init_random
 from executor.model.transformer import DecoderStage
 from planner.layout import Layout, parameters
 from planner.mesh import DeviceMesh
+from planner.strategy import Recompute
 from profiles.models import ModelSpec, RopeScaling
 
 LENGTHS = (5, 9, 5, 1, 7)
@@ -85,7 +86,9 @@ def random_buffer(
     return buffer
 
 
-def single_stage(spec: ModelSpec, *, train: bool = False, recompute: bool = False) -> DecoderStage:
+def single_stage(
+    spec: ModelSpec, *, train: bool = False, recompute: Recompute = "none"
+) -> DecoderStage:
     """The whole model in this process."""
     layout = single_layout(spec)
     buffer = random_buffer(layout)

@@ -27,6 +27,7 @@ from executor.reallocate import execute
 from planner.layout import Layout, ParameterSlice
 from planner.mesh import DeviceMesh
 from planner.reallocation import reallocate
+from planner.strategy import Recompute
 from profiles.models import ModelSpec
 from tests.executor.small_models import (
     FAMILY_SPECS,
@@ -76,12 +77,16 @@ def layouts_of(spec: ModelSpec) -> dict[str, Layout]:
     return found
 
 
-def train_results(ctx: RankContext) -> dict[str, Any]:
+def train_results(
+    ctx: RankContext, *, recompute: Recompute = "none", sequence_parallel: bool = False
+) -> dict[str, Any]:
     """(loss, gradients summed over the ranks that share them) of this rank."""
     spec = ctx.layout.spec
     buffer = random_buffer(ctx.layout, ctx.rank)
     gradients = torch.zeros_like(buffer.flat)
-    stage = DecoderStage(ctx, buffer, gradients=gradients)
+    stage = DecoderStage(
+        ctx, buffer, gradients=gradients, recompute=recompute, sequence_parallel=sequence_parallel
+    )
     ids = random_ids(spec, LENGTHS).split(LENGTHS)
     mine = range(ctx.dp_rank, len(LENGTHS), ctx.layout.dp)
     batches = [
@@ -101,7 +106,8 @@ def train_results(ctx: RankContext) -> dict[str, Any]:
 
     statistics = train_1f1b(stage, batches, loss=loss)
     # Not a step of Adam's, which hides the size of a gradient.
-    Adam(ctx, buffer, gradients, AdamConfig(lr=0.0), zero=0)._reduce_gradients()
+    adam = Adam(ctx, buffer, gradients, AdamConfig(lr=0.0), zero=0, partial=stage.partial)
+    adam._reduce_gradients()
     losses = None if statistics is None else [float(found["loss"]) for found in statistics]
     grads = {piece.name: buffer.view(piece.name, of=gradients) for piece in buffer.slices}
     return {"losses": losses, "grads": grads}
@@ -142,7 +148,11 @@ def four_ranks(rank: int, world_size: int) -> dict[tuple[str, str], dict[str, An
             result: dict[str, Any] = {"moved": moved(previous, layout, rank)}
             previous = layout
             if (ctx := contexts.get(layout)) is not None:
-                result |= train_results(ctx)
+                result["whole tokens"] = train_results(ctx)
+                if layout.tp > 1:
+                    result["split tokens"] = train_results(
+                        ctx, recompute="selective", sequence_parallel=True
+                    )
                 if spec.head == "lm":
                     stage = DecoderStage(ctx, random_buffer(layout, rank))
                     samples = tuple(range(ctx.dp_rank, len(PROMPTS), layout.dp))
@@ -163,14 +173,19 @@ def box(piece: ParameterSlice) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.length))
 
 
-@pytest.mark.parametrize("key, name", CASES)
-def test_losses_and_gradients_are_those_of_one_process(by_rank, key, name):
+TRAINED = [(*case, "whole tokens") for case in CASES] + [
+    (*case, "split tokens") for case in CASES if "tp" in case[1]
+]
+
+
+@pytest.mark.parametrize("key, name, how", TRAINED)
+def test_losses_and_gradients_are_those_of_one_process(by_rank, key, name, how):
     spec = SPECS[key]
     layout = layouts_of(spec)[name]
     expected = train_results(single_process(single_layout(spec)))
     losses: list[float] = []
     for rank in layout.mesh.devices:
-        result = by_rank[rank][key, name]
+        result = by_rank[rank][key, name][how]
         pp_rank, _, tp_rank = layout.coordinates(rank)
         if pp_rank == layout.pp - 1 and tp_rank == 0:
             losses += result["losses"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from hypothesis import given
@@ -30,6 +31,7 @@ from executor.parallel.pipeline import (
 from executor.parallel.tensor import vocab_parallel_log_probs
 from planner.layout import Layout, ParameterSlice
 from planner.mesh import DeviceMesh
+from planner.strategy import Recompute
 from profiles.models import ModelSpec
 from tests.spawn import spawn
 
@@ -131,12 +133,19 @@ def whole_batch() -> SequenceBatch:
 
 
 def trained(
-    ctx: RankContext, batch: SequenceBatch, num_micro_batches: int, *, recompute: bool = False
+    ctx: RankContext,
+    batch: SequenceBatch,
+    num_micro_batches: int,
+    *,
+    recompute: Recompute = "none",
+    sequence_parallel: bool = False,
 ) -> tuple[ParameterBuffer, Tensor, float | None, list[Tensor] | None, list[SequenceBatch]]:
     """(buffer, gradients, summed loss, log-probabilities by micro-batch, micro-batches)."""
     buffer = filled(ctx)
     gradients = torch.zeros_like(buffer.flat)
-    stage = DecoderStage(ctx, buffer, gradients=gradients, recompute=recompute)
+    stage = DecoderStage(
+        ctx, buffer, gradients=gradients, recompute=recompute, sequence_parallel=sequence_parallel
+    )
     total = whole_batch().num_tokens
     parts = [batch.select(p) for p in balanced_parts(batch.lengths, num_micro_batches)]
 
@@ -152,6 +161,8 @@ def trained(
     read = forward_only(stage, parts, read=log_probs)
     assert not gradients.any(), "forward only leaves the gradients alone"
     results = train_1f1b(stage, parts, loss=loss)
+    for name in stage.partial:
+        data.all_reduce(buffer.view(name, of=gradients).flatten(), ctx.tp_group)
     if ctx.is_last_stage:
         assert read is not None
         assert results is not None
@@ -163,7 +174,7 @@ def trained(
     return buffer, gradients, None, None, parts
 
 
-def compare(rank: int, world_size: int, cases: list[tuple[Layout, int, bool]]) -> int:
+def compare(rank: int, world_size: int, cases: list[tuple[Layout, int, Recompute]]) -> int:
     contexts = build_contexts(
         dict.fromkeys(layout for layout, _, _ in cases), rank=rank, device=torch.device("cpu")
     )
@@ -175,8 +186,9 @@ def compare(rank: int, world_size: int, cases: list[tuple[Layout, int, bool]]) -
         batch = whole_batch()
         mine = batch.select(balanced_parts(batch.lengths, layout.dp)[ctx.dp_rank])
         buffer, gradients, loss, log_probs, parts = trained(
-            ctx, mine, num_micro_batches, recompute=recompute
-        )
+            ctx, mine, num_micro_batches, recompute=recompute,
+            sequence_parallel=num_micro_batches % 2 == 0,
+        )  # fmt: skip
         alone = single_process(Layout(spec=layout.spec, mesh=DeviceMesh(rank, 1)))
         expected_buffer, expected, _, _, _ = trained(alone, batch, 1)
         data.all_reduce(gradients, ctx.dp_group, bucket_bytes=1000)
@@ -218,6 +230,7 @@ def test_gradients_losses_and_results_equal_those_of_one_process() -> None:
         layout(SPEC, 4, 1, 1),
         layout(TIED, 2, 1, 2),
     ]
-    cases = [(shape, m, m % 2 == i % 2) for i, shape in enumerate(shapes) for m in range(1, 6)]
-    cases += [(shapes[0], 8, True), (shapes[4], 8, True)]
+    how = get_args(Recompute)
+    cases = [(shape, m, how[(m + i) % 3]) for i, shape in enumerate(shapes) for m in range(1, 6)]
+    cases += [(shapes[0], 8, "full"), (shapes[4], 8, "full")]
     assert all(spawn(4, compare, cases))

@@ -41,6 +41,14 @@ PLANS = {
     "zero 1": make_plan(
         4, "0:d2p1m2:1", actor_train="0:d2p1m2:2:zero", critic_train="2:d2p1m1:1:zero"
     ),
+    "sequence parallel": make_plan(
+        4,
+        "0:d2p1m2:1",
+        ref_inf="0:d1p2m2:2:sp",
+        critic_inf="0:d2p1m2:1:sp",
+        actor_train="0:d1p2m2:2:sp:selective",
+        critic_train="0:d1p1m4:2:sp:recompute:zero",
+    ),
     "trained beside, generated on all": make_plan(
         4,
         "0:d4p1m1:1",

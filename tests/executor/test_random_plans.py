@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,7 +15,7 @@ from planner.mesh import enumerate_meshes
 from planner.plan import Allocation, ExecutionPlan, Problem, largest_dp, validate_plan
 from planner.program import compile_plan
 from planner.program_check import check_program
-from planner.strategy import legal_strategies
+from planner.strategy import Recompute, legal_strategies
 from tests.runs import OVERRIDES, Outcome, ppo_problem, run_rank
 from tests.spawn import spawn
 
@@ -36,8 +37,10 @@ def random_plan(problem: Problem, rng: random.Random) -> ExecutionPlan:
         mesh, strategy = rng.choice(legal)
         if call.kind is CallKind.TRAIN:
             strategy = replace(
-                strategy, zero=rng.choice((0, 1)), recompute=rng.choice(("none", "full"))
+                strategy, zero=rng.choice((0, 1)), recompute=rng.choice(get_args(Recompute))
             )
+        if call.kind in (CallKind.INFER, CallKind.TRAIN) and strategy.tp > 1:
+            strategy = replace(strategy, sequence_parallel=rng.choice((False, True)))
         micro_batches = rng.randint(1, max(1, most // strategy.dp))
         allocations[call.name] = Allocation(
             mesh=mesh, strategy=strategy, num_micro_batches=micro_batches

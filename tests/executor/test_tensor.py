@@ -6,7 +6,7 @@ Oracle: the same functions of whole rows with torch's own softmax, and the one-p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from executor.model.attention import pack
 from executor.model.transformer import DecoderStage
 from executor.parallel import tensor as tp_functions
 from executor.parallel.tensor import (
+    Region,
     copy_to_tp,
     gather_vocab,
     reduce_from_tp,
@@ -30,6 +31,7 @@ from executor.parallel.tensor import (
 )
 from planner.layout import Layout, shard
 from planner.mesh import DeviceMesh
+from planner.strategy import Recompute
 from profiles.models import ModelSpec
 from tests.executor.small_models import (
     LENGTHS,
@@ -75,7 +77,7 @@ def objective(values: Tensor) -> Tensor:
     return (values * torch.arange(1.0, len(values) + 1)).sum()
 
 
-def stage_results(ctx: RankContext, recompute: bool) -> dict[str, Any]:
+def stage_results(ctx: RankContext, recompute: Recompute) -> dict[str, Any]:
     """Values and gradients of one stage: the same code for one shard and for two."""
     buffer = random_buffer(ctx.layout, ctx.rank)
     gradients = torch.zeros_like(buffer.flat)
@@ -103,7 +105,8 @@ def function_results(ctx: RankContext) -> dict[str, Tensor]:
 
     table = torch.arange(VOCAB * 3.0).view(VOCAB, 3)
     weight = table.chunk(2)[ctx.tp_rank].clone().requires_grad_()
-    rows = vocab_parallel_embedding(targets, weight, ctx)
+    region = Region(ctx=ctx, num_tokens=len(targets), split_tokens=False)
+    rows = vocab_parallel_embedding(targets, weight, region)
     (weight_grad,) = torch.autograd.grad(objective(rows.sum(1)), weight)
 
     x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -127,7 +130,7 @@ def two_shards(rank: int, world_size: int) -> dict[str, Any]:
     tp_functions.BLOCK_VALUES = 100  # rows in many blocks
     found["blocked"] = function_results(contexts[layouts[0]])
     for number, layout in enumerate(layouts):
-        for recompute in (False, True):
+        for recompute in get_args(Recompute):
             found[f"stage {number} {recompute}"] = stage_results(contexts[layout], recompute)
     return found
 
@@ -137,7 +140,7 @@ def shards() -> list[dict[str, Any]]:
     return spawn(2, two_shards)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", get_args(Recompute))
 @pytest.mark.parametrize("number", range(len(SPECS)))
 def test_two_shards_compute_what_one_process_computes(shards, number, recompute):
     spec: ModelSpec = SPECS[number]

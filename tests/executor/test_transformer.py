@@ -6,6 +6,8 @@ that backward adds into the flat gradient tensor in place, whatever its type.
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from executor.model.transformer import DecoderStage, block_forward
 from executor.parallel.tensor import vocab_parallel_log_probs
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
+from planner.strategy import Recompute
 from profiles.models import ModelSpec
 from tests.executor.small_models import (
     FAMILY_SPECS,
@@ -70,7 +73,7 @@ def test_logits_equal_transformers(spec):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", get_args(Recompute))
 def test_loss_and_gradients_equal_transformers(spec, recompute):
     stage = single_stage(spec, train=True, recompute=recompute)
     ids, model = random_ids(spec), hf_twin(stage)
@@ -187,10 +190,10 @@ def test_one_block_by_itself_is_the_block_of_the_stage():
     ids, packed = random_ids(stage.spec), pack(LENGTHS)
     hidden = block_forward(
         stage.layers[0],
-        stage.embed(ids, packed.positions),
+        stage.embed(ids, packed.positions, stage.region(packed.num_tokens)),
         rotary_of(packed.positions, stage.spec),
         lambda q, k, v: packed_attention(q, k, v, packed),
-        stage.ctx,
+        stage.region(packed.num_tokens),
     )
     normed = F.rms_norm(hidden, (stage.spec.hidden,), stage.final_norm.weight, stage.spec.norm_eps)
     assert torch.equal(normed, stage.forward(ids, packed))
