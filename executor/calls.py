@@ -47,7 +47,8 @@ class TrainFunction(Protocol):
         ...
 
     def count(self, batch: SequenceBatch) -> Tensor:
-        """What the loss of a mini-batch is divided by (its number of answer tokens), float64 [].
+        """What the loss of a mini-batch is divided by (its number of answer tokens), float64 [];
+        or [2]: that, and what its other statistics are divided by.
 
         The worker sums it over data-parallel ranks, so that no split changes a gradient.
         """
@@ -58,6 +59,20 @@ class TrainFunction(Protocol):
         ctx: RankContext,
     ) -> tuple[Tensor, Mapping[str, Tensor]]:  # fmt: skip
         """(loss, statistics) of a micro-batch; both are sums over tokens / ``denominator``."""
+        ...
+
+
+class Stopping(Protocol):
+    """TRAIN that may end a step's training before all of its optimizer steps."""
+
+    @property
+    def may_stop(self) -> bool:
+        """False: ``stops`` need not be asked."""
+        ...
+
+    def stops(self, statistics: Mapping[str, float]) -> bool:
+        """Asked of every mini-batch before its optimizer step: True leaves out this one and all
+        that would follow in the call. ``statistics`` are those of the whole mini-batch."""
         ...
 
 

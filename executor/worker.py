@@ -8,7 +8,6 @@ order is the program's; the mathematics of a call is the algorithm's (``calls.py
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ from executor.metrics import post
 from executor.model import hf_weights
 from executor.model.transformer import DecoderStage
 from executor.parallel.optimizer import Adam, AdamConfig
-from executor.parallel.pipeline import forward_only, train_1f1b
+from executor.parallel.pipeline import forward_only
 from executor.reallocate import execute
 from executor.run import Run
 from executor.text import TextCodec
 from executor.trace import TraceWriter
+from executor.training import Passes, Trainer, sum_over_dp, train
 from executor.transfer import Exchange, SampleStore
 from planner.graph import ModelFunctionCall
 from planner.layout import Layout
@@ -45,21 +45,11 @@ from planner.program import (
     Reallocate,
     Train,
     Transfer,
-    assign_samples,
     call_layout,
     producing_ranks,
     samples_of,
 )
 from planner.reallocation import reallocate
-
-
-@dataclass(slots=True)
-class Trainer:
-    """A trained role's gradients and optimizer on this rank."""
-
-    gradients: Tensor
-    stage: DecoderStage
-    optimizer: Adam
 
 
 class Worker:
@@ -175,7 +165,7 @@ class Worker:
             eps=model.eps,
             weight_decay=model.weight_decay,
             warmup_steps=model.warmup_steps,
-            total_steps=self.run.config.total_steps * call.num_mini_batches,
+            total_steps=self.run.config.total_steps * call.num_optimizer_steps,
             schedule=model.schedule,
             max_grad_norm=model.max_grad_norm,
         )
@@ -291,7 +281,7 @@ class Worker:
             [batch.num_sequences, answers, float(batch.get("finished").sum())],
             dtype=torch.float64,
         )
-        count, tokens, finished = self._sum_over_dp(context)(sums).tolist()
+        count, tokens, finished = sum_over_dp(context)(sums).tolist()
         return {"response_tokens": tokens / count, "finished": finished / count}
 
     def _infer(self, instruction: Infer, counts: dict[str, int]) -> None:
@@ -338,7 +328,7 @@ class Worker:
                 name = call.inner_name(key)
                 values = torch.cat([result[name] for result in results]).double()
                 sums = torch.stack([values.sum(), torch.tensor(float(len(values)))])
-                total, count = self._sum_over_dp(context)(sums).tolist()
+                total, count = sum_over_dp(context)(sums).tolist()
                 means[key] = total / count
         return means
 
@@ -362,73 +352,15 @@ class Worker:
     def _train(self, instruction: Train, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
         assert call.role is not None
-        context, _ = self._context_of(call.name)
-        trainer, function = self.trainers[call.role], self.functions[call.name]
-        sum_over_dp = self._sum_over_dp(context)
-        strategy = allocation.strategy
-        runs = assign_samples(self.problem.workload.batch_size, strategy.dp, call.num_mini_batches)[
-            dp_rank
-        ]
-        own = self._gather(call, [s for run in runs for s in run])
-        group_size = self._group_size(call)
-        batch = function.prepare(own, sum_over_dp)
-        totals: dict[str, float] = {}
-        start = 0
-        for mini in runs:
-            end = start + len(mini) * group_size
-            mini_batch, start = batch.select(range(start, end)), end
-            parts = balanced_groups(mini_batch.lengths, group_size, allocation.num_micro_batches)
-            statistics = self._optimizer_step(
-                trainer, function, mini_batch, parts, sum_over_dp, context
-            )
-            for name, value in statistics.items():
-                totals[name] = totals.get(name, 0.0) + value / call.num_mini_batches
-        counts["num_tokens"] = batch.num_tokens
-        self._report(call, totals)
-
-    def _optimizer_step(
-        self,
-        trainer: Trainer,
-        function: Any,
-        mini_batch: SequenceBatch,
-        parts: Sequence[Sequence[int]],
-        sum_over_dp: Callable[[Tensor], Tensor],
-        context: RankContext,
-    ) -> dict[str, float]:
-        """One optimizer step on a mini-batch, in micro-batches of the sequences ``parts``.
-
-        Returns its statistics, on the last stage also the loss's.
-        """
-        denominator = sum_over_dp(function.count(mini_batch))
-        micro_batches = [mini_batch.select(part) for part in parts]
-        stage = trainer.stage
-
-        def loss(hidden: Tensor, micro: SequenceBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
-            found: tuple[Tensor, Mapping[str, Tensor]] = function.loss(
-                stage.head, hidden, micro, denominator, context
-            )
-            return found
-
-        trainer.gradients.zero_()
-        results = train_1f1b(stage, micro_batches, loss=loss)
-        statistics = dict(trainer.optimizer.step())
-        if results is not None:
-            names = sorted(results[0])
-            sums = torch.stack(
-                [torch.stack([r[name].detach().double() for r in results]).sum() for name in names]
-            )
-            statistics.update(zip(names, sum_over_dp(sums).tolist(), strict=True))
-        return statistics
-
-    def _sum_over_dp(self, context: RankContext) -> Callable[[Tensor], Tensor]:
-        def total(value: Tensor) -> Tensor:
-            if context.dp_group is None:
-                return value
-            summed = value.detach().clone().to(self.device)
-            dist.all_reduce(summed, group=context.dp_group)
-            return summed.to(value.device)
-
-        return total
+        function = self.functions[call.name]
+        own = self._gather(call, self._share(call, allocation, dp_rank))
+        passes = Passes(
+            call=call, batch_size=self.problem.workload.batch_size,
+            group_size=self._group_size(call), num_micro_batches=allocation.num_micro_batches,
+            seed=self.run.config.seed, step=self.step,
+        )  # fmt: skip
+        counts["num_tokens"] = own.num_tokens
+        self._report(call, train(self.trainers[call.role], function, own, passes))
 
     # ---- results ------------------------------------------------------------------------------
 

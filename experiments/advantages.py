@@ -11,7 +11,7 @@ from torch import Tensor
 
 from executor.batch import SequenceBatch
 from executor.calls import Sum
-from experiments.losses import gae, response_mask, token_rewards
+from experiments.losses import answer_sums, gae, kl_penalty, response_mask, token_rewards
 
 # Added to a group's standard deviation, as in TRL's GRPO trainer: scores are of order 1.
 STD_EPS = 1e-4
@@ -59,14 +59,27 @@ def overlong_penalty(answer_lengths: Tensor, *, longest: int, buffer: int) -> Te
     return -(over / max(1, buffer)).clamp(max=1.0) * (buffer > 0)
 
 
-def rewards_to_go(batch: SequenceBatch, scores: Tensor, *, kl_coef: float, gamma: float) -> Tensor:
+def penalized(
+    batch: SequenceBatch, scores: Tensor, *, kl_coef: float, estimator: str = "k1"
+) -> Tensor:
+    """[num_sequences]: scores less ``kl_coef`` times the divergence of each whole answer."""
+    if kl_coef == 0:
+        return scores
+    mask = response_mask(batch)
+    log_probs, ref = batch.get("log_probs")[mask], batch.get("ref_log_probs")[mask]
+    return scores - kl_coef * answer_sums(batch, kl_penalty(log_probs, ref, estimator=estimator))
+
+
+def rewards_to_go(
+    batch: SequenceBatch, scores: Tensor, *, kl_coef: float, gamma: float, estimator: str = "k1"
+) -> Tensor:
     """[tokens]: discounted sum of the rewards from each answer token on, 0 outside the answers.
 
     The rewards are ``token_rewards``; ``ref_log_probs`` are read only where ``kl_coef`` > 0.
     """
     log_probs = batch.get("log_probs")
     ref = batch.get("ref_log_probs") if kl_coef > 0 else log_probs
-    rewards = token_rewards(batch, scores, log_probs, ref, kl_coef=kl_coef)
+    rewards = token_rewards(batch, scores, log_probs, ref, kl_coef=kl_coef, estimator=estimator)
     # Without a value there is nothing that could follow a truncated answer.
     return gae(batch, rewards, torch.zeros_like(rewards), gamma=gamma, lam=1.0)[0]
 

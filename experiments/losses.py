@@ -28,6 +28,19 @@ def response_mask(batch: SequenceBatch) -> Tensor:
     return position >= batch.get("prompt_lengths").repeat_interleave(lengths)
 
 
+def answer_lengths(batch: SequenceBatch) -> Tensor:
+    """[num_sequences] int64: tokens of each answer."""
+    lengths = torch.tensor(batch.lengths, device=batch.token_ids.device, dtype=torch.int64)
+    return lengths - batch.get("prompt_lengths")
+
+
+def answer_sums(batch: SequenceBatch, values: Tensor) -> Tensor:
+    """[num_sequences]: sums over each answer of ``values`` [answer tokens], in their order."""
+    lengths = answer_lengths(batch)
+    sequence = torch.arange(batch.num_sequences, device=values.device).repeat_interleave(lengths)
+    return values.new_zeros(batch.num_sequences).index_add(0, sequence, values)
+
+
 def last_token_index(batch: SequenceBatch) -> Tensor:
     """[num_sequences] int64: the place of each sequence's last token among the tokens."""
     return torch.tensor(batch.offsets[1:], device=batch.token_ids.device, dtype=torch.int64) - 1
@@ -35,13 +48,15 @@ def last_token_index(batch: SequenceBatch) -> Tensor:
 
 def token_rewards(
     batch: SequenceBatch, scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, *,
-    kl_coef: float,
+    kl_coef: float, estimator: str = "k1",
 ) -> Tensor:  # fmt: skip
-    """[tokens]: -kl_coef (log p - log p_ref) on answer tokens, plus the score at the last one.
+    """[tokens]: -kl_coef KL(p || p_ref) on answer tokens, plus the score at the last one.
 
-    ``scores`` [num_sequences]. Source: Ziegler et al. 2019 (arXiv:1909.08593), equation 2.
+    ``scores`` [num_sequences]; KL as ``kl_penalty`` estimates it, by default log p - log p_ref.
+    Source: Ziegler et al. 2019 (arXiv:1909.08593), equation 2.
     """
-    rewards = -kl_coef * (log_probs - ref_log_probs) * response_mask(batch)
+    penalty = kl_penalty(log_probs, ref_log_probs, estimator=estimator)
+    rewards = -kl_coef * penalty * response_mask(batch)
     return rewards.index_add(0, last_token_index(batch), scores.to(rewards.dtype))
 
 
@@ -97,7 +112,7 @@ def kl_estimates(log_probs: Tensor, old_log_probs: Tensor) -> tuple[Tensor, Tens
 
 
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: str) -> Tensor:
-    """[tokens]: k1, k2 or k3 estimate of KL(pi || ref) on tokens drawn from pi, for a loss.
+    """[tokens]: k1, k2 or k3 estimate of KL(pi || ref) on tokens drawn from pi.
 
     x = log pi - log ref; k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x. As a term of a loss k1 has a
     gradient of mean zero, k2 that of the KL and k3 that of the reverse KL (on-policy).
@@ -109,17 +124,23 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, *, estimator: str) -> T
 
 def policy_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip: float,
-    clip_high: float = 0.0,
+    clip_high: float = 0.0, dual_clip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss, clipped) [tokens] each: max(-A rho, -A clip(rho, 1 - c, 1 + h)), and where it bound.
 
-    rho = exp(log p - log p_old); h is ``clip_high``, or c where that is 0. Source: Schulman et
-    al. 2017 (arXiv:1707.06347), equation 7; h: Yu et al. 2025 (arXiv:2503.14476), equation 10.
+    rho = exp(log p - log p_old); h is ``clip_high``, or c where that is 0. Where A < 0 the loss is
+    at most -A ``dual_clip``, if that is not 0. Source: Schulman et al. 2017 (arXiv:1707.06347),
+    equation 7; h: Yu et al. 2025 (arXiv:2503.14476), equation 10; dual clip: Ye et al. 2020
+    (arXiv:1912.09729), equation 5.
     """
     ratio = (log_probs - old_log_probs).exp()
     free = -advantages * ratio
     bound = -advantages * ratio.clamp(1.0 - clip, 1.0 + (clip_high or clip))
-    return torch.maximum(free, bound), bound > free
+    loss, clipped = torch.maximum(free, bound), bound > free
+    if dual_clip:
+        most = torch.where(advantages < 0, -advantages * dual_clip, torch.inf)
+        loss, clipped = torch.minimum(loss, most), clipped | (loss > most)
+    return loss, clipped
 
 
 def value_loss(

@@ -44,19 +44,6 @@ def ipo_loss(log_ratio: Tensor, *, beta: float) -> Tensor:
     return (log_ratio - 1 / (2 * beta)) ** 2
 
 
-def answer_lengths(batch: SequenceBatch) -> Tensor:
-    """[num_sequences] int64: tokens of each answer."""
-    lengths = torch.tensor(batch.lengths, device=batch.token_ids.device, dtype=torch.int64)
-    return lengths - batch.get("prompt_lengths")
-
-
-def answer_sums(batch: SequenceBatch, values: Tensor) -> Tensor:
-    """[num_sequences]: sums over each answer of ``values`` [answer tokens], in their order."""
-    lengths = answer_lengths(batch)
-    sequence = torch.arange(batch.num_sequences, device=values.device).repeat_interleave(lengths)
-    return values.new_zeros(batch.num_sequences).index_add(0, sequence, values)
-
-
 def number_of_pairs(batch: SequenceBatch) -> Tensor:
     """float64 []: what losses of pairs are divided by."""
     return torch.tensor(batch.num_sequences / 2, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from experiments.options import PassesConfig
 from planner.graph import CallKind, DataKey, ModelFunctionCall
 from planner.plan import Workload
 from planner.run_config import RunConfig
@@ -15,7 +16,20 @@ FINISHED = DataKey(name="finished", per="sequence")
 LOG_PROBS = DataKey(name="log_probs", per="token")
 REF_LOG_PROBS = DataKey(name="ref_log_probs", per="token")
 REWARDS = DataKey(name="rewards", per="sequence")
+MODEL_REWARDS = DataKey(name="model_rewards", per="sequence")  # where functions add to a model's
 SAMPLED = ("sequences", "prompt_lengths", "finished", "log_probs")
+# What algorithms on sampled answers exchange.
+SAMPLED_KEYS = (PROMPTS, *SEQUENCES, FINISHED, LOG_PROBS, REF_LOG_PROBS, MODEL_REWARDS, REWARDS)
+
+
+def split_source(source: str) -> tuple[bool, tuple[str, ...]]:
+    """(is there a reward model, names of reward functions) in ``reward.source``.
+
+    >>> split_source("model"), split_source("model+vader"), split_source("a.b:f")
+    ((True, ()), (True, ('vader',)), (False, ('a.b:f',)))
+    """
+    names = source.split("+")
+    return "model" in names, tuple(name for name in names if name != "model")
 
 
 def actor_gen(*outputs: str) -> ModelFunctionCall:
@@ -26,13 +40,27 @@ def actor_gen(*outputs: str) -> ModelFunctionCall:
     )  # fmt: skip
 
 
-def rew_inf(source: str, *, prefix: str = "") -> ModelFunctionCall:
-    """Rewards of answers, by a model where ``source`` (``reward.source``) says so."""
-    with_model = source == "model"
-    return ModelFunctionCall(
-        name=f"{prefix}rew_inf", kind=CallKind.INFER if with_model else CallKind.FUNCTION,
-        role="reward" if with_model else None, prefix=prefix,
-        inputs=(f"{prefix}sequences", f"{prefix}prompt_lengths"), outputs=(f"{prefix}rewards",),
+def reward_calls(source: str, *, prefix: str = "") -> tuple[ModelFunctionCall, ...]:
+    """Rewards of answers: by a model, by functions, or by a model to which functions add."""
+    with_model, functions = split_source(source)
+    inputs = (f"{prefix}sequences", f"{prefix}prompt_lengths")
+    rewards, scores = f"{prefix}rewards", f"{prefix}model_rewards"
+    if not with_model or not functions:
+        call = ModelFunctionCall(
+            name=f"{prefix}rew_inf", kind=CallKind.INFER if with_model else CallKind.FUNCTION,
+            role="reward" if with_model else None, prefix=prefix, inputs=inputs,
+            outputs=(rewards,),
+        )  # fmt: skip
+        return (call,)
+    return (
+        ModelFunctionCall(
+            name=f"{prefix}rew_inf", kind=CallKind.INFER, role="reward", prefix=prefix,
+            inputs=inputs, outputs=(scores,),
+        ),
+        ModelFunctionCall(
+            name=f"{prefix}rew_fn", kind=CallKind.FUNCTION, role=None, prefix=prefix,
+            inputs=(*inputs, scores), outputs=(rewards,),
+        ),
     )  # fmt: skip
 
 
@@ -41,6 +69,16 @@ def ref_inf() -> ModelFunctionCall:
     return ModelFunctionCall(
         name="ref_inf", kind=CallKind.INFER, role="ref",
         inputs=("sequences", "prompt_lengths"), outputs=("ref_log_probs",),
+    )  # fmt: skip
+
+
+def train(
+    role: str, inputs: tuple[str, ...], passes: PassesConfig, *, prefix: str = ""
+) -> ModelFunctionCall:
+    """``actor_train`` or ``critic_train`` with its passes over the batch."""
+    return ModelFunctionCall(
+        name=f"{role}_train", kind=CallKind.TRAIN, role=role, inputs=inputs, prefix=prefix,
+        num_mini_batches=passes.num_mini_batches, num_epochs=passes.num_epochs,
     )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from planner.algorithm import import_file
 from profiles.errors import ConfigError
 
 Record = Mapping[str, Any]
@@ -88,22 +90,26 @@ def vader() -> RewardFunction:
 
 
 def load_reward(source: str) -> RewardFunction:
-    """``vader``, or ``package.module:function``; the module must be found by ``import``.
+    """``vader``; ``package.module:function``, found by ``import``; or ``path/to/file.py:function``.
 
     Raises:
-        ConfigError: no such module or function.
+        ConfigError: no such module, file or function.
     """
     if source == "vader":
         return vader()
-    module_name, _, name = source.partition(":")
+    module_name, _, name = source.rpartition(":")
     where = f"reward.source={source}"
-    remedy = "use model, vader or package.module:function (its folder on PYTHONPATH)"
-    if not name or not module_name or module_name.startswith("."):
+    remedy = "use model, vader, package.module:function or path/to/file.py:function"
+    if not name or not module_name or (module_name.startswith(".") and "/" not in module_name):
         raise ConfigError("not a reward", where=where, remedy=remedy)
-    try:
-        function = getattr(importlib.import_module(module_name), name, None)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"no module '{error.name}'", where=where, remedy=remedy) from None
+    if module_name.endswith(".py"):
+        module = import_file(Path(module_name).resolve())
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"no module '{error.name}'", where=where, remedy=remedy) from None
+    function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"no function '{name}' in {module_name}", where=where, remedy=remedy)
     reward: RewardFunction = function

@@ -45,10 +45,10 @@ class DataKey:
 class ModelFunctionCall:
     """One GENERATE, INFER or TRAIN of a role's model, or a FUNCTION of the data.
 
-    ``inputs`` and ``outputs`` are names of data keys. A FUNCTION call has no role.
-    ``num_mini_batches`` is the number of optimizer steps of a TRAIN call. Inside the call a key
-    ``prefix + name`` of the graph is ``name``: with ``prefix="greedy_"`` the engine's
-    ``sequences`` are the graph's ``greedy_sequences``.
+    ``inputs`` and ``outputs`` are names of data keys. A FUNCTION call has no role. A TRAIN call
+    passes ``num_epochs`` times over its data, in ``num_mini_batches`` optimizer steps each time.
+    Inside the call a key ``prefix + name`` of the graph is ``name``: with ``prefix="greedy_"``
+    the engine's ``sequences`` are the graph's ``greedy_sequences``.
     """
 
     name: str
@@ -57,7 +57,13 @@ class ModelFunctionCall:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     num_mini_batches: int = 1
+    num_epochs: int = 1
     prefix: str = ""
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Of a TRAIN call, in one step of the algorithm."""
+        return self.num_mini_batches * self.num_epochs
 
     def inner_name(self, key: str) -> str:
         """What the call's function knows the graph's ``key`` as.
@@ -115,8 +121,9 @@ class DataflowGraph:
                     "a FUNCTION call has no role, every other call has one",
                     where=f"graph.{call.name}.role",
                 )
-            if call.num_mini_batches < 1:
-                raise PlanError("must be at least 1", where=f"graph.{call.name}.num_mini_batches")
+            for name in ("num_mini_batches", "num_epochs"):
+                if getattr(call, name) < 1:
+                    raise PlanError("must be at least 1", where=f"graph.{call.name}.{name}")
             for key in (*call.inputs, *call.outputs):
                 if key not in known:
                     raise PlanError(f"'{key}' is not a declared key", where=f"graph.{call.name}")

@@ -19,7 +19,7 @@ from profiles.models import ModelSpec
 
 # Sequences are dealt one by one; a larger number is a slip of the pen.
 MAX_SEQUENCES = 2**20
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

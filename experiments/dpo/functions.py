@@ -11,9 +11,10 @@ from torch import Tensor
 from executor.batch import SequenceBatch
 from executor.calls import Head, Sum
 from executor.context import RankContext
+from experiments.answers import answer_log_probs
 from experiments.dpo.config import DPOConfig, DPOExperiment
-from experiments.pairs import answer_lengths, answer_sums, dpo_loss, ipo_loss, number_of_pairs
-from experiments.ppo.functions import answer_log_probs
+from experiments.losses import answer_lengths, answer_sums
+from experiments.pairs import dpo_loss, ipo_loss, number_of_pairs
 
 
 def make_functions(config: DPOExperiment) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from executor.batch import SequenceBatch
 from executor.calls import Records
-from executor.generate.sampling import SamplingParams
+from experiments.answers import Generate
 from experiments.generation.config import GenerationExperiment
 
 
@@ -21,23 +20,6 @@ def make_functions(config: GenerationExperiment) -> dict[str, Any]:
         "actor_gen": Generate(config=config),
         "write": Write(Path(config.output) / "answers", config.samples_per_prompt),
     }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generate:
-    config: GenerationExperiment
-
-    def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingParams:
-        options = self.config.generation
-        return SamplingParams(
-            max_new_tokens=self.config.response_len,
-            min_new_tokens=options.min_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            greedy=options.greedy,
-            stop_token_ids=stop_token_ids,
-        )
 
 
 class Write:

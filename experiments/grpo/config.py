@@ -11,30 +11,22 @@ from dataclasses import dataclass, field
 
 from experiments.options import (
     GenerationConfig,
+    PolicyConfig,
     RewardConfig,
-    check_above,
-    check_choice,
     check_least,
-    check_mini_batches,
+    check_policy,
 )
 from planner.run_config import ModelConfig, RunConfig
 
-AGGREGATIONS = ("sequence", "token", "constant")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-
 
 @dataclass
-class GRPOConfig:
+class GRPOConfig(PolicyConfig):
     """GRPO's own numbers. A = (reward - mean of the group) / (std of the group)."""
 
-    num_mini_batches: int = 1  # optimizer steps per batch
     advantage_std: bool = True  # divide by the group's standard deviation
-    clip: float = 0.2  # policy ratio is clipped to at least 1 - clip
-    clip_high: float = 0.0  # and to at most 1 + clip_high; 0: as clip
-    kl_coef: float = 0.04  # of KL(pi, ref) in the loss; 0: no reference
-    kl_estimator: str = "k3"  # k1, k2 or k3 (Schulman 2020)
-    # A loss of tokens is averaged over each answer, then over answers (sequence); over all tokens
-    # (token); or summed and divided by answers * response_len (constant).
+    kl_coef: float = 0.04  # of KL(pi, ref); 0: no reference
+    kl_in: str = "loss"
+    kl_estimator: str = "k3"
     aggregation: str = "sequence"
     drop_equal: bool = False  # leave groups out of the loss whose rewards are all equal
     # Truncated answers: left out of the loss; and the last tokens before response_len over which
@@ -59,9 +51,6 @@ class GRPOExperiment(RunConfig):
         """Itself, or ``ConfigError`` naming the first value out of range."""
         self.check_run()
         check_least(self, 2, "samples_per_prompt")
-        check_mini_batches(self, self.grpo.num_mini_batches, where="grpo")
-        check_above(self.grpo, 0, "clip", where="grpo")
-        check_least(self.grpo, 0, "clip_high", "kl_coef", "overlong_buffer", where="grpo")
-        check_choice(self.grpo, "kl_estimator", KL_ESTIMATORS, where="grpo")
-        check_choice(self.grpo, "aggregation", AGGREGATIONS, where="grpo")
+        check_policy(self, self.grpo, where="grpo")
+        check_least(self.grpo, 0, "overlong_buffer", where="grpo")
         return self

@@ -10,29 +10,32 @@ from dataclasses import dataclass, field
 
 from experiments.options import (
     GenerationConfig,
+    PolicyConfig,
     RewardConfig,
     check_above,
     check_least,
-    check_mini_batches,
+    check_policy,
     check_share,
 )
 from planner.run_config import ModelConfig, RunConfig
 
 
 @dataclass
-class PPOConfig:
-    """PPO's own numbers."""
+class PPOConfig(PolicyConfig):
+    """PPO's own numbers; ``PolicyConfig`` has those of its actor's loss."""
 
-    num_mini_batches: int = 4  # optimizer steps per batch
-    kl_coef: float = 0.1  # beta of the per-token reward -beta * (log p - log p_ref)
+    num_mini_batches: int = 4  # optimizer steps of a pass over the batch
     gamma: float = 1.0  # discount
     lam: float = 1.0  # lambda of GAE
-    clip: float = 0.2  # policy ratio is clipped to 1 +- clip
     value_clip: float = 0.2  # new values are clipped to the old ones +- value_clip
     reward_clip: float = 20.0  # scores are clipped to +- reward_clip
     reward_scale: float = 1.0  # score = (reward - reward_bias) * reward_scale
     reward_bias: float = 0.0
+    # Rewards less the mean of all so far, over their standard deviation; before scale and clip.
+    normalize_rewards: bool = False
     normalize_advantages: bool = True  # over all answer tokens of the batch
+    # The critic learns returns in units of the moments of all so far.
+    normalize_values: bool = False
     score_truncated: bool = True  # false: an answer without an end token gets no score
 
 
@@ -53,7 +56,7 @@ class PPOExperiment(RunConfig):
         """Itself, or ``ConfigError`` naming the first value out of range."""
         self.check_run()
         check_least(self, 1, "samples_per_prompt")
-        check_mini_batches(self, self.ppo.num_mini_batches, where="ppo")
+        check_policy(self, self.ppo, where="ppo")
         check_share(self.ppo, "gamma", "lam", where="ppo")
-        check_above(self.ppo, 0, "clip", "value_clip", "reward_clip", where="ppo")
+        check_above(self.ppo, 0, "value_clip", "reward_clip", where="ppo")
         return self

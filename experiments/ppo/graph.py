@@ -3,78 +3,58 @@
     prompts -> actor_gen -> sequences -> { rew_inf, ref_inf, critic_inf } -> { actor_train,
                                                                                critic_train }
 
-With ``reward.source`` other than ``model``, ``rew_inf`` is a function of the answers' text.
+With ``reward.source`` other than ``model``, ``rew_inf`` is a function of the answers' text; with
+``model+NAME`` a call ``rew_fn`` adds one to the model's score. Without a KL term there is no
+reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from experiments.parts import (
+    SAMPLED,
+    SAMPLED_KEYS,
+    actor_gen,
+    ref_inf,
+    reward_calls,
+    train,
+    workload_of,
+)
 from experiments.ppo.config import PPOExperiment
 from planner.algorithm import Algorithm, RoleSpec
 from planner.graph import CallKind, DataflowGraph, DataKey, ModelFunctionCall
 from planner.plan import Workload
 
-KEYS = (
-    DataKey(name="prompts", per="token", dtype="int64", once=True),
-    DataKey(name="sequences", per="token", dtype="int64"),
-    DataKey(name="prompt_lengths", per="sequence", dtype="int64"),
-    DataKey(name="finished", per="sequence"),
-    DataKey(name="log_probs", per="token"),
-    DataKey(name="ref_log_probs", per="token"),
-    DataKey(name="values", per="token"),
-    DataKey(name="rewards", per="sequence"),
-)
+VALUES = DataKey(name="values", per="token")
 
 
 def build_graph(config: PPOExperiment) -> DataflowGraph:
-    """The six calls; mini-batches come from ``config.ppo``."""
+    """The six calls; passes over the batch come from ``config.ppo``."""
     config.check()
-    sequences = ("sequences", "prompt_lengths")
-    experience = (*sequences, "finished", "log_probs", "ref_log_probs", "values", "rewards")
-    steps = config.ppo.num_mini_batches
-    with_model = config.reward.source == "model"
+    with_ref = config.ppo.kl_coef > 0
+    experience = (*SAMPLED, *(("ref_log_probs",) if with_ref else ()), "values", "rewards")
+    critic_inf = ModelFunctionCall(
+        name="critic_inf", kind=CallKind.INFER, role="critic",
+        inputs=("sequences", "prompt_lengths"), outputs=("values",),
+    )  # fmt: skip
     return DataflowGraph(
         name="ppo",
-        keys=KEYS,
+        keys=(*SAMPLED_KEYS, VALUES),
         source_keys=frozenset({"prompts"}),
         calls=(
-            ModelFunctionCall(
-                name="actor_gen", kind=CallKind.GENERATE, role="actor", inputs=("prompts",),
-                outputs=("sequences", "prompt_lengths", "finished", "log_probs"),
-            ),
-            ModelFunctionCall(
-                name="rew_inf", kind=CallKind.INFER if with_model else CallKind.FUNCTION,
-                role="reward" if with_model else None, inputs=sequences, outputs=("rewards",),
-            ),
-            ModelFunctionCall(
-                name="ref_inf", kind=CallKind.INFER, role="ref", inputs=sequences,
-                outputs=("ref_log_probs",),
-            ),
-            ModelFunctionCall(
-                name="critic_inf", kind=CallKind.INFER, role="critic", inputs=sequences,
-                outputs=("values",),
-            ),
-            ModelFunctionCall(
-                name="actor_train", kind=CallKind.TRAIN, role="actor", inputs=experience,
-                num_mini_batches=steps,
-            ),
-            ModelFunctionCall(
-                name="critic_train", kind=CallKind.TRAIN, role="critic", inputs=experience,
-                num_mini_batches=steps,
-            ),
+            actor_gen(),
+            *reward_calls(config.reward.source),
+            *((ref_inf(),) if with_ref else ()),
+            critic_inf,
+            train("actor", experience, config.ppo),
+            train("critic", experience, config.ppo),
         ),
-    )  # fmt: skip
+    )
 
 
 def workload(config: PPOExperiment) -> Workload:
-    """The longest prompts and answers that the configuration admits."""
-    return Workload(
-        batch_size=config.batch_size,
-        prompt_tokens=config.prompt_len,
-        response_tokens=config.response_len,
-        group_size=config.samples_per_prompt,
-    )
+    return workload_of(config, group_size=config.samples_per_prompt)
 
 
 def roles(config: PPOExperiment) -> Mapping[str, RoleSpec]:

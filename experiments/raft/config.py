@@ -6,18 +6,17 @@ from dataclasses import dataclass, field
 
 from experiments.options import (
     GenerationConfig,
+    PassesConfig,
     RewardConfig,
     check_least,
-    check_mini_batches,
+    check_passes,
 )
 from planner.run_config import ModelConfig, RunConfig
 
 
 @dataclass
-class RAFTConfig:
-    """RAFT's own numbers."""
-
-    num_mini_batches: int = 1  # optimizer steps per batch
+class RAFTConfig(PassesConfig):
+    """RAFT's own numbers: how often training passes over the best answers."""
 
 
 @dataclass
@@ -35,5 +34,5 @@ class RAFTExperiment(RunConfig):
         """Itself, or ``ConfigError`` naming the first value out of range."""
         self.check_run()
         check_least(self, 2, "samples_per_prompt")
-        check_mini_batches(self, self.raft.num_mini_batches, where="raft")
+        check_passes(self, self.raft, where="raft")
         return self

@@ -6,7 +6,7 @@ from typing import Any
 
 from executor.batch import SequenceBatch
 from executor.calls import Records
-from experiments.ppo.functions import sampling_functions
+from experiments.answers import sampling_functions
 from experiments.raft.config import RAFTExperiment
 from experiments.sft.functions import TrainOnAnswers
 

@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from experiments.parts import PROMPTS, REWARDS, SEQUENCES, actor_gen, rew_inf, workload_of
+from experiments.parts import (
+    MODEL_REWARDS,
+    PROMPTS,
+    REWARDS,
+    SEQUENCES,
+    actor_gen,
+    reward_calls,
+    train,
+    workload_of,
+)
 from experiments.raft.config import RAFTExperiment
 from planner.algorithm import Algorithm, RoleSpec
 from planner.graph import CallKind, DataflowGraph, DataKey, ModelFunctionCall
@@ -28,19 +37,16 @@ def build_graph(config: RAFTExperiment) -> DataflowGraph:
     best = ("best_sequences", "best_prompt_lengths")
     return DataflowGraph(
         name="raft",
-        keys=(PROMPTS, *SEQUENCES, REWARDS, *BEST),
+        keys=(PROMPTS, *SEQUENCES, MODEL_REWARDS, REWARDS, *BEST),
         source_keys=frozenset({"prompts"}),
         calls=(
             actor_gen("sequences", "prompt_lengths"),
-            rew_inf(config.reward.source),
+            *reward_calls(config.reward.source),
             ModelFunctionCall(
                 name="select", kind=CallKind.FUNCTION, role=None,
                 inputs=("sequences", "prompt_lengths", "rewards"), outputs=best,
             ),
-            ModelFunctionCall(
-                name="actor_train", kind=CallKind.TRAIN, role="actor", prefix="best_",
-                inputs=best, num_mini_batches=config.raft.num_mini_batches,
-            ),
+            train("actor", best, config.raft, prefix="best_"),
         ),
     )  # fmt: skip
 

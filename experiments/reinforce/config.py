@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 from experiments.options import (
     GenerationConfig,
+    PolicyConfig,
     RewardConfig,
-    check_above,
     check_choice,
     check_least,
-    check_mini_batches,
+    check_policy,
     check_share,
 )
 from planner.run_config import ModelConfig, RunConfig
@@ -24,18 +24,14 @@ BASELINES = ("batch", "group", "leave_one_out")
 
 
 @dataclass
-class ReinforceConfig:
-    """REINFORCE's own numbers."""
+class ReinforceConfig(PolicyConfig):
+    """REINFORCE's own numbers; ``PolicyConfig`` has those of its loss."""
 
-    num_mini_batches: int = 1  # optimizer steps per batch
     # Rewards are compared with the mean over the batch (batch), over the prompt's answers (group),
     # or over the prompt's other answers (leave_one_out).
     baseline: str = "batch"
-    kl_coef: float = (
-        0.01  # beta of the per-token reward -beta * (log p - log p_ref); 0: no reference
-    )
+    kl_coef: float = 0.01  # beta of KL(pi, ref); 0: no reference
     gamma: float = 1.0  # discount
-    clip: float = 0.2  # policy ratio is clipped to 1 +- clip
 
 
 @dataclass
@@ -55,8 +51,6 @@ class ReinforceExperiment(RunConfig):
         self.check_run()
         check_choice(self.reinforce, "baseline", BASELINES, where="reinforce")
         check_least(self, 1 if self.reinforce.baseline == "batch" else 2, "samples_per_prompt")
-        check_mini_batches(self, self.reinforce.num_mini_batches, where="reinforce")
-        check_least(self.reinforce, 0, "kl_coef", where="reinforce")
+        check_policy(self, self.reinforce, where="reinforce")
         check_share(self.reinforce, "gamma", where="reinforce")
-        check_above(self.reinforce, 0, "clip", where="reinforce")
         return self

@@ -8,21 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from experiments.parts import (
-    FINISHED,
-    LOG_PROBS,
-    PROMPTS,
-    REF_LOG_PROBS,
-    REWARDS,
     SAMPLED,
-    SEQUENCES,
+    SAMPLED_KEYS,
     actor_gen,
     ref_inf,
-    rew_inf,
+    reward_calls,
+    train,
     workload_of,
 )
 from experiments.reinforce.config import ReinforceExperiment
 from planner.algorithm import Algorithm, RoleSpec
-from planner.graph import CallKind, DataflowGraph, ModelFunctionCall
+from planner.graph import DataflowGraph
 from planner.plan import Workload
 
 
@@ -30,17 +26,18 @@ def build_graph(config: ReinforceExperiment) -> DataflowGraph:
     """Three calls, four with a KL term; a group is a prompt's answers."""
     config.check()
     with_ref = config.reinforce.kl_coef > 0
-    train = ModelFunctionCall(
-        name="actor_train", kind=CallKind.TRAIN, role="actor",
-        inputs=(*SAMPLED, *(("ref_log_probs",) if with_ref else ()), "rewards"),
-        num_mini_batches=config.reinforce.num_mini_batches,
-    )  # fmt: skip
+    experience = (*SAMPLED, *(("ref_log_probs",) if with_ref else ()), "rewards")
     references = (ref_inf(),) if with_ref else ()
     return DataflowGraph(
         name="reinforce",
-        keys=(PROMPTS, *SEQUENCES, FINISHED, LOG_PROBS, REF_LOG_PROBS, REWARDS),
+        keys=SAMPLED_KEYS,
         source_keys=frozenset({"prompts"}),
-        calls=(actor_gen(), rew_inf(config.reward.source), *references, train),
+        calls=(
+            actor_gen(),
+            *reward_calls(config.reward.source),
+            *references,
+            train("actor", experience, config.reinforce),
+        ),
     )
 
 

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 
 from experiments.options import (
     GenerationConfig,
+    PassesConfig,
     RewardConfig,
     check_least,
-    check_mini_batches,
+    check_passes,
 )
 from planner.run_config import ModelConfig, RunConfig
 
 
 @dataclass
-class ReMaxConfig:
+class ReMaxConfig(PassesConfig):
     """ReMax's own numbers. A = reward of the sampled answer - reward of the greedy answer."""
 
-    num_mini_batches: int = 1  # optimizer steps per batch
     kl_coef: float = (
         0.1  # beta of the per-token reward -beta * (log p - log p_ref); 0: no reference
     )
@@ -39,6 +39,6 @@ class ReMaxExperiment(RunConfig):
         """Itself, or ``ConfigError`` naming the first value out of range."""
         self.check_run()
         check_least(self, 1, "samples_per_prompt")
-        check_mini_batches(self, self.remax.num_mini_batches, where="remax")
+        check_passes(self, self.remax, where="remax")
         check_least(self.remax, 0, "kl_coef", where="remax")
         return self

@@ -13,7 +13,7 @@ from executor.batch import SequenceBatch
 from executor.calls import Head, Sum
 from executor.context import RankContext
 from experiments.advantages import rewards_to_go, to_tokens
-from experiments.ppo.functions import Generate, answer_log_probs, sampling_functions
+from experiments.answers import Generate, answer_log_probs, sampling_functions
 from experiments.remax.config import ReMaxExperiment
 
 
@@ -24,6 +24,7 @@ def make_functions(config: ReMaxExperiment) -> dict[str, Any]:
         **sampled,
         "greedy_gen": Generate(config=greedy),
         "greedy_rew_inf": sampled["rew_inf"],
+        "greedy_rew_fn": sampled["rew_fn"],
         "actor_train": TrainActor(config=config),
     }
 

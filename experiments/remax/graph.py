@@ -12,16 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from experiments.parts import (
-    FINISHED,
-    LOG_PROBS,
-    PROMPTS,
-    REF_LOG_PROBS,
-    REWARDS,
     SAMPLED,
-    SEQUENCES,
+    SAMPLED_KEYS,
     actor_gen,
     ref_inf,
-    rew_inf,
+    reward_calls,
+    train,
     workload_of,
 )
 from experiments.remax.config import ReMaxExperiment
@@ -32,6 +28,7 @@ from planner.plan import Workload
 GREEDY = (
     DataKey(name="greedy_sequences", per="token", dtype="int64", once=True),
     DataKey(name="greedy_prompt_lengths", per="sequence", dtype="int64", once=True),
+    DataKey(name="greedy_model_rewards", per="sequence", once=True),
     DataKey(name="greedy_rewards", per="sequence", once=True),
 )
 
@@ -45,18 +42,15 @@ def build_graph(config: ReMaxExperiment) -> DataflowGraph:
         inputs=("prompts",), outputs=("greedy_sequences", "greedy_prompt_lengths"),
     )  # fmt: skip
     experience = (*SAMPLED, *(("ref_log_probs",) if with_ref else ()), "rewards", "greedy_rewards")
-    train = ModelFunctionCall(
-        name="actor_train", kind=CallKind.TRAIN, role="actor", inputs=experience,
-        num_mini_batches=config.remax.num_mini_batches,
-    )  # fmt: skip
     source, references = config.reward.source, (ref_inf(),) if with_ref else ()
     return DataflowGraph(
         name="remax",
-        keys=(PROMPTS, *SEQUENCES, FINISHED, LOG_PROBS, REF_LOG_PROBS, REWARDS, *GREEDY),
+        keys=(*SAMPLED_KEYS, *GREEDY),
         source_keys=frozenset({"prompts"}),
         calls=(
-            actor_gen(), greedy_gen, rew_inf(source), rew_inf(source, prefix="greedy_"),
-            *references, train,
+            actor_gen(), greedy_gen, *reward_calls(source),
+            *reward_calls(source, prefix="greedy_"), *references,
+            train("actor", experience, config.remax),
         ),
     )  # fmt: skip
 

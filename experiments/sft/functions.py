@@ -10,8 +10,8 @@ from torch import Tensor
 from executor.batch import SequenceBatch
 from executor.calls import Head, Sum
 from executor.context import RankContext
+from experiments.answers import answer_log_probs
 from experiments.losses import response_mask
-from experiments.ppo.functions import answer_log_probs
 from experiments.sft.config import SFTExperiment
 
 

@@ -33,7 +33,8 @@ def call_cost(
     spec = problem.spec_of(call_name)
     allocation = _at_the_start(allocation, model)
     workload = problem.workload_of(call_name)
-    question = (call.kind, call.num_mini_batches, spec, workload, allocation)
+    passes = (call.num_mini_batches, call.num_epochs)
+    question = (call.kind, passes, spec, workload, allocation)
     known = model.known_calls.get(question)
     if known is not None:
         return known
@@ -45,8 +46,9 @@ def call_cost(
         parts = generate_parts(spec, workload, allocation, model)
     elif call.kind is CallKind.TRAIN:
         parts = train_parts(
-            spec, workload, allocation, model, num_mini_batches=call.num_mini_batches
-        )
+            spec, workload, allocation, model, num_mini_batches=call.num_mini_batches,
+            num_epochs=call.num_epochs,
+        )  # fmt: skip
     else:
         parts = infer_parts(spec, workload, allocation, model)
     cost = CallCost.of(parts)

@@ -36,6 +36,7 @@ def train_parts(
     model: CostModel,
     *,
     num_mini_batches: int,
+    num_epochs: int = 1,
 ) -> Mapping[str, Priced]:
     """Of each mini-batch: 1F1B, then the gradients' sum over replicas, then the optimizer.
 
@@ -58,7 +59,7 @@ def train_parts(
     most_values = max(stage_values(spec, shape, s.tp) for shape in set(stage_shapes(spec, s.pp)))
     own_values = ceil(most_values / s.dp) if s.zero else most_values
     parts["optimizer"] = Priced.of(model.layer_costs.optimizer_step(own_values))
-    return {name: priced * num_mini_batches for name, priced in parts.items()}
+    return {name: priced * (num_mini_batches * num_epochs) for name, priced in parts.items()}
 
 
 def _pipeline(

@@ -305,7 +305,7 @@ class OptionSpace:
         key = (
             self.locks.get(call.name),
             call.kind,
-            call.num_mini_batches,
+            (call.num_mini_batches, call.num_epochs),
             self.problem.spec_of(call.name),
             workload,
         )

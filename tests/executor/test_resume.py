@@ -27,6 +27,9 @@ OPTIONS = (
     "--model", "tiny", "init=random", "batch_size=4", "prompt_len=4", "response_len=6",
     "total_steps=5", "ppo.num_mini_batches=2", "actor.lr=1e-3", "critic.lr=1e-3",
     "actor.schedule=linear",
+    # What functions keep over steps.
+    "ppo.num_epochs=2", "ppo.normalize_values=true", "ppo.normalize_rewards=true",
+    "ppo.kl_target=0.01", "ppo.kl_horizon=20",
 )  # fmt: skip
 
 Curve = list[Mapping[str, float]]

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from executor.batch import SequenceBatch
+from experiments.losses import answer_lengths, answer_sums
 from experiments.pairs import (
-    answer_lengths,
-    answer_sums,
     bradley_terry_loss,
     dpo_loss,
     ipo_loss,

@@ -470,3 +470,19 @@ def test_a_search_can_afford_the_cost_model() -> None:
     again_s = (time.process_time() - start_s) / (len(CALLS) * len(options))
     assert first_s < 10e-3
     assert again_s < 0.2e-3
+
+
+def test_a_second_pass_over_the_batch_costs_as_much_as_the_first() -> None:
+    problems = [
+        make_problem(
+            ALGORITHM,
+            make_config(ALGORITHM.config_class, ["batch_size=16", f"ppo.num_epochs={epochs}"]),
+            model=resolve_model("tiny"), critic=resolve_model("tiny"), cluster=CLUSTER,
+        )
+        for epochs in (1, 2)
+    ]  # fmt: skip
+    allocation = Allocation(mesh=DeviceMesh(0, 1), strategy=ParallelStrategy())
+    model = pricing(CLUSTER)
+    for name, factor in (("actor_train", 2), ("actor_gen", 1)):
+        once, twice = (call_cost(p, name, allocation, model).seconds for p in problems)
+        assert twice == pytest.approx(factor * once)
