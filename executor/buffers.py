@@ -1,7 +1,9 @@
 """``ParameterBuffer``: a rank's share of a role's weights in one flat tensor, and views into it.
 
 One flat tensor makes the whole of a layout one message, one gradient all-reduce and one
-optimizer update; the views carry the shapes. Which slice lies where is ``planner.layout``'s.
+optimizer update; the views carry the shapes. A layout that is there for a part of the step only
+does not copy what the rank holds anyway: such slices are views of the other buffer. Which slice
+lies where is ``planner.layout``'s.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from planner.layout import Layout, ParameterSlice
 class ParameterBuffer:
     """Flat storage [num_values + padding] of ``slices``, in their order.
 
-    ``flat`` is padded with zeros to a multiple of ``multiple`` so that it can be cut evenly
-    over data-parallel ranks.
+    ``flat`` holds no values yet; it is padded with zeros to a multiple of ``multiple`` so that it
+    can be cut evenly over data-parallel ranks. ``lender``: slices that it has alike are not stored
+    but lent; neither side may be written while both are in use.
     """
 
     def __init__(
@@ -29,34 +32,45 @@ class ParameterBuffer:
         dtype: torch.dtype,
         device: torch.device | str,
         multiple: int = 1,
+        lender: ParameterBuffer | None = None,
     ) -> None:
         self.slices = tuple(slices)
+        self.lender = lender
+        self.lent = frozenset() if lender is None else _alike(self.slices, lender.slices)
         self.starts: dict[str, int] = {}
         self.by_name = {piece.name: piece for piece in self.slices}
         assert len(self.by_name) == len(self.slices), "one slice of a parameter on a rank"
         end = 0
         for piece in self.slices:
-            self.starts[piece.name] = end
-            end += piece.num_values
+            if piece.name not in self.lent:
+                self.starts[piece.name] = end
+                end += piece.num_values
         self.num_values = end
         padded = -(-end // multiple) * multiple
-        self.flat = torch.zeros(padded, dtype=dtype, device=device)
+        self.flat = torch.empty(padded, dtype=dtype, device=device)
+        self.flat[end:] = 0
 
     @classmethod
     def for_rank(
         cls, layout: Layout, rank: int, *, dtype: torch.dtype, device: torch.device | str,
-        multiple: int = 1,
+        multiple: int = 1, lender: ParameterBuffer | None = None,
     ) -> ParameterBuffer:  # fmt: skip
-        return cls(layout.slices(rank), dtype=dtype, device=device, multiple=multiple)
+        return cls(
+            layout.slices(rank), dtype=dtype, device=device, multiple=multiple, lender=lender
+        )
 
     def view(self, name: str, *, of: Tensor | None = None) -> Tensor:
         """The tensor of one slice, in its local shape; ``of``: another flat tensor, same order."""
+        if self.lender is not None and name in self.lent:
+            return self.lender.view(name)
         start, piece = self.starts[name], self.by_name[name]
         flat = self.flat if of is None else of
         return flat[start : start + piece.num_values].view(piece.length)
 
     def fused(self, names: Sequence[str], *, of: Tensor | None = None) -> Tensor:
         """Neighbouring slices as one tensor [sum of rows, …] without a copy: q, k, v at once."""
+        if self.lender is not None and names[0] in self.lent:
+            return self.lender.fused(names)
         pieces = [self.by_name[name] for name in names]
         for before, after in pairwise(names):
             expected = self.starts[before] + self.by_name[before].num_values
@@ -70,3 +84,19 @@ class ParameterBuffer:
     def box(self, piece: ParameterSlice) -> Tensor:
         """The part of this buffer that holds ``piece``, a box inside one of its slices."""
         return self.view(piece.name)[piece.relative_to(self.by_name[piece.name])]
+
+
+def _alike(mine: Sequence[ParameterSlice], theirs: Sequence[ParameterSlice]) -> frozenset[str]:
+    """Names of the slices of both that are equal; of a block all of them, or none.
+
+    Neighbours are multiplied at once (``fused``), which needs all of them in one buffer.
+    """
+    held = frozenset(theirs)
+    unlike = {_block(piece) for piece in mine if piece not in held}
+    return frozenset(piece.name for piece in mine if _block(piece) not in unlike)
+
+
+def _block(piece: ParameterSlice) -> str:
+    """``layers.3`` of ``layers.3.q.weight``; a parameter outside the blocks is one by itself."""
+    head, _, rest = piece.name.partition(".")
+    return f"{head}.{rest.partition('.')[0]}"

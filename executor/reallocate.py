@@ -1,9 +1,10 @@
 """Carries out a ``planner.reallocation.Reallocation``: from one set of flat buffers to another.
 
 Read ``execute`` first. Who sends what is the planner's; here the slices between two ranks are
-laid end to end into one stream, the stream is cut into chunks that fit a staging buffer, and
-chunk ``r`` of every pair crosses in round ``r``. While a round is under way the previous one is
-unpacked and the next one packed.
+cut into chunks: large slices by rows, small ones laid end to end. Chunk ``r`` of every pair
+crosses in round ``r``. What is contiguous in a flat buffer is sent from there and received there;
+the rest goes through a staging buffer, and while a round is under way the previous one is unpacked
+and the next one packed.
 
 No deadlock: a rank posts all sends and receives of a round at once and waits for them before it
 posts the round after the next; both ends cut a stream alike, so every round's operations match.
@@ -41,10 +42,11 @@ def execute(
     """Fills ``destination`` with this rank's part of ``plan.dst``; returns the bytes received.
 
     Every rank of the two meshes calls it, with the buffer of each layout that it belongs to and
-    None for the other. All values cross as ``wire_dtype`` and are converted at the ends, so that
-    the two layouts may have unlike types; None: the type that the buffers share. Copies inside
-    this rank are not counted. Memory beyond the buffers: at most ``staging_bytes`` (but at least
-    two values for each partner); None: ``STAGING_BYTES`` of the device.
+    None for the other. Slices that the destination's buffer was lent are there already. All
+    values cross as ``wire_dtype`` and are converted at the ends, so that the two layouts may have
+    unlike types; None: the type that the buffers share. Copies inside this rank are not counted.
+    Memory beyond the buffers: at most ``staging_bytes`` (but at least two values for each
+    partner); None: ``STAGING_BYTES`` of the device.
 
     With NCCL the world's communicator must exist: let all ranks pass a barrier once before.
     """
@@ -66,6 +68,8 @@ def execute(
             if copy.dst == rank:
                 assert source is not None, copy
                 assert destination is not None, copy
+                if copy.slice.name in destination.lent:
+                    continue
                 destination.box(copy.slice).copy_(source.box(copy.slice))
         return work.finish() * dtype.itemsize
 
@@ -73,7 +77,7 @@ def execute(
 def chunk_streams(
     plan: Reallocation, rank: int, staging_values: int
 ) -> Mapping[Pair, tuple[Chunk, ...]]:
-    """The chunks of every pair that ``rank`` belongs to, in the plan's order.
+    """The chunks of every pair that ``rank`` belongs to, the same on both ends.
 
     A chunk holds at most ``staging_values / (2 * partners)`` values (at least one), where
     ``partners`` are the pairs of the busiest rank: all of a rank's chunks of two rounds fit.
@@ -91,12 +95,24 @@ def chunk_streams(
     }  # fmt: skip
 
 
+# A slice with at least this share of a chunk's limit crosses alone: often without a copy.
+_ALONE = 1 / 8
+
+
 def _chunks(boxes: Sequence[ParameterSlice], limit: int) -> list[Chunk]:
-    """``boxes`` end to end, cut after every ``limit`` values."""
+    """Large boxes by whole rows where a row fits; then the others end to end, cut anywhere."""
     done: list[Chunk] = []
     chunk: list[ParameterSlice] = []
     room = limit
+    large = [box for box in boxes if box.num_values >= _ALONE * limit]
+    for box in large:
+        row = box.num_values // box.length[0]
+        step = limit // row * row or limit
+        starts = range(0, box.num_values, step)
+        done += [cut(box, start, min(start + step, box.num_values)) for start in starts]
     for box in boxes:
+        if box.num_values >= _ALONE * limit:
+            continue
         start = 0
         while start < box.num_values:
             stop = min(box.num_values, start + room)
@@ -150,7 +166,10 @@ def _rows(box: ParameterSlice, first: int, count: int) -> ParameterSlice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Round:
-    """What is under way: requests, and the chunks that they bring with their place."""
+    """What is under way: requests, and what they bring: where it is to go, and where it is.
+
+    Of what is received in its place the chunk is empty.
+    """
 
     requests: Sequence[dist.Work]
     incoming: Sequence[tuple[Chunk, Tensor]]
@@ -170,11 +189,22 @@ class _Exchange:
         self.streams, self.rank = streams, rank
         self.source, self.destination = source, destination
         self.num_rounds = max((len(chunks) for chunks in streams.values()), default=0)
-        halves = min(2, self.num_rounds)
-        # The first chunk of a stream is its largest.
-        self.sizes = {pair: _num_values(chunks[0]) for pair, chunks in streams.items()}
-        self.staging = like.new_empty(halves, sum(self.sizes.values()))
+        self.dtype = like.dtype
+        staged = {
+            pair: [_num_values(c) for c in chunks if self._in_place(pair, c) is None]
+            for pair, chunks in streams.items()
+        }
+        self.sizes = {pair: max(counts, default=0) for pair, counts in staged.items()}
+        self.staging = like.new_empty(min(2, self.num_rounds), sum(self.sizes.values()))
         self.under_way: dict[int, _Round] = {}
+
+    def _in_place(self, pair: Pair, chunk: Chunk) -> Tensor | None:
+        """The values of a chunk as one row of this rank's buffer, where they lie so."""
+        buffer = self.destination if pair[1] == self.rank else self.source
+        if len(chunk) > 1 or buffer is None or buffer.flat.dtype != self.dtype:
+            return None
+        box = buffer.box(chunk[0])
+        return box.view(-1) if box.is_contiguous() else None
 
     def start(self, index: int) -> None:
         """Packs and posts round ``index``."""
@@ -186,12 +216,14 @@ class _Exchange:
         for ((src, dst), chunks), segment in zip(self.streams.items(), segments):
             if index >= len(chunks):
                 continue
-            part = segment[: _num_values(chunks[index])]
+            direct = self._in_place((src, dst), chunks[index])
+            part = segment[: _num_values(chunks[index])] if direct is None else direct
             if dst == self.rank:
                 operations.append(dist.P2POp(dist.irecv, part, src))
-                incoming.append((chunks[index], part))
+                incoming.append((chunks[index] if direct is None else (), part))
             else:
-                _pack(self.source, chunks[index], part)
+                if direct is None:
+                    _pack(self.source, chunks[index], part)
                 operations.append(dist.P2POp(dist.isend, part, dst))
         self.under_way[index] = _Round(
             requests=dist.batch_isend_irecv(operations), incoming=incoming
@@ -206,7 +238,8 @@ class _Exchange:
             for request in current.requests:
                 request.wait()
             for chunk, part in current.incoming:
-                _unpack(self.destination, chunk, part)
+                if chunk:
+                    _unpack(self.destination, chunk, part)
                 received += part.numel()
         return received
 

@@ -129,10 +129,14 @@ class Worker:
 
     # ---- weights ------------------------------------------------------------------------------
 
-    def _buffer(self, role: str, layout: Layout, *, multiple: int = 1) -> ParameterBuffer:
+    def _buffer(
+        self, role: str, layout: Layout, *, multiple: int = 1,
+        lender: ParameterBuffer | None = None,
+    ) -> ParameterBuffer:  # fmt: skip
         buffer = ParameterBuffer.for_rank(
-            layout, self.rank, dtype=self.dtype, device=self.device, multiple=multiple
-        )
+            layout, self.rank, dtype=self.dtype, device=self.device, multiple=multiple,
+            lender=lender,
+        )  # fmt: skip
         self.buffers[(role, layout)] = buffer
         return buffer
 
@@ -181,8 +185,10 @@ class Worker:
             destination,
             devices_per_node=self.problem.cluster.devices_per_node,
         )
-        target = self._buffer(role, destination) if self.rank in destination.mesh else None
         source = self.buffers.get((role, instruction.source))
+        target = None
+        if self.rank in destination.mesh:
+            target = self._buffer(role, destination, lender=source)
         counts["num_bytes"] = execute(plan, source, target, rank=self.rank)
 
     def _free(self, free: Free, counts: dict[str, int]) -> None:

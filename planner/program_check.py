@@ -41,7 +41,8 @@ def check_program(plan: ExecutionPlan, program: Program) -> None:
     """Raise ``PlanError`` with the rank and instruction that would wait for ever, or be wrong.
 
     Also checks that each call runs on every rank of its mesh, that its weights are there when it
-    runs, and that its inputs have arrived.
+    runs and does not change while a borrowed layout may share them, and that its inputs have
+    arrived.
     """
     _check_order(program)
     _check_pairs(program)
@@ -134,6 +135,12 @@ def _check_weights(plan: ExecutionPlan, program: Program, rank: int) -> None:
             if (call.role, layout) not in present:
                 raise PlanError(
                     f"{call.name} reads {call.role} in {layout.key}, which is not there",
+                    where=f"rank {rank}",
+                )
+            others = [held for role, held in present if role == call.role and held != layout]
+            if call.kind is CallKind.TRAIN and others:
+                raise PlanError(
+                    f"{call.name} changes {call.role} while {others[0].key} has its old weights",
                     where=f"rank {rank}",
                 )
     expected = [c.name for c in graph.calls if rank in plan.allocations[c.name].mesh]
