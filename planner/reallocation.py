@@ -132,7 +132,7 @@ def _layer_values(
     return sum(part.num_values for part in parts if part is not None)
 
 
-def _groups_of_layers(src: Layout, dst: Layout) -> Iterator[tuple[int, frozenset[int], list[int]]]:
+def groups_of_layers(src: Layout, dst: Layout) -> Iterator[tuple[int, frozenset[int], list[int]]]:
     """(destination stage, source stages that hold them, layers) with equal sets of holders."""
     src_held = [_held_layers(src, stage) for stage in range(src.pp)]
     for dst_stage in range(dst.pp):
@@ -159,8 +159,8 @@ def routes(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> tupl
     assert src.spec == dst.spec, (src.spec.name, dst.spec.name)
     sent: dict[int, int] = defaultdict(int)  # values that each source has been given to send
     found: list[Route] = []
-    for dst_stage, src_stages, layers in _groups_of_layers(src, dst):
-        for cut in _cuts(src, dst):
+    for dst_stage, src_stages, layers in groups_of_layers(src, dst):
+        for cut in cuts(src, dst):
             if cut == "kv":  # the ends have none
                 layers = [layer for layer in layers if 0 <= layer < src.spec.num_layers]
             crossing = _Crossing(
@@ -171,10 +171,15 @@ def routes(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> tupl
     return tuple(found)
 
 
-def _cuts(src: Layout, dst: Layout) -> tuple[Cut, ...]:
+def cuts(src: Layout, dst: Layout) -> tuple[Cut, ...]:
     """All sharded parameters at once, or keys and values apart, last."""
     heads = src.spec.num_kv_heads
     return ("all",) if heads % src.tp == 0 and heads % dst.tp == 0 else ("tp", "kv")
+
+
+def crossing_parts(layout: Layout, cut: Cut) -> int:
+    """Different parts of the parameters that ``cut`` names under a layout."""
+    return gcd(layout.tp, layout.spec.num_kv_heads) if cut == "kv" else layout.tp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +195,7 @@ class _Crossing:
     devices_per_node: int
 
     def num_parts(self, layout: Layout) -> int:
-        return gcd(layout.tp, layout.spec.num_kv_heads) if self.cut == "kv" else layout.tp
+        return crossing_parts(layout, self.cut)
 
     def part_of(self, layout: Layout, tp_rank: int) -> int:
         """Which part a shard holds."""

@@ -7,17 +7,13 @@ out and in are both directions of one link.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import replace
 
+from planner.cost.lanes import Ints, lane_loads
 from planner.cost.model import CostModel
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
-from planner.reallocation import route_values, routes
 from profiles.hardware import ClusterSpec
-
-_Lane = tuple[int, str, str]  # (device, "in" or "out", "intra" or "inter")
 
 
 def reallocation_seconds(
@@ -52,38 +48,31 @@ def _at_the_start(src: Layout, dst: Layout, cluster: ClusterSpec) -> tuple[Layou
 
 
 def _reallocation_s(src: Layout, dst: Layout, bytes_per_value: int, model: CostModel) -> float:
-    cluster = model.cluster
-    lanes: dict[_Lane, int] = defaultdict(int)
-    messages: dict[_Lane, int] = defaultdict(int)
-    passes: dict[int, int] = defaultdict(int)  # bytes read or written on each device
-    for route in routes(src, dst, devices_per_node=cluster.devices_per_node):
-        num_bytes = route_values(src.spec, route) * bytes_per_value
-        passes[route.dst] += 3 * num_bytes  # read, written, and cleared before
-        if route.src == route.dst:
-            continue
-        passes[route.src] += 2 * num_bytes
-        inside = cluster.node_of(route.src) == cluster.node_of(route.dst)
-        link = "intra" if inside else "inter"
-        for lane in ((route.src, "out", link), (route.dst, "in", link)):
-            lanes[lane] += num_bytes
-            messages[lane] += 1
-    slowest_s = _slowest_lane_s(lanes, messages, model)
-    return slowest_s + max(passes.values(), default=0) / cluster.device.memory_bytes_per_s
+    loads = lane_loads(src, dst, devices_per_node=model.cluster.devices_per_node)
+    slowest_s = max(
+        _slowest_lane_s(loads.values[lanes], loads.messages[lanes], link, bytes_per_value, model)
+        for link, lanes in (("intra", slice(0, 2)), ("inter", slice(2, 4)))
+    )
+    passes_bytes = int(loads.passes.max()) * bytes_per_value
+    return slowest_s + passes_bytes / model.cluster.device.memory_bytes_per_s
 
 
 def _slowest_lane_s(
-    lanes: Mapping[_Lane, int], messages: Mapping[_Lane, int], model: CostModel
+    values: Ints, messages: Ints, link: str, bytes_per_value: int, model: CostModel
 ) -> float:
-    slowest_s = 0.0
-    # Lanes of one class differ in bytes and messages only; few pairs are different.
-    pairs = {(link, num_bytes, messages[lane]) for lane, num_bytes in lanes.items()
-             for link in (lane[2],)}  # fmt: skip
-    for link, num_bytes, count in pairs:
-        peers = _two_devices(model.cluster, link)
-        latency_s = model.cluster.link_between(*peers).latency_s
-        cost = model.collectives.p2p(float(num_bytes), *peers)
-        slowest_s = max(slowest_s, cost.seconds + (count - 1) * latency_s)
-    return slowest_s
+    busy = messages > 0
+    if not busy.any():
+        return 0.0
+    peers = _two_devices(model.cluster, link)
+    latency_s = model.cluster.link_between(*peers).latency_s
+    # Lanes of one link differ in bytes and messages only; few pairs are different.
+    pairs = set(zip(values[busy].tolist(), messages[busy].tolist()))
+    seconds: list[float] = [
+        model.collectives.p2p(float(num_values * bytes_per_value), *peers).seconds
+        + (count - 1) * latency_s
+        for num_values, count in pairs
+    ]
+    return max(seconds)
 
 
 def _two_devices(cluster: ClusterSpec, link: str) -> tuple[int, int]:

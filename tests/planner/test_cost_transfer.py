@@ -128,7 +128,7 @@ def test_a_large_reallocation_is_priced_fast_and_once(monkeypatch: pytest.Monkey
     seconds = reallocation_seconds(src, dst, bytes_per_value=2, model=model)
     # A device lacks at most its new shard of 1 / 8, at 25 GB/s between nodes.
     assert 0 < seconds < 2 * spec.num_parameters / 8 / 25e9 * 1.2
-    monkeypatch.setattr("planner.cost.transfer.routes", None)
+    monkeypatch.setattr("planner.cost.transfer.lane_loads", None)
     assert reallocation_seconds(src, dst, bytes_per_value=2, model=model) == seconds
 
 

@@ -1,0 +1,187 @@
+"""What a reallocation puts on each device and link: ``lane_loads``.
+
+The same bytes and messages as those of ``planner.reallocation.routes``, added up without listing
+the routes: a search prices tens of thousands of pairs of layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import lcm
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.jit import compiled
+from planner.layout import Layout
+from planner.mesh import DeviceMesh
+from planner.reallocation import (
+    Cut,
+    Route,
+    crossing_parts,
+    cuts,
+    groups_of_layers,
+    route_values,
+)
+from profiles.models import ModelSpec
+
+Ints = npt.NDArray[np.int64]
+OUT_INTRA, IN_INTRA, OUT_INTER, IN_INTER, PASSES = range(5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneLoads:
+    """By lane (out and in inside a node, out and in between nodes) and device: [4, devices].
+
+    ``passes``: values that a device reads or writes for it [devices].
+    """
+
+    values: Ints
+    messages: Ints
+    passes: Ints
+
+
+def lane_loads(src: Layout, dst: Layout, *, devices_per_node: int) -> LaneLoads:
+    """Values and messages of a reallocation, device by device of ``[0, last of both meshes]``."""
+    assert src.spec == dst.spec, (src.spec.name, dst.spec.name)
+    last = max(src.mesh.devices[-1], dst.mesh.devices[-1])
+    values = np.zeros((5, last + 1), dtype=np.int64)
+    messages = np.zeros((4, last + 1), dtype=np.int64)
+    sent = np.zeros(last + 1, dtype=np.int64)
+    shape = np.array(
+        [src.mesh.first, src.dp, src.tp, dst.mesh.first, dst.dp, dst.tp, devices_per_node, src.pp],
+        dtype=np.int64,
+    )
+    for dst_stage, src_stages, blocks, ends in _groups(_unplaced(src), _unplaced(dst)):
+        for cut in cuts(src, dst):
+            cumulated, replicated, weight = _values(
+                src.spec, blocks, ends if cut != "kv" else (), *_parts(src, dst, cut), cut
+            )
+            src_parts, dst_parts = _parts(src, dst, cut)
+            detail = np.array(
+                [dst_stage, src_parts, dst_parts, replicated, weight, cut != "kv"], dtype=np.int64
+            )
+            _cross(shape, detail, src_stages, cumulated, sent, values, messages)
+    return LaneLoads(values=values[:4], messages=messages, passes=values[PASSES])
+
+
+def _unplaced(layout: Layout) -> Layout:
+    """The same axes on the first devices: for what does not depend on the mesh."""
+    mesh = DeviceMesh(0, layout.pp)
+    return Layout(spec=layout.spec, mesh=mesh, pp=layout.pp)
+
+
+def _parts(src: Layout, dst: Layout, cut: Cut) -> tuple[int, int]:
+    return crossing_parts(src, cut), crossing_parts(dst, cut)
+
+
+@lru_cache(maxsize=1024)
+def _groups(src: Layout, dst: Layout) -> Sequence[tuple[int, Ints, int, tuple[int, ...]]]:
+    """(destination stage, source stages, number of blocks, other layers)."""
+    num_layers = src.spec.num_layers
+    return [
+        (
+            stage,
+            np.array(sorted(stages), dtype=np.int64),
+            sum(0 <= layer < num_layers for layer in layers),
+            tuple(layer for layer in layers if not 0 <= layer < num_layers),
+        )
+        for stage, stages, layers in groups_of_layers(src, dst)
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _values(
+    spec: ModelSpec, blocks: int, ends: tuple[int, ...], src_parts: int, dst_parts: int, cut: Cut
+) -> tuple[Ints, int, int]:
+    """(sharded values before each unit [units + 1], replicated ones, all) of some layers."""
+    units = lcm(src_parts, dst_parts)
+
+    def count(lo: int, hi: int, units: int, replicated: bool) -> int:
+        def of(layers: tuple[int, ...]) -> int:
+            return route_values(spec, Route(
+                src=0, dst=1, layers=layers, lo=lo, hi=hi, units=units, replicated=replicated,
+                cut=cut,
+            ))  # fmt: skip
+
+        return (blocks * of((0,)) if blocks else 0) + of(ends)
+
+    before = [count(0, unit, units, False) for unit in range(units + 1)]
+    replicated = count(0, 0, units, True)
+    return np.array(before, dtype=np.int64), replicated, count(0, 1, 1, True)
+
+
+@compiled
+def _nearest(
+    shape: Ints, stages: Ints, src_parts: int, part: int, node: int, sent: Ints, anywhere: bool
+) -> int:  # fmt: skip
+    """The holder of a part on ``node``, or anywhere, with least to send; of equals the first."""
+    first, dp, tp, per_node = shape[0], shape[1], shape[2], shape[6]
+    repeats, best = tp // src_parts, -1
+    for stage in stages:
+        for dp_rank in range(dp):
+            for repeat in range(repeats):
+                holder = first + (stage * dp + dp_rank) * tp + part * repeats + repeat
+                if anywhere or holder // per_node == node:
+                    if best < 0 or sent[holder] < sent[best]:
+                        best = holder
+    return best
+
+
+@compiled
+def _held_by(shape: Ints, stages: Ints, src_parts: int, device: int) -> int:
+    """The part that a device holds under the source, -1 where it has not these layers."""
+    first, dp, tp, pp = shape[0], shape[1], shape[2], shape[7]
+    rank = device - first
+    if rank < 0 or rank >= pp * dp * tp:
+        return -1
+    for stage in stages:
+        if rank // (dp * tp) == stage:
+            return rank % tp * src_parts // tp  # type: ignore[no-any-return]
+    return -1
+
+
+@compiled
+def _cross(
+    shape: Ints, detail: Ints, stages: Ints, cumulated: Ints, sent: Ints, values: Ints,
+    messages: Ints,
+) -> None:  # fmt: skip
+    """Add one group of layers on their way to one stage: as ``reallocation._routes_of``.
+
+    ``shape``: of source first, dp, tp; of destination first, dp, tp; devices of a node; source
+    pp. ``detail``: destination stage, parts of both, replicated values, all values, and whether
+    replicated ones are counted.
+    """
+    first, dp, tp, per_node = shape[3], shape[4], shape[5], shape[6]
+    dst_stage, src_parts, dst_parts = detail[0], detail[1], detail[2]
+    units = len(cumulated) - 1
+    src_step, dst_step = units // src_parts, units // dst_parts
+    for rank in range(dp * tp):
+        device = first + dst_stage * dp * tp + rank
+        lo = rank % tp * dst_parts // tp * dst_step
+        hi = lo + dst_step
+        held = _held_by(shape, stages, src_parts, device)
+        wanted = held >= 0 and held * src_step < hi and (held + 1) * src_step > lo
+        for part in range(lo // src_step, -(-hi // src_step)):
+            start, end = max(lo, part * src_step), min(hi, (part + 1) * src_step)
+            moved = cumulated[end] - cumulated[start]
+            with_replicated = held == part if wanted else start == lo
+            if with_replicated and (held < 0 or held == part) and detail[5] == 1:
+                moved += detail[3]
+            values[PASSES, device] += 3 * moved  # read, written, and cleared before
+            if held == part:
+                continue
+            giver = _nearest(shape, stages, src_parts, part, device // per_node, sent, False)
+            if giver < 0:
+                giver = _nearest(shape, stages, src_parts, part, 0, sent, True)
+            sent[giver] += detail[4] * (end - start) // units
+            values[PASSES, giver] += 2 * moved
+            lane = OUT_INTRA if giver // per_node == device // per_node else OUT_INTER
+            values[lane, giver] += moved
+            values[lane + 1, device] += moved
+            messages[lane, giver] += 1
+            messages[lane + 1, device] += 1
+        if held >= 0 and not wanted and detail[5] == 1:
+            values[PASSES, device] += 3 * detail[3]  # norms, but no part that is wanted
