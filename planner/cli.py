@@ -152,7 +152,7 @@ def _add_search(verbs: Any) -> None:
         "--engine",
         default="auto",
         choices=sorted(ENGINES),
-        help="auto (default): a walk, then a proof; mcmc and exact: one of them; brute: try all",
+        help="auto (default): a walk, then a proof; mcmc, exact: one of them; descent; brute: all",
     )
     add(
         "--time-limit",

@@ -183,7 +183,7 @@ def critical_cycle(timeline: Timeline) -> CriticalCycle | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Event:
-    """Spans of several ranks that are one: a call or a reallocation of all of them together."""
+    """Spans of several ranks that are one: a call, or what its ranks take together before it."""
 
     label: str
     kind: str
@@ -204,7 +204,7 @@ def _events(spans: Sequence[Span]) -> list[_Event]:
             (last.label, last.step, last.start_s, last.end_s)
             == (span.label, span.step, span.start_s, span.end_s)
         )
-        if same and span.kind in ("generate", "infer", "train", "reallocate"):
+        if same:
             found[-1].append(span)
         else:
             found.append([span])

@@ -1,38 +1,47 @@
 """``simulate``: the program of a plan on a virtual clock, for several steps.
 
 Instructions are taken in their global order, which every rank follows, so one pass over them is
-the whole simulation. A call or a reallocation starts when the last of its ranks is free and ends
-on all of them together; a FUNCTION runs on each rank for itself; a send costs its rank nothing
-and is on its way as soon as the producer has ended on all its ranks; a receive ends at
-``max(own free, producer's end) + transfer seconds``, the seconds being those of all that the
-transfer brings to all its ranks. Load and Free take no time.
+the whole simulation. A call or a reallocation is a rendezvous: it starts when the last of its
+ranks is free and ends on all of them together. Before a call its ranks together take what its
+producers have made, one producer after another in the graph's order, each as soon as it has ended
+and for the seconds of all that it brings (``transfer_bytes``). The executor's ranks take their
+messages each for itself, and no more than that; what a rank waits less it waits at the call. A
+send, Load and Free take no time.
+
+A step is a max-plus linear map of the ranks' clocks; seconds per step in steady state are its
+eigenvalue (``steady_step_s``), not those of the few steps that are drawn.
 
 ``StepPrices`` is what both the simulator and the search ask for seconds.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
+
+import numpy as np
 
 from planner.cost import CallCost, CostModel, call_cost
 from planner.cost.stage import VALUE_BYTES
 from planner.cost.transfer import reallocation_seconds, transfer_seconds
+from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem
 from planner.program import (
-    Free,
     Function,
+    Generate,
+    Infer,
     Instruction,
-    Load,
     Program,
     Reallocate,
-    Transfer,
+    Train,
 )
+from planner.strategy import ParallelStrategy
 
 
 def sample_bytes(problem: Problem, keys: Iterable[str]) -> float:
@@ -47,6 +56,55 @@ def sample_bytes(problem: Problem, keys: Iterable[str]) -> float:
         sequences = 1 if key.once else problem.workload.group_size
         total += sequences * tokens * key.bytes_per_value
     return total
+
+
+def readers_of(problem: Problem, consumer: str) -> dict[str, tuple[str, ...]]:
+    """Keys that a call reads, by the call that produces them, in the graph's order."""
+    graph = problem.graph
+    found: dict[str, tuple[str, ...]] = {}
+    for call in graph.calls:
+        keys = tuple(key for key in graph.call(consumer).inputs if key in call.outputs)
+        if keys:
+            found[call.name] = keys
+    return found
+
+
+def transfer_bytes(
+    problem: Problem, producer: str, consumer: str, allocations: Mapping[str, Allocation]
+) -> float:
+    """Bytes that are sent at most, over all ranks, to bring a producer's outputs to a consumer.
+
+    Every rank takes all its samples, unless the producer, or an earlier call that reads at least
+    these keys, works on the same samples on each of its ranks. (The program also leaves out what
+    single ranks happen to hold.)
+    """
+    keys = readers_of(problem, consumer)[producer]
+    own = _placement(problem, consumer, allocations)
+    strategy = allocations[producer].strategy
+    whole = problem.graph.call(producer).kind is not CallKind.INFER or strategy.pp == 1
+    if whole and _placement(problem, producer, allocations) == own:
+        return 0.0
+    for call in problem.graph.calls:
+        if call.name == consumer:
+            break
+        if set(keys) <= set(call.inputs) and _placement(problem, call.name, allocations) == own:
+            return 0.0
+    copies = allocations[consumer].strategy.pp * allocations[consumer].strategy.tp
+    return problem.workload.batch_size * copies * sample_bytes(problem, keys)
+
+
+def num_splits(call: ModelFunctionCall, strategy: ParallelStrategy) -> int:
+    """Mini-batches that are dealt one by one: calls of equal numbers have equal samples by rank."""
+    return call.num_mini_batches if call.kind is CallKind.TRAIN and strategy.dp > 1 else 1
+
+
+def _placement(
+    problem: Problem, name: str, allocations: Mapping[str, Allocation]
+) -> tuple[object, ...]:
+    """Equal for calls that work on the same samples on each rank."""
+    s = allocations[name].strategy
+    splits = num_splits(problem.graph.call(name), s)
+    return allocations[name].mesh, s.pp, s.tp, s.dp, splits
 
 
 class Prices(Protocol):
@@ -135,13 +193,9 @@ class Timeline:
 
     spans: Sequence[Span]
     step_ends_s: Sequence[float]  # when the last rank ends each step
+    step_s: float  # seconds per step in steady state
     num_ranks: int
     call_order: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def step_s(self) -> float:
-        """Seconds per step in steady state: over the second half of the steps."""
-        return steady_step_s(self.step_ends_s)
 
     @cached_property
     def last_step(self) -> Sequence[Span]:
@@ -162,101 +216,101 @@ class Timeline:
         }
 
 
-def steady_step_s(step_ends_s: Sequence[float]) -> float:
-    """(end of step n - end of step n / 2) / (n - n / 2).
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """A call or a reallocation: its ranks, its seconds, and what it waits for.
 
-    >>> steady_step_s([5.0, 7.0, 9.0, 11.0])
-    2.0
+    ``arrivals``: (producer, seconds of its transfer) in the order in which they are taken.
     """
-    count = len(step_ends_s)
-    half = count // 2
-    before = step_ends_s[half - 1] if half else 0.0
-    return (step_ends_s[-1] - before) / (count - half)
+
+    instruction: Instruction
+    ranks: Sequence[int]
+    seconds: float
+    call: str = ""
+    arrivals: Sequence[tuple[str, float]] = ()
 
 
-class _Simulator:
-    """The clock of every rank; lives for one ``run_program``."""
-
-    def __init__(self, plan: ExecutionPlan, program: Program, prices: Prices) -> None:
-        self.plan = plan
-        self.prices = prices
-        self.transfer_s = _transfer_seconds(plan, program, prices)
-        self.free_s: dict[int, float] = defaultdict(float)
-        self.ended_s: dict[str, float] = {}  # call -> when it ended, this step
-        self.spans: list[Span] = []
-        self.step = 0
-
-    def add(self, rank: int, label: str, kind: str, start_s: float, end_s: float) -> None:
-        self.free_s[rank] = end_s
-        self.spans.append(
-            Span(rank=rank, label=label, kind=kind, step=self.step, start_s=start_s, end_s=end_s)
-        )
-
-    def together(self, ranks: Sequence[int], label: str, kind: str, seconds: float) -> float:
-        """A rendezvous of ``ranks``; when it ends."""
-        start_s = max(self.free_s[rank] for rank in ranks)
-        for rank in ranks:
-            self.add(rank, label, kind, start_s, start_s + seconds)
-        return start_s + seconds
-
-    def run(self, instruction: Instruction, ranks: Sequence[int]) -> None:
-        kind = type(instruction).__name__.lower()
-        if isinstance(instruction, Reallocate):
-            seconds = self.prices.reallocation_s(instruction.source, instruction.destination)
-            self.together(ranks, f"reallocate {instruction.role}", kind, seconds)
-        elif isinstance(instruction, Load | Free):
-            return
-        elif isinstance(instruction, Transfer):
-            for rank in ranks:
-                self.receive(instruction, rank)
-        else:
-            name = instruction.call
-            seconds = self.prices.call(name, self.plan.allocations[name]).seconds
-            if isinstance(instruction, Function):
-                for rank in ranks:
-                    self.together((rank,), name, kind, seconds)
-                self.ended_s[name] = max(self.free_s[rank] for rank in ranks)
-            else:
-                self.ended_s[name] = self.together(ranks, name, kind, seconds)
-
-    def receive(self, transfer: Transfer, rank: int) -> None:
-        start_s = max(self.free_s[rank], self.ended_s[transfer.producer])
-        end_s = start_s + self.transfer_s[transfer.transfer]
-        self.add(rank, f"receive {transfer.producer}", "transfer", start_s, end_s)
-
-
-def _transfer_seconds(plan: ExecutionPlan, program: Program, prices: Prices) -> Mapping[int, float]:
-    """Seconds of each transfer, by its number."""
-    num_samples: dict[int, int] = defaultdict(int)
-    found: dict[int, Transfer] = {}
-    for instructions in program.step.values():
-        for instruction in instructions:
-            if isinstance(instruction, Transfer):
-                found[instruction.transfer] = instruction
-                num_samples[instruction.transfer] += sum(
-                    len(parcel.samples) for parcel in instruction.receives
-                )
-    return {
-        number: prices.transfer_s(
-            num_samples[number] * sample_bytes(plan.problem, transfer.keys),
-            plan.allocations[transfer.producer].mesh,
-            plan.allocations[transfer.consumer].mesh,
-        )
-        for number, transfer in found.items()
-    }
-
-
-def in_global_order(program: Program) -> list[tuple[Instruction, list[int]]]:
-    """Instructions that take time, by index, each with its ranks: a receive has one."""
-    ranks: dict[int, list[int]] = defaultdict(list)
-    found: dict[int, Instruction] = {}
+def list_events(plan: ExecutionPlan, program: Program, prices: Prices) -> list[StepEvent]:
+    """What takes time in a step, in the program's order."""
+    ranks_of: dict[int, list[int]] = defaultdict(list)
+    instructions: dict[int, Instruction] = {}
     for rank in sorted(program.step):
         for instruction in program.step[rank]:
-            if isinstance(instruction, Transfer) and not instruction.receives:
-                continue  # a send takes no time
-            ranks[instruction.index].append(rank)
-            found[instruction.index] = instruction
-    return [(found[index], ranks[index]) for index in sorted(found)]
+            ranks_of[instruction.index].append(rank)
+            instructions[instruction.index] = instruction
+    found = []
+    for index, ranks in sorted(ranks_of.items()):
+        instruction = instructions[index]
+        if isinstance(instruction, Reallocate):
+            seconds = prices.reallocation_s(instruction.source, instruction.destination)
+            found.append(StepEvent(instruction, ranks, seconds))
+        elif isinstance(instruction, Generate | Infer | Train | Function):
+            name = instruction.call
+            arrivals = [
+                (producer, _transfer_s(plan, producer, name, prices))
+                for producer in readers_of(plan.problem, name)
+            ]
+            seconds = prices.call(name, plan.allocations[name]).seconds
+            found.append(StepEvent(instruction, ranks, seconds, name, arrivals))
+    return found
+
+
+def _transfer_s(plan: ExecutionPlan, producer: str, consumer: str, prices: Prices) -> float:
+    num_bytes = transfer_bytes(plan.problem, producer, consumer, plan.allocations)
+    source, target = plan.allocations[producer].mesh, plan.allocations[consumer].mesh
+    return prices.transfer_s(num_bytes, source, target)
+
+
+Draw = Callable[[StepEvent, str, float, float], None]  # (event, label, start_s, end_s)
+
+
+def play_step(events: Sequence[StepEvent], clock_s: dict[int, float], draw: Draw | None) -> None:
+    """Move the ranks' clocks by one step; ``draw`` is told of all that busies them."""
+    ended_s: dict[str, float] = {}
+    for event in events:
+        now_s = max(clock_s[rank] for rank in event.ranks)
+        for producer, seconds in event.arrivals:
+            start_s = max(now_s, ended_s[producer])
+            now_s = start_s + seconds
+            if draw is not None and seconds > 0:
+                draw(event, f"receive {producer}", start_s, now_s)
+        end_s = now_s + event.seconds
+        if draw is not None:
+            draw(event, _label(event), now_s, end_s)
+        for rank in event.ranks:
+            clock_s[rank] = end_s
+        ended_s[event.call] = end_s
+
+
+def _label(event: StepEvent) -> str:
+    instruction = event.instruction
+    return f"reallocate {instruction.role}" if isinstance(instruction, Reallocate) else event.call
+
+
+def steady_step_s(events: Sequence[StepEvent]) -> float:
+    """The eigenvalue of the step: the largest mean of a cycle of its matrix.
+
+    Entry (a, b) is rank b's clock after a step that rank a began at 0 and all others began long
+    before; ranks with the same events are one. Karp's formula: with D_k the longest paths of k
+    steps, max over ends v of min over k of (D_n(v) - D_k(v)) / (n - k).
+    Source: Karp 1978, "A characterization of the minimum cycle mean in a digraph".
+    """
+    kinds: dict[tuple[int, ...], int] = {}  # events of a rank -> the first such rank
+    ranks = {rank for event in events for rank in event.ranks}
+    for rank in sorted(ranks):
+        kinds.setdefault(tuple(i for i, e in enumerate(events) if rank in e.ranks), rank)
+    ones = sorted(kinds.values())
+    thin = [replace(e, ranks=[rank for rank in ones if rank in e.ranks]) for e in events]
+    matrix = np.full((len(ones), len(ones)), -np.inf)
+    for a, rank in enumerate(ones):
+        clock_s = {other: 0.0 if other == rank else -math.inf for other in ones}
+        play_step(thin, clock_s, None)
+        matrix[a] = [clock_s[other] for other in ones]
+    longest = np.zeros((len(ones) + 1, len(ones)))
+    for k in range(len(ones)):
+        longest[k + 1] = (longest[k][:, None] + matrix).max(axis=0)
+    steps = np.arange(len(ones), 0, -1)[:, None]
+    return float(((longest[-1] - longest[:-1]) / steps).min(axis=0).max())
 
 
 def run_program(
@@ -264,17 +318,27 @@ def run_program(
 ) -> Timeline:
     """``simulate`` with prices that are shared with others."""
     assert num_steps >= 1, num_steps
-    simulator = _Simulator(plan, program, prices)
-    ordered = in_global_order(program)
+    events = list_events(plan, program, prices)
+    clock_s: dict[int, float] = defaultdict(float)
+    spans: list[Span] = []
     ends_s: list[float] = []
-    for step in range(num_steps):
-        simulator.step = step
-        for instruction, ranks in ordered:
-            simulator.run(instruction, ranks)
-        ends_s.append(max(simulator.free_s.values()))
+
+    def draw(event: StepEvent, label: str, start_s: float, end_s: float) -> None:
+        kind = type(event.instruction).__name__.lower()
+        kind = "transfer" if label.startswith("receive ") else kind
+        step = len(ends_s)
+        spans.extend(
+            Span(rank=rank, label=label, kind=kind, step=step, start_s=start_s, end_s=end_s)
+            for rank in event.ranks
+        )
+
+    for _ in range(num_steps):
+        play_step(events, clock_s, draw)
+        ends_s.append(max(clock_s.values()))
     return Timeline(
-        spans=tuple(simulator.spans),
+        spans=tuple(spans),
         step_ends_s=tuple(ends_s),
+        step_s=steady_step_s(events),
         num_ranks=plan.num_devices,
         call_order=tuple(call.name for call in plan.problem.graph.calls),
     )

@@ -1,16 +1,15 @@
 """``search``: a problem and its costs -> a plan, a lower bound, and the gap between them.
 
-``options.py`` says what each call may choose, ``evaluate.py`` scores a choice for all calls,
-``mcmc.py`` walks, ``bounds.py`` proves how much better a plan could be at most, ``baselines.py``
-is what people do without a search.
+``options.py`` says what each call may choose, ``evaluate.py`` scores a choice for all calls with
+the compiled ``kernels.py``, ``mcmc.py`` walks, ``bounds.py`` proves how much better a plan could be
+at most, ``baselines.py`` is what people do without a search.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import product
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from planner.cost import CostModel
 from planner.lock import Lock
@@ -19,10 +18,13 @@ from planner.plan import Estimate, ExecutionPlan, Problem
 from planner.program import compile_plan
 from planner.search.baselines import baselines
 from planner.search.bounds import lower_bound_s
+from planner.search.brute import brute
+from planner.search.descent import descent, fastest
+from planner.search.engine import Budget, Engine, Progress, Record
 from planner.search.evaluate import Evaluator
 from planner.search.exact import auto, exact
-from planner.search.mcmc import Budget, Progress, Record, greedy, walk
-from planner.search.options import Assignment, OptionSpace, more_memory
+from planner.search.mcmc import walk
+from planner.search.options import OptionSpace, more_memory
 from planner.simulate import StepPrices, Timeline, run_program
 from profiles.costs import Provenance
 from profiles.errors import ConfigError, InfeasibleError
@@ -32,55 +34,44 @@ __all__ = ["ENGINES", "SearchResult", "estimate_plan", "search"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """``plan`` carries its estimate. ``gap``: at most this share of the step can be saved.
+    """``plan`` carries its estimate: seconds per step, lower bound, gap, provenance.
 
-    ``baselines``: seconds per step by name. ``evaluations``: assignments looked at. ``timeline``:
-    of the plan.
+    ``baselines``: seconds per step by name. ``timeline``: of the plan. ``evaluations``:
+    assignments looked at. ``wall_s``: seconds from pricing the options to the end.
+    ``cut_by_time``: the time limit ended it, so that the same ``seed`` may give another plan.
     """
 
     plan: ExecutionPlan
-    lower_bound_s: float
-    gap: float
-    evaluations: int
     baselines: Mapping[str, float]
-    seed: int
     timeline: Timeline
+    evaluations: int
+    seed: int
+    engine: str
+    wall_s: float = field(compare=False)
+    cut_by_time: bool = False
 
+    @property
+    def estimate(self) -> Estimate:
+        assert self.plan.estimate is not None
+        return self.plan.estimate
 
-Engine = Callable[[Evaluator, list[Assignment], Budget, int], Record]
+    @property
+    def step_s(self) -> float:
+        return self.estimate.step_s
 
+    @property
+    def lower_bound_s(self) -> float:
+        """No plan of the options is faster under the same costs."""
+        return self.estimate.lower_bound_s
 
-def _mcmc(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
-    return walk(evaluator, starts, budget, seed=seed)
-
-
-def _brute(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
-    """Every assignment, for spaces of at most 2 million: the oracle of the tests.
-
-    Raises:
-        ConfigError: the space is larger.
-    """
-    space = evaluator.space
-    if space.num_plans > 2e6:
-        raise ConfigError(
-            f"{space.num_plans:.3g} plans are too many to try all", where="--engine brute",
-            remedy="use --engine mcmc",
-        )  # fmt: skip
-    record = Record(evaluator=evaluator, budget=budget)
-    for start in starts:
-        record.score(start)
-    try:
-        for assignment in product(*(list(space.options(call.name)) for call in space.calls)):
-            if evaluator.floor_s(assignment) < record.best_score.step_s or record.best is None:
-                record.score(assignment)
-    except KeyboardInterrupt:
-        if record.best is None:
-            raise
-    return record
+    @property
+    def gap(self) -> float:
+        """At most this share of the step can be saved."""
+        return self.estimate.gap
 
 
 ENGINES: Mapping[str, Engine] = {
-    "auto": auto, "mcmc": _mcmc, "exact": exact, "brute": _brute,
+    "auto": auto, "mcmc": walk, "exact": exact, "descent": descent, "brute": brute,
 }  # fmt: skip
 
 
@@ -92,7 +83,7 @@ def search(
     seed: int = 1,
     time_limit_s: float = 10.0,
     gap: float = 0.01,
-    max_evaluations: int = 60_000,
+    max_evaluations: int = 2_000_000,
     progress: Progress | None = None,
     locks: Mapping[str, Lock] | None = None,
 ) -> SearchResult:
@@ -110,6 +101,7 @@ def search(
         raise ConfigError(
             f"unknown engine '{engine}'", where="--engine", remedy=f"use {' or '.join(ENGINES)}"
         )
+    began_s = time.monotonic()
     space = OptionSpace(problem, StepPrices(problem, costs), locks)
     evaluator = Evaluator(space)
     bound_s = lower_bound_s(evaluator)
@@ -117,31 +109,29 @@ def search(
     budget = Budget(
         max_evaluations=max_evaluations,
         deadline_s=time.monotonic() + time_limit_s,
-        target_s=bound_s / (1.0 - gap) if gap < 1 else 0.0,
         gap=gap,
+        lower_bound_s=bound_s,
         progress=progress,
     )
     starts = [b.assignment for b in found.values() if space.allows(b.assignment)]
     record = ENGINES[engine](evaluator, starts, budget, seed)
     if record.best is None:
         raise _nothing_fits(evaluator, record)
-    bound_s = max(bound_s, record.lower_bound_s)
     seconds = {name: b.score.step_s for name, b in found.items()}
     plan, timeline = estimate_plan(
         replace(evaluator.plan(record.best, seed=seed), baselines=seconds),
         space.prices,
-        lower_bound=bound_s,
+        lower_bound=record.lower_bound_s,
     )
-    assert plan.estimate is not None
     return SearchResult(
-        plan=plan, lower_bound_s=bound_s, gap=plan.estimate.gap, evaluations=record.looked_at,
-        baselines=seconds, seed=seed, timeline=timeline,
+        plan=plan, baselines=seconds, timeline=timeline, evaluations=record.evaluations, seed=seed,
+        engine=engine, wall_s=time.monotonic() - began_s, cut_by_time=record.cut_by_time,
     )  # fmt: skip
 
 
 def _nothing_fits(evaluator: Evaluator, record: Record) -> InfeasibleError:
     """The error of the plan that lacks least, with a remedy that is in the user's hands."""
-    plan = evaluator.plan(record.least_unfit[1] if record.least_unfit else greedy(evaluator))
+    plan = evaluator.plan(record.least_unfit[1] if record.least_unfit else fastest(evaluator))
     fullest = max(plan_memory(plan).values(), key=lambda need: need.total)
     remedy = more_memory(plan.problem, fullest.biggest[0])
     try:

@@ -179,7 +179,7 @@ def _fastest_that_fits(
     together on a device, so calls can be chosen one by one.
     """
     order = sorted(pools)
-    smallest = [min(pools[i], key=lambda o: int(o.running.max())) for i in order]
+    smallest = [min(pools[i], key=lambda o: max(o.choice.running)) for i in order]
     if evaluator.overshoot(tuple(smallest)) > 0:
         return None
     chosen = list(smallest)

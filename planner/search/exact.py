@@ -10,8 +10,9 @@ import time
 from dataclasses import replace
 
 from planner.search.bounds import Proof, prove
+from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator
-from planner.search.mcmc import Budget, Record, walk
+from planner.search.mcmc import walk
 from planner.search.options import Assignment
 from planner.search.relaxation import Relaxation
 
@@ -39,7 +40,7 @@ def auto(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: i
         max_evaluations=budget.max_evaluations // 3,
         deadline_s=now + (budget.deadline_s - now) / 3,
     )
-    record = walk(evaluator, starts, first, seed=seed)
+    record = walk(evaluator, starts, first, seed)
     record.budget = budget
     return record if record.interrupted else _proven(record)
 
@@ -52,11 +53,15 @@ def _proven(record: Record) -> Record:
             Relaxation(record.evaluator),
             best_s=lambda: record.best_score.step_s,
             visit=record.score,
-            stop=lambda _: record.within_gap(proof.lower_bound_s) or record.spent,
+            stop=lambda proof: _stop(record, proof),
             proof=proof,
         )
     except KeyboardInterrupt:
-        if record.best is None:
-            raise
-    record.lower_bound_s = max(record.lower_bound_s, proof.lower_bound_s)
+        record.interrupt()
+    record.raise_bound(proof.lower_bound_s)
     return record
+
+
+def _stop(record: Record, proof: Proof) -> bool:
+    record.raise_bound(proof.lower_bound_s)
+    return record.spent

@@ -1,214 +1,140 @@
-"""The walk: several Metropolis chains with cooling, each started and ended by descent.
+"""The walk: Metropolis chains that cool and are heated again, side by side on several threads.
 
-Energy is ``Score.energy``: seconds per step, dearer where memory lacks, so the walk may cross
-what does not fit; only what fits is returned. The temperature is relative to the energy: a worse
-proposal is taken with probability ``exp(-(E' / E - 1) / temperature)``.
+Energy is ``Score.energy``: seconds per step, dearer where memory lacks, so the walk may cross what
+does not fit; only what fits is returned. A chain's temperature follows the share of proposals
+that it accepts, which falls over a *cycle* from ``HOT`` to ``COLD``: so it needs no knowledge of
+what a second is worth. A cycle ends with a coordinate descent; the next is twice as long, half of
+the chains go on from the best of all and half from their own best.
 
-Everything random comes from one seed and the budget counts evaluations, so that a search is
-repeatable; the time limit is only a cap. Read ``walk``.
+All that is random follows from one seed, chains do not see each other within a cycle, and the
+budget counts evaluations: the answer is the same whatever the threads do. The clock is looked at
+between rounds of at most ``ROUND`` proposals. Read ``walk``; the loop is ``chain.run_chain``.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
-from planner.search.evaluate import Evaluator, Score
-from planner.search.moves import propose, replaced, together, with_layout
-from planner.search.options import Assignment, Option, OptionSpace
+import numpy as np
 
-Progress = Callable[[int, float], None]  # (evaluations, best seconds per step so far)
+from planner.search.chain import DONE, Chain, run_chain
+from planner.search.descent import Place, descend, fastest, make_found, merge, place_of
+from planner.search.engine import Budget, Record
+from planner.search.evaluate import Evaluator
+from planner.search.kernels import Scratch
+from planner.search.options import Assignment
 
-
-@dataclass(kw_only=True)
-class Budget:
-    """When to stop: evaluations, a clock, or a plan that is within ``gap`` of the bound."""
-
-    max_evaluations: int
-    deadline_s: float  # on time.monotonic's clock
-    target_s: float = 0.0
-    gap: float = 0.0
-    progress: Progress | None = None
+NUM_CHAINS = 4
+ROUND = 8_192  # proposals of a chain between two looks at the clock: a twentieth of a second
+FIRST_CYCLE = 4  # rounds of the first cycle
+HOT, COLD = 0.4, 0.004  # shares of proposals that are accepted
+STALE_CYCLES = 2  # without a better plan before the walk ends
 
 
 @dataclass(kw_only=True)
-class Record:
-    """The best assignment that fits so far; and the least unfit, for the error message."""
+class _Walker:
+    """A chain with its room for evaluations."""
 
-    evaluator: Evaluator
-    budget: Budget
-    best: Assignment | None = None
-    best_score: Score = field(default_factory=lambda: Score(math.inf, math.inf))
-    least_unfit: tuple[float, Assignment] | None = None
-    looked_at: int = 0
-    interrupted: bool = False
-    lower_bound_s: float = 0.0  # what an engine has proven
+    chain: Chain
+    scratch: Scratch
 
-    def energy_below(self, assignment: Assignment, threshold: float) -> float | None:
-        """The energy where it is at most ``threshold``; remembers what it saw."""
-        score = self.evaluator.worth(assignment, threshold)
-        self.looked_at += 1
-        if score is None:
-            return None
-        self._remember(assignment, score)
-        return score.energy if score.energy <= threshold else None
+    @classmethod
+    def of(cls, evaluator: Evaluator, seed: int) -> _Walker:
+        shape = (2, len(evaluator.calls))
+        chain = Chain(
+            mesh=np.zeros(shape, dtype=np.int64), row=np.zeros(shape, dtype=np.int64),
+            numbers=np.zeros(3), counts=np.zeros(5, dtype=np.int64),
+            state=np.array([seed], dtype=np.uint64), found=make_found(evaluator),
+        )  # fmt: skip
+        return cls(chain=chain, scratch=evaluator.make_scratch())
 
-    def score(self, assignment: Assignment) -> Score:
-        """Score and remember."""
-        score = self.evaluator.score(assignment)
-        self.looked_at += 1
-        self._remember(assignment, score)
-        return score
+    def start(self, place: Place) -> None:
+        """Go on from ``place``; the next temperature is found anew from a warm one."""
+        self.chain.mesh[:], self.chain.row[:] = place.mesh, place.row
+        self.chain.numbers[:] = place.energy, 0.05, 0.0
+        self.chain.counts[:] = 0
 
-    def _remember(self, assignment: Assignment, score: Score) -> None:
-        if score.overshoot > 0:
-            if self.least_unfit is None or score.overshoot < self.least_unfit[0]:
-                self.least_unfit = (score.overshoot, assignment)
-        elif self.best is None or score.step_s < self.best_score.step_s:
-            self.best, self.best_score = assignment, score
-            if self.budget.progress is not None:
-                self.budget.progress(self.looked_at, score.step_s)
-
-    def within_gap(self, lower_bound_s: float) -> bool:
-        """Is the best plan within the budget's gap of a bound?"""
-        return self.best_score.step_s * (1.0 - self.budget.gap) <= lower_bound_s
+    def run(self, evaluator: Evaluator, proposals: int, accept: float) -> None:
+        self.chain.counts[0] = proposals
+        known = evaluator.reallocations
+        while run_chain(
+            evaluator.tables, known.keys, known.seconds, self.scratch, self.chain, accept
+        ) != DONE:  # fmt: skip
+            known.add(int(self.scratch.missing[0]))
 
     @property
-    def spent(self) -> bool:
-        return (
-            self.looked_at >= self.budget.max_evaluations
-            or self.best_score.step_s <= self.budget.target_s
-            or time.monotonic() >= self.budget.deadline_s
-        )
+    def best(self) -> Place:
+        """Its best assignment that fits; where none does, the one that lacks least."""
+        found = self.chain.found
+        kind = 0 if math.isfinite(found.values[0]) else 1
+        return Place(mesh=found.mesh[kind], row=found.row[kind], energy=math.inf)
 
 
 def walk(
-    evaluator: Evaluator,
-    starts: Sequence[Assignment],
-    budget: Budget,
-    *,
-    seed: int,
-    num_chains: int = 4,
-    hot: float = 0.05,
-    cold: float = 5e-4,
-) -> Record:
-    """The record of a search from ``starts``; an interrupt (Ctrl-C) ends it with what it has.
+    evaluator: Evaluator, starts: Sequence[Assignment], budget: Budget, seed: int
+) -> Record:  # fmt: skip
+    """The record of a search from ``starts``, none of which is lost.
 
-    First a descent from every start, then ``num_chains`` chains from the best ones and the
-    greedy start, whose temperature falls from ``hot`` to ``cold`` (shares of the energy: 0.05
-    takes a plan 5% slower in 37 of 100 cases) and which end in a descent.
+    Ends when the budget is spent, or after ``STALE_CYCLES`` cycles that found nothing better; an
+    interrupt (Ctrl-C) ends it with what it has.
     """
     record = Record(evaluator=evaluator, budget=budget)
     rng = random.Random(seed)
+    walkers = [_Walker.of(evaluator, rng.getrandbits(64)) for _ in range(NUM_CHAINS)]
     try:
-        found = []
-        for start in [*starts, greedy(evaluator)]:
+        for start in [*starts, fastest(evaluator)]:
             record.score(start)
-        for start in [*starts, greedy(evaluator)]:
-            if not record.spent:
-                found.append(_descend(record, start, rng))
-        found.sort(key=lambda a: evaluator.score(a).energy)
-        chain_steps = max(1, (budget.max_evaluations - record.looked_at) // num_chains)
-        for chain in range(num_chains):
-            if record.spent:
-                break
-            start = found[min(chain // 2, len(found) - 1)]
-            end = _chain(record, start, rng, chain_steps, hot, cold)
-            _descend(record, end, rng)
+        places = [place_of(evaluator, start) for start in [*starts, fastest(evaluator)]]
+        places.sort(key=lambda place: place.energy)
+        ends = [places[k % len(places)] for k in range(NUM_CHAINS)]
+        rounds, stale = FIRST_CYCLE, 0
+        with ThreadPoolExecutor(min(NUM_CHAINS, os.cpu_count() or 1)) as pool:
+            while stale < STALE_CYCLES and not record.spent:
+                before_s = record.best_score.step_s
+                for walker, place in zip(walkers, ends, strict=True):
+                    walker.start(place)
+                _cycle(record, walkers, rounds, pool)
+                ends = _polished(record, walkers, rng)
+                stale = 0 if record.best_score.step_s < before_s * (1 - 1e-6) else stale + 1
+                rounds *= 2
     except KeyboardInterrupt:
-        if record.best is None:
-            raise
-        record.interrupted = True
+        for walker in walkers:
+            merge(record, walker.chain.found)
+        record.interrupt()
     return record
 
 
-def greedy(evaluator: Evaluator) -> Assignment:
-    """Every call takes its fastest option, one after another sharing layouts where free."""
-    space = evaluator.space
-    return tuple(
-        min(
-            (
-                space.option(call.name, space.meshes_of(call.name, size)[0], choices[0])
-                for size, choices in space.choices[call.name].items()
-            ),
-            key=lambda option: option.seconds,
-        )
-        for call in space.calls
-    )
-
-
-def _chain(
-    record: Record, start: Assignment, rng: random.Random, steps: int, hot: float, cold: float
-) -> Assignment:
-    """One Metropolis chain of ``steps`` proposals; its best assignment."""
+def _cycle(
+    record: Record, walkers: Sequence[_Walker], rounds: int, pool: ThreadPoolExecutor
+) -> None:  # fmt: skip
+    """All chains from hot to cold, in rounds."""
     evaluator = record.evaluator
-    here, energy = start, record.score(start).energy
-    best, best_energy = here, energy
-    last = record.looked_at + steps
-    cooling = (cold / hot) ** (1.0 / max(1, steps))
-    temperature = hot
-    while record.looked_at < last and not record.spent:
-        temperature *= cooling
-        proposal = propose(here, evaluator.space, rng)
-        if proposal is None:
-            record.looked_at += 1
-            continue
-        # The threshold is drawn first: a proposal whose floor is above it need not be scored.
-        threshold = energy * (1.0 - temperature * math.log(1.0 - rng.random()))
-        proposed = record.energy_below(proposal, threshold)
-        if proposed is not None:
-            here, energy = proposal, proposed
-            if energy < best_energy:
-                best, best_energy = here, energy
-    return best
+    for n in range(rounds):
+        left = (record.budget.max_evaluations - record.evaluations) // len(walkers)
+        if record.spent or left <= 0:
+            return
+        accept = HOT * (COLD / HOT) ** (n / max(1, rounds - 1))
+        proposals = min(ROUND, left)
+        jobs = [pool.submit(walker.run, evaluator, proposals, accept) for walker in walkers]
+        for job in jobs:
+            job.result()
+        record.evaluations += proposals * len(walkers)
+        for walker in walkers:
+            merge(record, walker.chain.found)
 
 
-def _descend(record: Record, start: Assignment, rng: random.Random) -> Assignment:
-    """Iterated coordinate descent: each call, or all calls of its role, take the best candidate."""
-    evaluator = record.evaluator
-    here, energy = start, record.score(start).energy
-    improved = True
-    while improved and not record.spent:
-        improved = False
-        order = list(range(len(here)))
-        rng.shuffle(order)
-        for i in order:
-            for trial in _neighbours(evaluator.space, here, i):
-                found = record.energy_below(trial, energy * (1.0 - 1e-9))
-                if found is not None:
-                    here, energy, improved = trial, found, True
-                if record.spent:
-                    return here
-    return here
-
-
-def _neighbours(space: OptionSpace, here: Assignment, i: int) -> Iterator[Assignment]:
-    """Assignments with another option for call i, then with another layout for its whole role."""
-    role = space.calls[i].role
-    options = list(_candidates(space, here, i))
-    for option in options:
-        if space.allows((option,)):
-            yield replaced(here, i, option)
-    for option in options if role is not None else ():
-        trial = together(here, space, role or "", option)
-        if trial is not None and space.allows(trial):
-            yield trial
-
-
-def _candidates(
-    space: OptionSpace, assignment: Assignment, i: int, *, per_mesh: int = 3
-) -> Iterator[Option]:
-    """Options of call i worth a look: all on its mesh, layouts of the others, a few elsewhere."""
-    call = space.calls[i].name
-    for choice in space.choices[call][assignment[i].mesh.num_devices]:
-        yield space.option(call, assignment[i].mesh, choice)
-    for other in assignment:
-        same = with_layout(space, call, other)
-        if same is not None:
-            yield same
-    for mesh in space.meshes[call]:
-        for choice in space.choices[call][mesh.num_devices][:per_mesh]:
-            yield space.option(call, mesh, choice)
+def _polished(record: Record, walkers: Sequence[_Walker], rng: random.Random) -> list[Place]:
+    """Where the next cycle starts: a descent from each chain's best, every other from the best."""
+    ends = []
+    for walker in walkers:
+        place = walker.best
+        score = record.evaluator.score_vectors(place.mesh, place.row)
+        place = Place(mesh=place.mesh, row=place.row, energy=score.energy)
+        ends.append(place if record.spent else descend(record, place, rng))
+    best = min(ends, key=lambda place: place.energy)
+    return [best if k % 2 == 0 else end for k, end in enumerate(ends)]

@@ -1,147 +1,219 @@
-"""Named moves of the walk: each makes another assignment out of one, or nothing.
+"""Compiled moves of the walk: each makes another assignment out of one, or says that it cannot.
 
-A move sees the space and a ``random.Random`` and nothing else. Choices of one size of mesh are
-sorted by seconds, and moves prefer the front of the list: the slow end is long and rarely right.
+A move changes ``mesh`` and ``row`` in place. Rows of one call and size of mesh are sorted by
+seconds, and moves prefer the front of the list: the slow end is long and rarely right.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
+import math
 
-from planner.mesh import DeviceMesh
-from planner.search.options import Assignment, Option, OptionSpace
+import numpy as np
+import numpy.typing as npt
 
-Move = Callable[[Assignment, OptionSpace, random.Random], "Assignment | None"]
+from planner.jit import compiled
+from planner.search.kernels import Ints, Tables
 
+State = npt.NDArray[np.uint64]  # [1] of the random numbers
 
-def replaced(assignment: Assignment, i: int, option: Option) -> Assignment:
-    return (*assignment[:i], option, *assignment[i + 1 :])
-
-
-def pick(space: OptionSpace, call: str, mesh: DeviceMesh, rng: random.Random) -> Option:
-    """An option of ``call`` on ``mesh``: half of the picks are among the fastest few."""
-    choices = space.choices[call][mesh.num_devices]
-    index = min(int(rng.expovariate(0.3)), len(choices) - 1)
-    if rng.random() < 0.2:
-        index = rng.randrange(len(choices))
-    return space.option(call, mesh, choices[index])
-
-
-def with_layout(space: OptionSpace, call: str, of: Option) -> Option | None:
-    """The fastest option of ``call`` in the layout of another option; None if it has none."""
-    for choice in space.choices[call].get(of.mesh.num_devices, ()):
-        if choice.axes == of.choice.axes:
-            return space.option(call, of.mesh, choice)
-    return None
-
-
-def change_anywhere(
-    assignment: Assignment, space: OptionSpace, rng: random.Random
-) -> Assignment | None:
-    """One call gets any mesh and any strategy."""
-    i = rng.randrange(len(assignment))
-    call = space.calls[i].name
-    return replaced(assignment, i, pick(space, call, rng.choice(space.meshes[call]), rng))
-
-
-def change_strategy(
-    assignment: Assignment, space: OptionSpace, rng: random.Random
-) -> Assignment | None:
-    """One call gets another strategy or other micro-batches on its mesh."""
-    i = rng.randrange(len(assignment))
-    return replaced(assignment, i, pick(space, space.calls[i].name, assignment[i].mesh, rng))
-
-
-def move_mesh(assignment: Assignment, space: OptionSpace, rng: random.Random) -> Assignment | None:
-    """One call keeps its strategy and goes to another mesh of the same size."""
-    i = rng.randrange(len(assignment))
-    here = assignment[i]
-    mesh = rng.choice(space.meshes_by_size[here.mesh.num_devices])
-    return replaced(assignment, i, space.option(here.call, mesh, here.choice))
-
-
-def join_role(assignment: Assignment, space: OptionSpace, rng: random.Random) -> Assignment | None:
-    """Two calls of one role share a layout, so that no weights move between them."""
-    roles = [call.role for call in space.calls]
-    i = rng.randrange(len(assignment))
-    others = [j for j, role in enumerate(roles) if j != i and role is not None and role == roles[i]]
-    if not others:
-        return None
-    option = with_layout(space, space.calls[i].name, assignment[rng.choice(others)])
-    return None if option is None else replaced(assignment, i, option)
-
-
-def together(
-    assignment: Assignment, space: OptionSpace, role: str, like: Option
-) -> Assignment | None:
-    """All calls of a role in the layout of ``like``; None if one of them cannot."""
-    for i, call in enumerate(space.calls):
-        if call.role == role:
-            option = like if call.name == like.call else with_layout(space, call.name, like)
-            if option is None:
-                return None
-            assignment = replaced(assignment, i, option)
-    return assignment
-
-
-def change_role(
-    assignment: Assignment, space: OptionSpace, rng: random.Random
-) -> Assignment | None:
-    """All calls of one role take one layout, on the mesh of one of them or anywhere."""
-    i = rng.randrange(len(assignment))
-    call = space.calls[i]
-    if call.role is None:
-        return None
-    mesh = assignment[i].mesh if rng.random() < 0.5 else rng.choice(space.meshes[call.name])
-    return together(assignment, space, call.role, pick(space, call.name, mesh, rng))
-
-
-def copy_mesh(assignment: Assignment, space: OptionSpace, rng: random.Random) -> Assignment | None:
-    """One call goes to the mesh of another, half of the time with its strategy."""
-    i, j = rng.sample(range(len(assignment)), 2) if len(assignment) > 1 else (0, 0)
-    call, mesh = space.calls[i].name, assignment[j].mesh
-    if mesh.num_devices not in space.choices[call]:
-        return None
-    if rng.random() < 0.5:
-        option = with_layout(space, call, assignment[j])
-        return None if option is None else replaced(assignment, i, option)
-    return replaced(assignment, i, pick(space, call, mesh, rng))
-
-
-def split_pair(assignment: Assignment, space: OptionSpace, rng: random.Random) -> Assignment | None:
-    """Two calls get neighbouring meshes that together make one mesh."""
-    if len(assignment) < 2:
-        return None
-    i, j = rng.sample(range(len(assignment)), 2)
-    first, second = space.calls[i].name, space.calls[j].name
-    left = rng.choice(space.meshes[first])
-    start = left.first + left.num_devices
-    right = [mesh for mesh in space.meshes[second] if mesh.first == start]
-    whole = [m for m in right if (m.num_devices + left.num_devices) in space.meshes_by_size]
-    if not whole:
-        return None
-    changed = replaced(assignment, i, pick(space, first, left, rng))
-    return replaced(changed, j, pick(space, second, rng.choice(whole), rng))
-
-
-# Name -> (move, how often it is tried relative to the others).
-MOVES: Mapping[str, tuple[Move, float]] = {
-    "change_anywhere": (change_anywhere, 3.0),
-    "change_strategy": (change_strategy, 3.0),
-    "move_mesh": (move_mesh, 1.0),
-    "join_role": (join_role, 1.0),
-    "change_role": (change_role, 1.0),
-    "copy_mesh": (copy_mesh, 2.0),
-    "split_pair": (split_pair, 1.0),
+# Name -> how often a move is tried relative to the others; the order is ``propose``'s.
+MOVES = {
+    "change_strategy": 4.0,
+    "change_anywhere": 2.0,
+    "move_mesh": 1.0,
+    "resize": 2.0,
+    "copy_mesh": 2.0,
+    "join_role": 1.0,
+    "change_role": 2.0,
+    "swap_meshes": 1.0,
+    "split_pair": 2.0,
 }
+SHARES = np.cumsum(list(MOVES.values())) / sum(MOVES.values())
 
 
-def propose(assignment: Assignment, space: OptionSpace, rng: random.Random) -> Assignment | None:
-    """One move by name and weight; None where it does not apply or changes nothing."""
-    names = list(MOVES)
-    (name,) = rng.choices(names, [MOVES[n][1] for n in names])
-    found = MOVES[name][0](assignment, space, rng)
-    if found is None or found == assignment or not space.allows(found):
-        return None
-    return found
+@compiled
+def uniform(state: State) -> float:
+    """A number in [0, 1). Source: Steele, Lea and Flood 2014 (splitmix64)."""
+    state[0] += np.uint64(0x9E3779B97F4A7C15)
+    z = state[0]
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return float(z >> np.uint64(11)) / 9007199254740992.0
+
+
+@compiled
+def below(state: State, count: int) -> int:
+    """One of ``range(count)``."""
+    return int(uniform(state) * count)
+
+
+@compiled
+def pick_row(t: Tables, call: int, mesh: int, state: State) -> int:
+    """A row of ``call`` on ``mesh``: mostly among the fastest few, now and then any."""
+    size = t.meshes[mesh].size
+    count = t.row_ranges[call, size].count
+    if uniform(state) < 0.3:
+        return int(t.row_ranges[call, size].start + below(state, count))
+    ahead = int(-math.log(1.0 - uniform(state)) * 3.0)
+    return int(t.row_ranges[call, size].start + min(ahead, count - 1))
+
+
+@compiled
+def pick_mesh(t: Tables, call: int, state: State) -> int:
+    """A mesh that a call may take: a size first, as there are many small meshes."""
+    while True:
+        size = below(state, len(t.sizes))
+        if t.row_ranges[call, size].count > 0:
+            mesh = t.size_meshes[t.sizes[size].start + below(state, t.sizes[size].count)]
+            if t.allowed[call, mesh]:
+                return int(mesh)
+
+
+@compiled
+def pick_like(t: Tables, call: int, mesh: int, axes: int, state: State) -> int:
+    """A row of ``call`` with ``axes``, mostly the fastest; -1 where it has none."""
+    count = t.like[call, axes].count
+    if count == 0 or not t.allowed[call, mesh]:
+        return -1
+    k = 0 if uniform(state) < 0.7 else below(state, count)
+    return int(t.like_rows[t.like[call, axes].start + k])
+
+
+@compiled
+def put(t: Tables, mesh: Ints, row: Ints, i: int, m: int, state: State) -> bool:
+    """Call i goes to mesh m, half of the time with its axes if the size allows."""
+    if not t.allowed[i, m]:
+        return False
+    new = -1
+    if t.meshes[m].size == t.meshes[mesh[i]].size and uniform(state) < 0.5:
+        new = row[i]
+    mesh[i] = m
+    row[i] = pick_row(t, i, m, state) if new < 0 else new
+    return True
+
+
+@compiled
+def resize(t: Tables, mesh: Ints, row: Ints, i: int, state: State) -> bool:
+    """A mesh that begins or ends where the call's does, or at another call's edge."""
+    j = below(state, len(mesh))
+    edge = t.meshes[mesh[j]].first if uniform(state) < 0.5 else t.meshes[mesh[j]].end
+    at_start = uniform(state) < 0.5
+    fixed = t.meshes[mesh[i]].first if at_start else t.meshes[mesh[i]].end
+    low, high = min(fixed, edge), max(fixed, edge)
+    chosen, seen = -1, 0
+    for k in range(t.calls[i].mesh_start, t.calls[i].mesh_stop):
+        m = t.call_meshes[k]
+        first, end = t.meshes[m].first, t.meshes[m].end
+        exact = first == low and end == high
+        near = (first if at_start else end) == fixed
+        if exact:
+            chosen = m
+            break
+        if near:
+            seen += 1
+            if below(state, seen) == 0:
+                chosen = m
+    return bool(chosen >= 0 and put(t, mesh, row, i, chosen, state))
+
+
+@compiled
+def change_role(t: Tables, mesh: Ints, row: Ints, i: int, state: State) -> bool:
+    """All calls of a role take one layout, on the mesh of one of them or anywhere."""
+    if t.calls[i].role < 0:
+        return False
+    m = mesh[i] if uniform(state) < 0.5 else pick_mesh(t, i, state)
+    new = pick_row(t, i, m, state)
+    for j in range(len(mesh)):
+        if t.calls[j].role == t.calls[i].role:
+            found = new if j == i else pick_like(t, j, m, t.rows[new].axes, state)
+            if found < 0:
+                return False
+            mesh[j], row[j] = m, found
+    return True
+
+
+@compiled
+def join_role(t: Tables, mesh: Ints, row: Ints, i: int, state: State) -> bool:
+    """A call takes the layout of another call of its role, so that no weights move."""
+    start = below(state, len(mesh))
+    for k in range(len(mesh)):
+        j = (start + k) % len(mesh)
+        if j != i and t.calls[j].role >= 0 and t.calls[j].role == t.calls[i].role:
+            found = pick_like(t, i, mesh[j], t.rows[row[j]].axes, state)
+            if found >= 0:
+                mesh[i], row[i] = mesh[j], found
+                return True
+            return False
+    return False
+
+
+@compiled
+def copy_mesh(t: Tables, mesh: Ints, row: Ints, i: int, state: State) -> bool:
+    """A call goes to the mesh of another, half of the time with its strategy."""
+    j = below(state, len(mesh))
+    if uniform(state) < 0.5:
+        found = pick_like(t, i, mesh[j], t.rows[row[j]].axes, state)
+        if found >= 0:
+            mesh[i], row[i] = mesh[j], found
+            return True
+    return put(t, mesh, row, i, mesh[j], state)
+
+
+@compiled
+def split_pair(t: Tables, mesh: Ints, row: Ints, i: int, state: State) -> bool:
+    """Two calls share out a mesh: one takes a front part of it, the other the rest."""
+    j = below(state, len(mesh))
+    m = mesh[below(state, len(mesh))]
+    if uniform(state) < 0.5:
+        m = pick_mesh(t, j, state)
+    chosen, seen = -1, 0
+    for k in range(t.calls[i].mesh_start, t.calls[i].mesh_stop):
+        a = t.call_meshes[k]
+        if t.meshes[a].first == t.meshes[m].first and t.meshes[a].end < t.meshes[m].end:
+            seen += 1
+            if below(state, seen) == 0:
+                chosen = a
+    if i == j or chosen < 0:
+        return False
+    for k in range(t.calls[j].mesh_start, t.calls[j].mesh_stop):
+        b = t.call_meshes[k]
+        if t.meshes[b].first == t.meshes[chosen].end and t.meshes[b].end == t.meshes[m].end:
+            return put(t, mesh, row, i, chosen, state) and put(t, mesh, row, j, b, state)
+    return False
+
+
+@compiled
+def move(t: Tables, number: int, mesh: Ints, row: Ints, state: State) -> bool:
+    """Move ``number`` of ``MOVES``; False where it does not apply."""
+    i = below(state, len(mesh))
+    if number == 0:
+        row[i] = pick_row(t, i, mesh[i], state)
+        return True
+    if number == 1:
+        return put(t, mesh, row, i, pick_mesh(t, i, state), state)
+    if number == 2:
+        same = t.sizes[t.meshes[mesh[i]].size]
+        return put(t, mesh, row, i, t.size_meshes[same.start + below(state, same.count)], state)
+    if number == 3:
+        return resize(t, mesh, row, i, state)
+    if number == 4:
+        return copy_mesh(t, mesh, row, i, state)
+    if number == 5:
+        return join_role(t, mesh, row, i, state)
+    if number == 6:
+        return change_role(t, mesh, row, i, state)
+    if number == 7:
+        j = below(state, len(mesh))
+        a, b = mesh[i], mesh[j]
+        return put(t, mesh, row, i, b, state) and put(t, mesh, row, j, a, state)
+    return split_pair(t, mesh, row, i, state)
+
+
+@compiled
+def propose(t: Tables, mesh: Ints, row: Ints, state: State) -> bool:
+    """One move by weight; False where it does not apply."""
+    r, number = uniform(state), 0
+    while r >= SHARES[number]:
+        number += 1
+    return move(t, number, mesh, row, state)

@@ -14,10 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from planner.cost.stage import VALUE_BYTES, stage_shapes
 from planner.graph import CallKind, ModelFunctionCall
@@ -32,15 +28,12 @@ from planner.memory import (
 )
 from planner.mesh import DeviceMesh, enumerate_meshes
 from planner.plan import Allocation, Problem, largest_dp
-from planner.program import assign_samples
 from planner.simulate import StepPrices
 from planner.strategy import ParallelStrategy, Recompute, legal_strategies
 from profiles.errors import ConfigError, InfeasibleError
 from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 from profiles.units import format_bytes
-
-Bytes = npt.NDArray[np.int64]
 
 RECOMPUTE: Sequence[Recompute] = ("none", "full")
 
@@ -69,26 +62,16 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Option:
-    """A choice on a mesh; one value for each, so options are compared by identity.
-
-    ``layout_id`` is equal for options of one call with equal layouts. Bytes are by device of
-    the cluster [num_devices]; ``samples`` are bit masks by device, 0 outside the mesh: those that
-    a device ``needs``, and those whose outputs it ``makes``.
-    """
+    """A choice on a mesh; one value for each, so options are compared by identity."""
 
     call: str
     mesh: DeviceMesh
     choice: Choice
     layout: Layout | None
-    layout_id: int
-    seconds: float
-    tp: int
-    held: Bytes
-    borrowed: Bytes
-    running: Bytes
-    inside: Sequence[bool]
-    needs: Sequence[int]
-    makes: Sequence[int]
+
+    @property
+    def seconds(self) -> float:
+        return self.choice.seconds
 
     @property
     def allocation(self) -> Allocation:
@@ -247,8 +230,6 @@ class OptionSpace:
             self.meshes_by_size.setdefault(mesh.num_devices, []).append(mesh)
         self.num_costed = 0
         self._options: dict[tuple[str, DeviceMesh, int], Option] = {}
-        self._layout_ids: dict[tuple[str, DeviceMesh, tuple[int, int, int]], int] = {}
-        self._masks: dict[tuple[int, int], list[int]] = {}
         self._known_held: dict[tuple[object, ...], tuple[int, ...]] = {}
         self._known: dict[tuple[object, ...], Mapping[int, tuple[Choice, ...]]] = {}
         self.choices = {call.name: self._choices(call) for call in self.calls}
@@ -278,7 +259,10 @@ class OptionSpace:
         key = (call, mesh, id(choice))
         found = self._options.get(key)
         if found is None:
-            found = self._options[key] = self._place(call, mesh, choice)
+            spec = self.problem.spec_of(call)
+            layout = None if spec is None else Layout.of(spec, mesh, choice.strategy)
+            found = Option(call=call, mesh=mesh, choice=choice, layout=layout)
+            self._options[key] = found
         return found
 
     def options(self, call: str) -> Iterator[Option]:
@@ -414,44 +398,6 @@ class OptionSpace:
             remedy=more_memory(problem=self.problem, item=item),
         )
 
-    # ---- placing ----
-
-    def _place(self, call_name: str, mesh: DeviceMesh, choice: Choice) -> Option:
-        problem, s = self.problem, choice.strategy
-        call, spec = problem.graph.call(call_name), problem.spec_of(call_name)
-        layout_key = (call_name, mesh, choice.axes)
-        layout_id = self._layout_ids.setdefault(layout_key, len(self._layout_ids))
-        by_rank = self.masks(s.dp, call.num_mini_batches if call.kind is CallKind.TRAIN else 1)
-        one_stage = [mask for mask in by_rank for _ in range(s.tp)]
-        # Inference ends on the last stage; generation tells every stage.
-        silent = s.pp - 1 if call.kind is CallKind.INFER else 0
-        makes = [0] * (silent * len(one_stage)) + one_stage * (s.pp - silent)
-        return Option(
-            call=call_name,
-            mesh=mesh,
-            choice=choice,
-            layout=None if spec is None else Layout.of(spec, mesh, s),
-            layout_id=layout_id,
-            seconds=choice.seconds,
-            tp=s.tp,
-            held=_by_device(problem, mesh, choice.held),
-            borrowed=_by_device(problem, mesh, choice.borrowed),
-            running=_by_device(problem, mesh, choice.running),
-            inside=_over_cluster(problem, mesh, [True] * mesh.num_devices, False),
-            needs=_over_cluster(problem, mesh, one_stage * s.pp, 0),
-            makes=_over_cluster(problem, mesh, makes, 0),
-        )
-
-    def masks(self, dp: int, num_mini_batches: int) -> list[int]:
-        """Samples of each data-parallel rank as bit masks: as ``program.assign_samples``."""
-        key = (dp, num_mini_batches)
-        if key not in self._masks:
-            runs = assign_samples(self.problem.workload.batch_size, dp, num_mini_batches)
-            self._masks[key] = [
-                sum(((1 << len(run)) - 1) << run.start for run in own if len(run)) for own in runs
-            ]
-        return self._masks[key]
-
 
 def more_memory(problem: Problem, item: str) -> str:
     """What a user can do where ``item`` of a ``MemoryBreakdown`` takes too much."""
@@ -463,16 +409,3 @@ def more_memory(problem: Problem, item: str) -> str:
     if item in ("kv_cache", "activations", "logits", "buffers"):
         remedies[-1] = "a smaller batch_size"
     return ", ".join(remedies[:-1]) + f", or {remedies[-1]}"
-
-
-def _over_cluster(problem: Problem, mesh: DeviceMesh, values: list[Any], outside: Any) -> list[Any]:
-    """``values`` of the mesh's devices, ``outside`` on all others [num_devices]."""
-    after = problem.cluster.num_devices - mesh.first - mesh.num_devices
-    return [outside] * mesh.first + values + [outside] * after
-
-
-def _by_device(problem: Problem, mesh: DeviceMesh, by_stage: Sequence[int]) -> Bytes:
-    width = mesh.num_devices // len(by_stage)
-    values = [num_bytes for num_bytes in by_stage for _ in range(width)]
-    values += [0] * (mesh.num_devices - len(values))
-    return np.array(_over_cluster(problem, mesh, values, 0), dtype=np.int64)

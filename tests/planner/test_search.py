@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from planner.cost import CostModel
@@ -16,7 +17,7 @@ from planner.plan import Problem, validate_plan
 from planner.program import compile_plan
 from planner.search import search
 from planner.search.evaluate import Evaluator
-from planner.search.moves import MOVES
+from planner.search.moves import MOVES, move
 from planner.search.options import (
     Assignment,
     Option,
@@ -176,7 +177,9 @@ def test_a_brute_search_refuses_a_large_space() -> None:
     problem = ppo(make_test_cluster(2, 8), ["batch_size=64"])
     with pytest.raises(ConfigError, match=r"--engine brute: .* too many to try all"):
         search(problem, model_of(problem), engine="brute")
-    with pytest.raises(ConfigError, match=r"'magic'; use auto or mcmc or exact or brute"):
+    with pytest.raises(
+        ConfigError, match=r"'magic'; use auto or mcmc or exact or descent or brute"
+    ):
         search(problem, model_of(problem), engine="magic")
 
 
@@ -217,15 +220,15 @@ def test_pruning_keeps_the_best_of_every_layout() -> None:
 def test_moves_make_legal_plans(name: str) -> None:
     """Every move, from anywhere, gives a plan that can run; and it does move."""
     rng, moved = random.Random(1), 0
-    space = space_of(ppo(make_test_cluster(2, 4), ["batch_size=24"]))
-    evaluator = Evaluator(space)
-    assignment = random_assignment(rng, space)
+    evaluator = Evaluator(space_of(ppo(make_test_cluster(2, 4), ["batch_size=24"])))
+    mesh, row = evaluator.index.vectors(random_assignment(rng, evaluator.space))
+    state = np.array([1], dtype=np.uint64)
     for _ in range(200):
-        found = MOVES[name][0](assignment, space, rng)
-        if found is not None and found != assignment:
-            moved += 1
-            validate_plan(evaluator.plan(found))
-            assignment = found
+        next_mesh, next_row = mesh.copy(), row.copy()
+        if move(evaluator.tables, list(MOVES).index(name), next_mesh, next_row, state):
+            moved += not (np.array_equal(mesh, next_mesh) and np.array_equal(row, next_row))
+            mesh, row = next_mesh, next_row
+            validate_plan(evaluator.plan(evaluator.index.assignment(mesh, row)))
     assert moved > 0
 
 

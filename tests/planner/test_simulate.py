@@ -13,8 +13,18 @@ from planner.cost import CallCost, CostModel
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan
-from planner.program import compile_plan
-from planner.simulate import Span, StepPrices, Timeline, run_program, simulate, steady_step_s
+from planner.program import Function, compile_plan
+from planner.simulate import (
+    Span,
+    StepEvent,
+    StepPrices,
+    Timeline,
+    list_events,
+    play_step,
+    run_program,
+    simulate,
+    steady_step_s,
+)
 from planner.strategy import ParallelStrategy
 from profiles.collectives import Collectives
 from profiles.roofline import RooflineCosts
@@ -136,6 +146,34 @@ def test_every_timeline_obeys_the_laws(seed: int) -> None:
     assert all(0 <= share <= 1 for share in found.idle_share.values())
 
 
-def test_steady_state_leaves_out_the_start() -> None:
-    assert steady_step_s([9.0, 11.0, 13.0, 15.0]) == 2.0
-    assert steady_step_s([3.0]) == 3.0
+@pytest.mark.parametrize("seed", range(25))
+def test_seconds_per_step_are_those_of_the_long_run(seed: int) -> None:
+    """Karp's formula against the clock: the mean of steps 121 to 240, whatever the period."""
+    plan = random_plan(random.Random(seed))
+    cluster = plan.problem.cluster
+    costs = CostModel(cluster, RooflineCosts(cluster.device), Collectives(cluster))
+    events = list_events(plan, compile_plan(plan), StepPrices(plan.problem, costs))
+    clock_s: dict[int, float] = defaultdict(float)
+    ends_s = [0.0]
+    for _ in range(240):
+        play_step(events, clock_s, None)
+        ends_s.append(max(clock_s.values()))
+    assert steady_step_s(events) == pytest.approx((ends_s[240] - ends_s[120]) / 120, rel=1e-9)
+
+
+def test_seconds_per_step_are_not_those_of_the_first_steps() -> None:
+    """A reader that lags hides the slower device for eighteen steps.
+
+    Device 0 takes 10 s a step. Device 1 takes 9.5 s and device 2 reads what it made, 9 s more:
+    step k ends at ``max(10 k, 9.5 k + 9)``, so early steps seem to take 9.5 s.
+    """
+    events = [
+        StepEvent(Function(index=0, call="slow"), [0], 10.0, "slow"),
+        StepEvent(Function(index=1, call="make"), [1], 9.5, "make"),
+        StepEvent(Function(index=2, call="read"), [2], 9.0, "read", [("make", 0.0)]),
+    ]
+    clock_s: dict[int, float] = defaultdict(float)
+    for _ in range(6):
+        play_step(events, clock_s, None)
+    assert max(clock_s.values()) == pytest.approx(9.5 * 6 + 9)
+    assert steady_step_s(events) == pytest.approx(10.0)

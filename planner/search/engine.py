@@ -1,0 +1,103 @@
+"""What every engine takes and gives: ``Engine``, its ``Budget`` and its ``Record``.
+
+An engine starts from assignments that others found, puts all that it finds into a ``Record``, and
+may prove that no plan is faster than some ``lower_bound_s``. It looks at ``Record.spent`` often.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from planner.search.evaluate import Evaluator, Score
+from planner.search.options import Assignment
+
+Progress = Callable[[int, float], None]  # (evaluations, best seconds per step so far)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """When to stop: evaluations, a clock, or a plan that is within ``gap`` of the bound.
+
+    ``lower_bound_s``: what is proven before the engine starts.
+    """
+
+    max_evaluations: int
+    deadline_s: float  # on time.monotonic's clock
+    gap: float = 0.0
+    lower_bound_s: float = 0.0
+    progress: Progress | None = None
+
+
+@dataclass(kw_only=True)
+class Record:
+    """The best assignment that fits so far; and the least unfit, for the error message.
+
+    ``lower_bound_s``: no assignment of the space is faster. ``cut_by_time``: the time limit ended
+    the search, so that the same seed may give another plan. ``interrupted``: the user did.
+    """
+
+    evaluator: Evaluator
+    budget: Budget
+    best: Assignment | None = None
+    best_score: Score = field(default_factory=lambda: Score(math.inf, math.inf))
+    least_unfit: tuple[float, Assignment] | None = None
+    evaluations: int = 0
+    lower_bound_s: float = 0.0
+    cut_by_time: bool = False
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        self.raise_bound(self.budget.lower_bound_s)
+
+    def score(self, assignment: Assignment) -> Score:
+        """Score and remember."""
+        score = self.evaluator.score(assignment)
+        self.evaluations += 1
+        self.remember(assignment, score)
+        return score
+
+    def remember(self, assignment: Assignment, score: Score) -> None:
+        """Keep what is better than all before; tell progress of it."""
+        if score.overshoot > 0:
+            if self.least_unfit is None or score.overshoot < self.least_unfit[0]:
+                self.least_unfit = (score.overshoot, assignment)
+        elif self.best is None or score.step_s < self.best_score.step_s:
+            self.best, self.best_score = assignment, score
+            if self.budget.progress is not None:
+                self.budget.progress(self.evaluations, score.step_s)
+
+    def raise_bound(self, lower_bound_s: float) -> None:
+        """An engine has proven that no assignment takes less."""
+        self.lower_bound_s = max(self.lower_bound_s, lower_bound_s)
+
+    def interrupt(self) -> None:
+        """Ctrl-C: to be called in the handler; raises it again where there is no plan yet."""
+        if self.best is None:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    @property
+    def gap(self) -> float:
+        """(best - bound) / best; 1 where nothing fits yet."""
+        if self.best is None:
+            return 1.0
+        return max(0.0, 1.0 - self.lower_bound_s / self.best_score.step_s)
+
+    @property
+    def spent(self) -> bool:
+        """Is the budget used up, the gap small enough, or the user impatient?"""
+        if self.interrupted or self.evaluations >= self.budget.max_evaluations:
+            return True
+        if self.best is not None and self.gap <= self.budget.gap:
+            return True
+        self.look_at_clock()
+        return self.cut_by_time
+
+    def look_at_clock(self) -> None:
+        self.cut_by_time = time.monotonic() >= self.budget.deadline_s
+
+
+Engine = Callable[[Evaluator, list[Assignment], Budget, int], Record]

@@ -1,0 +1,446 @@
+"""Compiled: seconds and memory of an assignment, moves, the chain of the walk, scans.
+
+An assignment is two vectors over calls: ``mesh`` (an index of ``Tables.mesh_first``) and ``row``
+(a choice, an index of ``Tables.seconds``). ``evaluate`` gives what the simulator and the memory
+model give for the compiled plan, to rounding (``tests/planner/test_kernels.py``).
+
+Seconds per step. Every call is a rendezvous of its mesh, and so is the reallocation before it, of
+both meshes; ranks take these *events* in one order. So with e_v the end of event v in a step
+
+    e_v >= e_u + d_v                 u before v, on a common device; d_v with all its transfers
+    e_v >= e_p + d_v - (transfers before p's)        p makes data that v reads
+    e_v + T >= e_u + d_v             u not before v, on a common device: v is the next step's
+
+and the seconds per step in steady state are the least T for which these have a solution: the
+largest ratio of seconds to steps over the cycles of that graph (Baccelli, Cohen, Olsder and
+Quadrat 1992, "Synchronization and Linearity", theorem 3.28).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.jit import compiled
+
+# Passed from kernel to kernel, an array is counted; so there are few, and leaves take single ones.
+Records = npt.NDArray[np.void]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+NO_KEY = -1  # of an empty place in the table of reallocations
+
+
+MESH = np.dtype([("first", "i8"), ("end", "i8"), ("size", "i8")], align=True)  # size: its index
+CALL = np.dtype(
+    [
+        ("home", "i8"),  # the call in whose layout the role lives, -1: frozen or no role
+        ("role", "i8"),  # -1: none
+        ("spec", "i8"),  # equal for equal models, -1: none
+        ("last_stage_only", "i8"),  # 1: outputs are on the last stage only
+        ("mesh_start", "i8"),  # into call_meshes
+        ("mesh_stop", "i8"),
+        ("pair_start", "i8"),  # into pairs, by producer
+        ("pair_stop", "i8"),
+    ],
+    align=True,
+)
+ROW = np.dtype(
+    [
+        ("seconds", "f8"),
+        ("axes", "i8"),  # index of (pp, tp, dp)
+        ("stages", "i8"),  # pp
+        ("split", "i8"),  # equal where equal dp means equal samples on equal ranks
+        ("copies", "i8"),  # index of pp * tp: of every sample so many ranks need one
+        ("segment_start", "i8"),  # into segment_end: runs of stages with equal bytes
+        ("segment_stop", "i8"),
+    ],
+    align=True,
+)
+PAIR = np.dtype([("producer", "i8"), ("reader_start", "i8"), ("reader_stop", "i8")], align=True)
+RANGE = np.dtype([("start", "i8"), ("count", "i8")], align=True)
+EVENT = np.dtype(
+    [
+        ("call", "i8"),
+        ("home", "i8"),  # of a reallocation the call of the source, else -1
+        ("parent", "i8"),
+        ("busy_s", "f8"),
+        ("potential_s", "f8"),
+    ],
+    align=True,
+)
+USE = np.dtype(
+    [
+        ("event", "i8"),  # of the call
+        ("last", "i8"),  # last reader of the borrowed weights that the call brings, else -1
+        ("stays", "i8"),  # 1: the weights of its layout are resident and counted here
+    ],
+    align=True,
+)
+
+
+class Tables(NamedTuple):
+    """What a problem's options are, as arrays; ``tables.py`` makes it.
+
+    ``C`` calls, ``M`` meshes, ``S`` sizes of meshes, ``R`` choices of all calls ("rows"), ``A``
+    axes (pp, tp, dp), ``P`` pairs of a producer and a consumer.
+    """
+
+    num_devices: int
+    per_node: int
+    memory_bytes: float
+    reserve_bytes: float
+    meshes: Records  # [M] of MESH
+    sizes: Records  # [S] of RANGE into size_meshes
+    size_meshes: Ints  # meshes by size, by position
+    allowed: npt.NDArray[np.bool_]  # [C, M] by the call's lock, and the size has choices
+    calls: Records  # [C] of CALL
+    call_meshes: Ints  # allowed meshes
+    rows: Records  # [R] of ROW
+    row_ranges: Records  # [C, S] of RANGE: rows of a call on meshes of a size, fastest first
+    like: Records  # [C, A] of RANGE into like_rows
+    like_rows: Ints  # rows of a call with certain axes, fastest first
+    segment_end: Ints  # stages before the end of a run
+    segment_bytes: Floats  # [3, segments]: held, borrowed, running
+    most_bytes: Floats  # [3, R]
+    pairs: Records  # [P] of PAIR
+    readers: Ints  # earlier calls that read all keys of a pair
+    transfer_s: Floats  # [P, copies, S (the smaller mesh), leaves a node or not]
+
+
+class Scratch(NamedTuple):
+    """Room for one evaluation; ``E = 2 C`` events at most."""
+
+    events: Records  # [E] of EVENT
+    uses: Records  # [C] of USE
+    after_s: Floats  # [P] from the end of the producer to the end of the consumer
+    weight_s: Floats  # [E, E] e_v - e_u at least, below 0: no edge
+    missing: Ints  # [1] key of a reallocation that has no price yet, else NO_KEY
+
+
+# ---- prices of reallocations ------------------------------------------------------------------
+
+
+@compiled
+def slot(keys: Ints, key: int) -> int:
+    """Where ``key`` is or would be in an open-addressing table of a power of two places."""
+    mask = len(keys) - 1
+    place = ((key ^ (key >> 29)) * 0x2545F4914F6CDD1D >> 20) & mask
+    while keys[place] != NO_KEY and keys[place] != key:
+        place = (place + 1) & mask
+    return place
+
+
+@compiled
+def reallocation_key(t: Tables, mesh: Ints, row: Ints, source: int, target: int) -> int:
+    """Of the layouts of two calls of one role; equal for both moved by whole nodes."""
+    first, other = t.meshes[mesh[source]].first, t.meshes[mesh[target]].first
+    shift = min(first, other) // t.per_node * t.per_node
+    num_axes = t.like.shape[1]
+    key = t.calls[target].spec * num_axes + t.rows[row[source]].axes
+    key = key * num_axes + t.rows[row[target]].axes
+    key = key * t.num_devices + first - shift
+    return key * t.num_devices + other - shift  # type: ignore[no-any-return]
+
+
+# ---- seconds ----------------------------------------------------------------------------------
+
+
+@compiled
+def overlap(meshes: Records, a: int, b: int) -> bool:
+    return meshes[a].first < meshes[b].end and meshes[b].first < meshes[a].end  # type: ignore[no-any-return]
+
+
+@compiled
+def same_layout(rows: Records, mesh: Ints, row: Ints, i: int, j: int) -> bool:
+    return mesh[i] == mesh[j] and rows[row[i]].axes == rows[row[j]].axes  # type: ignore[no-any-return]
+
+
+@compiled
+def same_samples(rows: Records, mesh: Ints, row: Ints, i: int, j: int) -> bool:
+    """Do two calls work on the same samples on each rank?"""
+    return same_layout(rows, mesh, row, i, j) and rows[row[i]].split == rows[row[j]].split
+
+
+@compiled
+def find_transfers(t: Tables, mesh: Ints, row: Ints, transfer_s: Floats) -> None:
+    """Fill ``transfer_s`` [P]: as ``simulate.transfer_bytes`` and its price."""
+    meshes, rows, calls, pairs = t.meshes, t.rows, t.calls, t.pairs
+    readers, prices_s, per_node = t.readers, t.transfer_s, t.per_node
+    for i in range(len(mesh)):
+        for k in range(calls[i].pair_start, calls[i].pair_stop):
+            source = pairs[k].producer
+            transfer_s[k] = 0.0
+            whole = calls[source].last_stage_only == 0 or rows[row[source]].stages == 1
+            there = whole and same_samples(rows, mesh, row, source, i)
+            for n in range(pairs[k].reader_start, pairs[k].reader_stop):
+                there = there or same_samples(rows, mesh, row, readers[n], i)
+            a, b = meshes[mesh[source]], meshes[mesh[i]]
+            first, last = min(a.first, b.first), max(a.end, b.end) - 1
+            if not there and first != last:
+                far = 0 if first // per_node == last // per_node else 1
+                size = b.size if b.end - b.first < a.end - a.first else a.size
+                transfer_s[k] = prices_s[k, rows[row[i]].copies, size, far]
+
+
+@compiled
+def list_events(
+    t: Tables, keys: Ints, prices_s: Floats, mesh: Ints, row: Ints, s: Scratch
+) -> int:  # fmt: skip
+    """Fill ``s`` with the events of a step in their order; how many. Unknown prices are 0."""
+    calls, rows, events, uses, after_s = t.calls, t.rows, s.events, s.uses, s.after_s
+    find_transfers(t, mesh, row, after_s)
+    count = 0
+    for i in range(len(mesh)):
+        h = calls[i].home
+        uses[i].last = -1
+        if h >= 0 and h != i and not same_layout(rows, mesh, row, i, h):
+            fresh = True
+            for j in range(i):
+                if calls[j].home == h and uses[j].last >= 0:
+                    if same_layout(rows, mesh, row, i, j):
+                        fresh = False
+                        uses[j].last = i
+            if fresh:
+                uses[i].last = i
+                key = reallocation_key(t, mesh, row, h, i)
+                place = slot(keys, key)
+                known = keys[place] == key
+                if not known:
+                    s.missing[0] = key
+                events[count].call = i
+                events[count].home = h
+                events[count].busy_s = prices_s[place] if known else 0.0
+                count += 1
+        total = rows[row[i]].seconds
+        for k in range(calls[i].pair_stop - 1, calls[i].pair_start - 1, -1):
+            total += after_s[k]
+            after_s[k] = total
+        events[count].call = i
+        events[count].home = -1
+        events[count].busy_s = total
+        uses[i].event = count
+        count += 1
+    return count
+
+
+@compiled
+def meet(meshes: Records, mesh: Ints, events: Records, u: int, v: int) -> bool:
+    """Do two events share a device?"""
+    a, b = mesh[events[u].call], mesh[events[v].call]
+    if overlap(meshes, a, b):
+        return True
+    from_u, from_v = events[u].home, events[v].home
+    if from_u >= 0:
+        if overlap(meshes, mesh[from_u], b):
+            return True
+        if from_v >= 0 and overlap(meshes, mesh[from_u], mesh[from_v]):
+            return True
+    return from_v >= 0 and overlap(meshes, a, mesh[from_v])
+
+
+@compiled
+def is_on(meshes: Records, mesh: Ints, events: Records, v: int, device: int) -> bool:
+    """Does an event busy a device?"""
+    own = meshes[mesh[events[v].call]]
+    if own.first <= device < own.end:
+        return True
+    if events[v].home < 0:
+        return False
+    other = meshes[mesh[events[v].home]]
+    return other.first <= device < other.end  # type: ignore[no-any-return]
+
+
+@compiled
+def link_events(t: Tables, mesh: Ints, count: int, s: Scratch) -> float:
+    """Fill ``s.weight_s``; seconds that a step takes at least: the busiest first device."""
+    meshes, pairs, events, weight_s = t.meshes, t.pairs, s.events, s.weight_s
+    for u in range(count):
+        weight_s[u, u] = events[u].busy_s
+        for v in range(u + 1, count):
+            together = meet(meshes, mesh, events, u, v)
+            weight_s[u, v] = events[v].busy_s if together else -1.0
+            weight_s[v, u] = events[u].busy_s if together else -1.0
+    for i in range(len(mesh)):
+        v = s.uses[i].event
+        for k in range(t.calls[i].pair_start, t.calls[i].pair_stop):
+            u = s.uses[pairs[k].producer].event
+            weight_s[u, v] = max(weight_s[u, v], s.after_s[k])
+    floor_s = 0.0
+    for i in range(len(mesh)):
+        device, busy_s = meshes[mesh[i]].first, 0.0
+        for v in range(count):
+            if is_on(meshes, mesh, events, v, device):
+                busy_s += events[v].busy_s
+        floor_s = max(floor_s, busy_s)
+    return floor_s
+
+
+@compiled
+def cycle_from(events: Records, weight_s: Floats, count: int, start: int) -> float:
+    """Seconds over steps of the cycle that ``start``'s parents lead into, 0 where there is none."""
+    v = start
+    for _ in range(count):
+        v = events[v].parent
+        if v < 0:
+            return 0.0
+    seconds, steps, first = 0.0, 0, v
+    while True:
+        u = events[v].parent
+        seconds += weight_s[u, v]
+        if u >= v:
+            steps += 1
+        v = u
+        if v == first:
+            return float(seconds / steps)
+
+
+@compiled
+def largest_cycle(
+    events: Records, weight_s: Floats, count: int, floor_s: float, limit_s: float
+) -> float:  # fmt: skip
+    """T of the events, or seconds above ``limit_s`` that T is not below.
+
+    From below: under the present T either the constraints have a solution (longest paths, found
+    in order), or a cycle breaks them, and T is raised to that cycle's ratio.
+    """
+    step_s = floor_s
+    while step_s <= limit_s:
+        for v in range(count):
+            events[v].potential_s = 0.0
+            events[v].parent = -1
+        slack_s = 1e-12 * step_s
+        raised_s, changed = 0.0, count > 0
+        while changed and raised_s <= 0.0:
+            changed = False
+            for v in range(count):
+                for u in range(count):
+                    if weight_s[u, v] < 0.0:
+                        continue
+                    far_s = events[u].potential_s + weight_s[u, v]
+                    if u >= v:
+                        far_s -= step_s
+                    if far_s > events[v].potential_s + slack_s:
+                        events[v].potential_s = far_s
+                        events[v].parent = u
+                        changed = True
+                        if u >= v:
+                            raised_s = max(raised_s, cycle_from(events, weight_s, count, v))
+        if raised_s <= step_s:
+            return step_s
+        step_s = raised_s
+    return step_s
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+@compiled
+def find_residents(rows: Records, calls: Records, mesh: Ints, row: Ints, uses: Records) -> None:
+    """Fill ``uses.stays``: which calls' layouts are homes, each counted once."""
+    for j in range(len(mesh)):
+        uses[j].stays = 0
+        if calls[j].home >= 0:
+            uses[j].stays = 1 if calls[j].home == j else 0
+        elif calls[j].role >= 0:
+            uses[j].stays = 1
+            for k in range(j):
+                if calls[k].role == calls[j].role and same_layout(rows, mesh, row, j, k):
+                    uses[j].stays = 0
+
+
+@compiled
+def column_of(uses: Records, i: int, j: int) -> int:
+    """Bytes of call j that are there while call i runs: 0 held, 1 borrowed, -1 neither."""
+    if uses[j].stays == 1:
+        return 0
+    return 1 if j <= i <= uses[j].last else -1
+
+
+@compiled
+def peak_of(t: Tables, mesh: Ints, row: Ints, uses: Records, i: int) -> float:
+    """Bytes of the fullest device while call i runs."""
+    meshes, rows = t.meshes, t.rows
+    segment_end, segment_bytes = t.segment_end, t.segment_bytes
+    peak, device, end = 0.0, meshes[mesh[i]].first, meshes[mesh[i]].end
+    while device < end:
+        total, until = 0.0, end
+        for n in range(-1, len(mesh)):
+            j = i if n < 0 else n
+            column = 2 if n < 0 else column_of(uses, i, j)
+            place, what = meshes[mesh[j]], rows[row[j]]
+            if column < 0 or device >= place.end:
+                continue
+            if device < place.first:
+                until = min(until, place.first)
+                continue
+            width = (place.end - place.first) // what.stages
+            k = what.segment_start
+            while k < what.segment_stop and place.first + width * segment_end[k] <= device:
+                k += 1
+            if k < what.segment_stop:
+                total += segment_bytes[column, k]
+                until = min(until, place.first + width * segment_end[k])
+        peak = max(peak, total)
+        device = until
+    return peak
+
+
+@compiled
+def overshoot_of(t: Tables, mesh: Ints, row: Ints, uses: Records) -> float:
+    """Bytes that the fullest device lacks, as a share of what it has. Needs ``list_events``.
+
+    Device by device only where the sum of the fullest stages is too much.
+    """
+    meshes, most_bytes, free_bytes = t.meshes, t.most_bytes, t.memory_bytes - t.reserve_bytes
+    find_residents(t.rows, t.calls, mesh, row, uses)
+    peak = 0.0
+    for i in range(len(mesh)):
+        most = most_bytes[2, row[i]]
+        for j in range(len(mesh)):
+            column = column_of(uses, i, j)
+            if column >= 0 and overlap(meshes, mesh[i], mesh[j]):
+                most += most_bytes[column, row[j]]
+        if most > free_bytes:
+            peak = max(peak, peak_of(t, mesh, row, uses, i))
+    return max(0.0, (peak + t.reserve_bytes) / t.memory_bytes - 1.0)
+
+
+# ---- both -------------------------------------------------------------------------------------
+
+
+@compiled
+def evaluate(
+    t: Tables, keys: Ints, prices_s: Floats, mesh: Ints, row: Ints, limit_s: float, s: Scratch
+) -> tuple[float, float]:  # fmt: skip
+    """(seconds per step, overshoot); where the seconds are above ``limit_s`` only that is sure.
+
+    ``s.missing`` has a key where a price was unknown: the seconds are then no more than the true.
+    """
+    s.missing[0] = NO_KEY
+    count = list_events(t, keys, prices_s, mesh, row, s)
+    floor_s = link_events(t, mesh, count, s)
+    step_s = largest_cycle(s.events, s.weight_s, count, floor_s, limit_s)
+    if step_s > limit_s:
+        return step_s, 0.0
+    return step_s, overshoot_of(t, mesh, row, s.uses)
+
+
+@compiled
+def energy_of(step_s: float, overshoot: float) -> float:
+    """What searches minimise: seconds, dearer the less a plan fits."""
+    return step_s * (1.05 + 4.0 * overshoot) if overshoot > 0 else step_s
+
+
+@compiled
+def evaluate_many(
+    t: Tables, keys: Ints, prices_s: Floats, mesh: Ints, row: Ints, out: Floats, s: Scratch
+) -> int:  # fmt: skip
+    """Fill ``out`` [N, 2] for ``mesh`` and ``row`` [N, C]; how many have an unknown price."""
+    unknown = 0
+    for n in range(len(out)):
+        out[n, 0], out[n, 1] = evaluate(t, keys, prices_s, mesh[n], row[n], np.inf, s)
+        if s.missing[0] != NO_KEY:
+            unknown += 1
+    return unknown

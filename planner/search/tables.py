@@ -1,0 +1,317 @@
+"""``make_tables``: an ``OptionSpace`` as the arrays that the kernels read.
+
+``ReallocationPrices`` is the one table that grows while a search runs: a price is asked of the
+cost model when a kernel first needs it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.graph import CallKind
+from planner.layout import Layout
+from planner.memory import RESERVE_BYTES
+from planner.mesh import DeviceMesh
+from planner.plan import Problem
+from planner.search.kernels import (
+    CALL,
+    EVENT,
+    MESH,
+    NO_KEY,
+    PAIR,
+    RANGE,
+    ROW,
+    USE,
+    Floats,
+    Ints,
+    Records,
+    Scratch,
+    Tables,
+    slot,
+)  # fmt: skip
+from planner.search.options import Assignment, Choice, Option, OptionSpace
+from planner.simulate import StepPrices, num_splits, readers_of, sample_bytes
+from profiles.models import ModelSpec
+
+Axes = tuple[int, int, int]  # (pp, tp, dp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Both ways between options and the numbers that the kernels know them by."""
+
+    space: OptionSpace
+    meshes: Sequence[DeviceMesh]
+    rows: Sequence[tuple[int, Choice]]  # (call, choice)
+    axes: Sequence[Axes]
+    specs: Sequence[ModelSpec]
+    mesh_of: dict[DeviceMesh, int]
+    row_of: dict[tuple[int, int], int]  # (call, id of a choice)
+
+    def vectors(self, assignment: Assignment) -> tuple[Ints, Ints]:
+        """(mesh, row) of each call."""
+        mesh = [self.mesh_of[option.mesh] for option in assignment]
+        row = [self.row_of[(i, id(option.choice))] for i, option in enumerate(assignment)]
+        return np.array(mesh, dtype=np.int64), np.array(row, dtype=np.int64)
+
+    def assignment(self, mesh: Ints, row: Ints) -> Assignment:
+        """The options of two vectors."""
+        return tuple(self.option(i, int(m), int(r)) for i, (m, r) in enumerate(zip(mesh, row)))
+
+    def option(self, call: int, mesh: int, row: int) -> Option:
+        return self.space.option(self.space.calls[call].name, self.meshes[mesh], self.rows[row][1])
+
+
+def make_index(space: OptionSpace) -> Index:
+    meshes = [mesh for group in space.meshes_by_size.values() for mesh in group]
+    rows = [
+        (i, choice)
+        for i, call in enumerate(space.calls)
+        for size in space.meshes_by_size
+        for choice in space.choices[call.name].get(size, ())
+    ]
+    roles = [call.role for call in space.calls if call.role is not None]
+    return Index(
+        space=space,
+        meshes=meshes,
+        rows=rows,
+        axes=sorted({choice.axes for _, choice in rows}),
+        specs=list(dict.fromkeys(space.problem.models[role] for role in roles)),
+        mesh_of={mesh: n for n, mesh in enumerate(meshes)},
+        row_of={(i, id(choice)): n for n, (i, choice) in enumerate(rows)},
+    )
+
+
+def make_tables(index: Index) -> Tables:
+    """The arrays; see ``Tables`` for their shapes."""
+    space, problem = index.space, index.space.problem
+    cluster, calls = problem.cluster, space.calls
+    sizes = list(space.meshes_by_size)
+    by_size = [[index.mesh_of[m] for m in space.meshes_by_size[size]] for size in sizes]
+    allowed = np.zeros((len(calls), len(index.meshes)), dtype=np.bool_)
+    for i, call in enumerate(calls):
+        allowed[i, [index.mesh_of[mesh] for mesh in space.meshes[call.name]]] = True
+    choices = [choice for _, choice in index.rows]
+    copies = sorted({c.strategy.pp * c.strategy.tp for c in choices})
+    segments = [_segments(choice) for choice in choices]
+    pairs = _Pairs.of(problem)
+    counts = [[len(space.choices[call.name].get(size, ())) for size in sizes] for call in calls]
+    like, like_rows = _like(index)
+    return Tables(
+        num_devices=cluster.num_devices,
+        per_node=cluster.devices_per_node,
+        memory_bytes=float(cluster.device.memory_bytes),
+        reserve_bytes=float(RESERVE_BYTES[cluster.device.kind]),
+        meshes=_records(
+            MESH,
+            [(m.first, m.first + m.num_devices, sizes.index(m.num_devices)) for m in index.meshes],
+        ),
+        sizes=_ranges([len(group) for group in by_size]),
+        size_meshes=_ints([m for group in by_size for m in group]),
+        allowed=allowed,
+        calls=_calls(index, pairs, allowed),
+        call_meshes=np.nonzero(allowed)[1].astype(np.int64),
+        rows=_rows(index, segments, copies),
+        row_ranges=_ranges([n for row in counts for n in row]).reshape(len(calls), len(sizes)),
+        like=like,
+        like_rows=like_rows,
+        segment_end=_ints([end for found in segments for end, _ in found]),
+        segment_bytes=np.array(
+            [[b[column] for found in segments for _, b in found] for column in range(3)],
+            dtype=float,
+        ),
+        most_bytes=np.array(
+            [[max(b[column] for _, b in found) for found in segments] for column in range(3)],
+            dtype=float,
+        ),
+        pairs=_records(
+            PAIR,
+            [(producer, *ends) for (producer, _), ends in zip(
+                pairs.pairs, _spans([len(found) for found in pairs.readers]))],
+        ),
+        readers=_ints([reader for found in pairs.readers for reader in found]),
+        transfer_s=_transfer_table(pairs.sample_bytes, copies, sizes, space.prices),
+    )  # fmt: skip
+
+
+def _calls(index: Index, pairs: _Pairs, allowed: npt.NDArray[np.bool_]) -> Records:
+    problem, calls = index.space.problem, index.space.calls
+    graph, position = problem.graph, {call.name: i for i, call in enumerate(calls)}
+    meshes = _spans(allowed.sum(axis=1).tolist())
+    ends = _spans([sum(c == i for _, c in pairs.pairs) for i in range(len(calls))])
+    found: list[tuple[int, ...]] = []
+    for i, call in enumerate(calls):
+        train = graph.train_call(call.role) if call.role is not None else None
+        spec = problem.spec_of(call.name)
+        found.append((
+            -1 if train is None else position[train.name],
+            -1 if call.role is None else graph.roles.index(call.role),
+            -1 if spec is None else index.specs.index(spec),
+            int(call.kind is CallKind.INFER),
+            *meshes[i], *ends[i],
+        ))  # fmt: skip
+    return _records(CALL, found)
+
+
+def _rows(index: Index, segments: Sequence[Sequence[object]], copies: Sequence[int]) -> Records:
+    place = {axes: n for n, axes in enumerate(index.axes)}
+    spans = _spans([len(found) for found in segments])
+    calls = index.space.calls
+    return _records(ROW, [
+        (c.seconds, place[c.axes], c.strategy.pp, num_splits(calls[i], c.strategy),
+         copies.index(c.strategy.pp * c.strategy.tp), *span)
+        for (i, c), span in zip(index.rows, spans, strict=True)
+    ])  # fmt: skip
+
+
+def make_scratch(tables: Tables) -> Scratch:
+    """Room for the evaluations of one thread."""
+    num_calls = len(tables.calls)
+    num_events = 2 * num_calls
+    return Scratch(
+        events=np.zeros(num_events, dtype=EVENT),
+        uses=np.zeros(num_calls, dtype=USE),
+        after_s=np.zeros(len(tables.pairs)),
+        weight_s=np.zeros((num_events, num_events)),
+        missing=np.full(1, NO_KEY, dtype=np.int64),
+    )
+
+
+def _ints(values: Sequence[int]) -> Ints:
+    return np.array(values, dtype=np.int64)
+
+
+def _records(kind: np.dtype[np.void], values: Sequence[tuple[float, ...]]) -> Records:
+    return np.array(values, dtype=kind)
+
+
+def _spans(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, stop) of runs of these lengths, one after another."""
+    stops = np.cumsum(counts, dtype=np.int64).tolist()
+    return [(stop - count, stop) for count, stop in zip(counts, stops, strict=True)]
+
+
+def _ranges(counts: Sequence[int]) -> Records:
+    """(start, count) of runs of these lengths, one after another."""
+    spans = zip(counts, _spans(counts), strict=True)
+    return _records(RANGE, [(start, count) for count, (start, _) in spans])
+
+
+def _segments(choice: Choice) -> list[tuple[int, tuple[int, int, int]]]:
+    """(last stage + 1, bytes held, borrowed, running) of runs of stages with equal bytes."""
+    stages = list(zip(choice.held, choice.borrowed, choice.running, strict=True))
+    found, end = [], 0
+    for values, run in groupby(stages):
+        end += len(list(run))
+        found.append((end, values))
+    return found
+
+
+def _like(index: Index) -> tuple[Records, Ints]:
+    """(ranges [calls, axes], rows): rows of each call by their axes."""
+    place = {axes: n for n, axes in enumerate(index.axes)}
+    groups: dict[tuple[int, int], list[int]] = {
+        (i, n): [] for i in range(len(index.space.calls)) for n in range(len(place))
+    }
+    for n, (i, choice) in enumerate(index.rows):
+        groups[(i, place[choice.axes])].append(n)
+    ranges = _ranges([len(found) for found in groups.values()])
+    rows = _ints([n for found in groups.values() for n in found])
+    return ranges.reshape(-1, len(place)), rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pairs:
+    """(producer, consumer) by consumer and then producer, and what ``transfer_bytes`` asks."""
+
+    pairs: Sequence[tuple[int, int]]
+    readers: Sequence[Sequence[int]]
+    sample_bytes: Sequence[float]  # of all samples, once
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Pairs:
+        calls = problem.graph.calls
+        position = {call.name: i for i, call in enumerate(calls)}
+        pairs, readers, num_bytes = [], [], []
+        for i, call in enumerate(calls):
+            for producer, keys in readers_of(problem, call.name).items():
+                pairs.append((position[producer], i))
+                readers.append([j for j in range(i) if set(keys) <= set(calls[j].inputs)])
+                num_bytes.append(problem.workload.batch_size * sample_bytes(problem, keys))
+        return cls(pairs=pairs, readers=readers, sample_bytes=num_bytes)
+
+
+def _transfer_table(
+    sample_bytes: Sequence[float], copies: Sequence[int], sizes: Sequence[int], prices: StepPrices
+) -> Floats:
+    """Seconds by pair, copies, size of the smaller mesh, and whether it leaves a node.
+
+    They depend on meshes in no other way; so a pair of meshes stands for all of its kind.
+    """
+    cluster = prices.problem.cluster
+    total, per_node = cluster.num_devices, cluster.devices_per_node
+    found = np.zeros((len(sample_bytes), len(copies), len(sizes), 2))
+    for n, size in enumerate(sizes):
+        ends = [per_node if size <= per_node else 0, total if total > per_node else 0]
+        for far, end in enumerate(ends):
+            if end == 0 or end == 1:
+                continue
+            source, target = DeviceMesh(0, size), DeviceMesh(end - size, size)
+            for k, num_bytes in enumerate(sample_bytes):
+                for c, count in enumerate(copies):
+                    found[k, c, n, far] = prices.transfer_s(num_bytes * count, source, target)
+    return found
+
+
+class ReallocationPrices:
+    """Seconds by ``kernels.reallocation_key``, in an open-addressing table.
+
+    Threads may read it while one adds: a place's seconds are written before its key.
+    """
+
+    def __init__(self, index: Index, tables: Tables, prices: StepPrices) -> None:
+        self.index, self.tables, self.prices = index, tables, prices
+        self.keys: Ints = np.full(1 << 12, NO_KEY, dtype=np.int64)
+        self.seconds: Floats = np.zeros(1 << 12)
+        self.count = 0
+        self._lock = threading.Lock()
+
+    def add(self, key: int) -> None:
+        """Ask the cost model for the price of ``key``."""
+        with self._lock:
+            if self.keys[slot(self.keys, key)] == key:
+                return
+            if 2 * self.count >= len(self.keys):
+                self._grow()
+            place = slot(self.keys, key)
+            self.seconds[place] = self.prices.reallocation_s(*self.layouts(key))
+            self.keys[place] = key
+            self.count += 1
+
+    def layouts(self, key: int) -> tuple[Layout, Layout]:
+        """What ``kernels.reallocation_key`` packed."""
+        t, num_axes = self.tables, len(self.index.axes)
+        key, other = divmod(key, t.num_devices)
+        key, first = divmod(key, t.num_devices)
+        key, target = divmod(key, num_axes)
+        spec, source = divmod(key, num_axes)
+        return self._layout(spec, source, first), self._layout(spec, target, other)
+
+    def _layout(self, spec: int, axes: int, first: int) -> Layout:
+        pp, tp, dp = self.index.axes[axes]
+        mesh = DeviceMesh(first, pp * tp * dp)
+        return Layout(spec=self.index.specs[spec], mesh=mesh, pp=pp, tp=tp, dp=dp)
+
+    def _grow(self) -> None:
+        keys = np.full(2 * len(self.keys), NO_KEY, dtype=np.int64)
+        seconds = np.zeros(len(keys))
+        for place in np.flatnonzero(self.keys != NO_KEY):
+            new = slot(keys, int(self.keys[place]))
+            keys[new], seconds[new] = self.keys[place], self.seconds[place]
+        self.keys, self.seconds = keys, seconds
