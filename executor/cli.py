@@ -15,6 +15,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from executor import profiler
+from executor.inputs import check_inputs
 from executor.launch import local
 from executor.resume import find_checkpoint
 from executor.run import Run, one_layout_plan, resolve
@@ -116,7 +117,7 @@ def _resolve_run(args: argparse.Namespace) -> Run:
             "give a plan.json, or --layout with --model, and not both", where="realexec run"
         )
     plan = load_plan(path) if path is not None else _layout_plan(args, overrides)
-    run = resolve(plan, overrides)
+    run = check_inputs(resolve(plan, overrides))
     return replace(run, resume_from=find_checkpoint(run))
 
 

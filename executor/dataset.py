@@ -7,7 +7,7 @@ Read ``Item`` (a group of the step's batch), then ``Dataset``. What a file looks
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ class Item:
 
     record: Mapping[str, Any]
     prompt: Tensor
+    where: str = ""  # file:line
     answers: tuple[Tensor, ...] = ()
 
 
@@ -71,7 +72,9 @@ class MockData:
 
 
 class Dataset:
-    """A JSONL file, checked when opened; shuffled anew in every pass over it.
+    """A file or folder of ``records.py``, checked when opened; shuffled anew in every pass over it.
+
+    Without ``shuffle`` every pass has the file's order.
 
     Raises:
         ConfigError: a line is not as ``records.py`` says, or is too long; names file and line.
@@ -88,8 +91,9 @@ class Dataset:
         max_prompt_tokens: int,
         max_answer_tokens: int,
         stop_token_ids: tuple[int, ...] = (),
+        shuffle: bool = True,
     ) -> None:
-        self.seed = seed
+        self.seed, self.shuffle = seed, shuffle
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.longest = {"prompt": max_prompt_tokens, "answer": max_answer_tokens}
         self.stops = stop_token_ids
@@ -102,7 +106,9 @@ class Dataset:
         order = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
         return [self.items[order[place // count][place % count]] for place in places]
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(len(self.items))
         order: list[int] = torch.randperm(
             len(self.items), generator=_generator(self.seed, epoch)
         ).tolist()
@@ -119,6 +125,7 @@ class Dataset:
         ]  # fmt: skip
         return Item(
             record=example.record,
+            where=example.where,
             prompt=self._checked(prompt, "prompt", example.where),
             answers=tuple(self._checked(ids, "answer", example.where) for ids in answers),
         )

@@ -1,7 +1,8 @@
 """Lines of data files as people have them, checked: prompts, prompts with answers, pairs.
 
-JSONL in UTF-8, one object a line; other fields are kept for reward functions. Texts may be lists
-of chat messages (``{"role", "content"}``) wherever it says messages.
+JSONL in UTF-8, one object a line, or a folder that ``datasets`` has saved; other fields are kept
+for reward functions. Texts may be lists of chat messages (``{"role", "content"}``) wherever it
+says messages.
 
     prompts   {"prompt": text or messages}
     answers   {"prompt": text or messages, "answer": text}, or {"messages": [..., assistant]}
@@ -36,7 +37,7 @@ _SHAPES: Mapping[DataKind, str] = {
 class Example:
     """One prompt with the answers of its group (none, one, or chosen and rejected)."""
 
-    where: str  # file:line
+    where: str  # file:line, or folder:row
     record: Record
     prompt: Prompt
     answers: tuple[str, ...] = ()
@@ -50,9 +51,10 @@ def read_examples(path: Path, kind: DataKind) -> list[Example]:
             names file and line.
     """
     found: list[Example] = []
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
-        record = {"id": number, **_object(line, where, kind)}
+    for where, fields in (
+        _rows(path) if path.is_dir() and str(path) != "." else _objects(path, kind)
+    ):
+        record = {"id": int(where.rpartition(":")[2]), **fields}
         for prompt, answers in _READERS[kind](record, where):
             text = prompt if isinstance(prompt, str) else joined(prompt)
             own = {**record, "prompt": text}  # reward functions take a text
@@ -62,6 +64,40 @@ def read_examples(path: Path, kind: DataKind) -> list[Example]:
             "no examples in it", where=str(path), remedy=f"write {_SHAPES[kind]} lines"
         )
     return found
+
+
+def _objects(path: Path, kind: DataKind) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, object) of every line of a JSONL file, lines counted from 1."""
+    for number, line in _lines(path):
+        yield f"{path}:{number}", _object(line, f"{path}:{number}", kind)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(folder:row, fields) of a data set saved by ``save_to_disk``, rows counted from 0."""
+    where = str(path)
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(
+            "is a folder, and the package datasets is not installed", where=where,
+            remedy="pip install 'realplan[data]', or give a JSONL file",
+        ) from None  # fmt: skip
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        raise ConfigError(
+            f"has several splits ({', '.join(splits)})", where=where,
+            remedy=f"give one: {path / splits[0]}",
+        )  # fmt: skip
+    try:
+        rows = datasets.load_from_disk(where)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(
+            f"is no data set ({str(error).splitlines()[0]})", where=where,
+            remedy="give what datasets' save_to_disk wrote, or a JSONL file",
+        ) from None  # fmt: skip
+    for number, row in enumerate(rows):
+        # Arrow fills fields that a row lacks with None.
+        yield f"{path}:{number}", {k: v for k, v in row.items() if v is not None}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ class Run:
     config: Any
     resume_from: Path | None = None  # a checkpoint's folder
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by the algorithm's name: a worker cannot import a user's file as a module."""
+        config = config_to_dict(self.config)
+        return _rebuild, (self.plan, self.algorithm.name, config, self.resume_from)
+
     @property
     def output(self) -> Path:
         return Path(self.config.output)
@@ -50,6 +55,14 @@ class Run:
         if (model.init or self.config.init) == "random":
             return None
         return model.path or self.plan.problem.paths.get(role, "")
+
+
+def _rebuild(
+    plan: ExecutionPlan, name: str, config: Mapping[str, Any], resume_from: Path | None
+) -> Run:
+    algorithm = find_algorithm(name)
+    made = make_config(algorithm.config_class, [], base=config)
+    return Run(plan=plan, algorithm=algorithm, config=made, resume_from=resume_from)
 
 
 def resolve(plan: ExecutionPlan, overrides: Sequence[str]) -> Run:

@@ -14,8 +14,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from executor.dataset import Dataset, MockData, Prompts
-from executor.metrics import MetricsWriter
+from executor.boards import open_boards
+from executor.dataset import Prompts
+from executor.inputs import model_folder, open_data, open_evaluation
+from executor.metrics import REWARDS, MetricsWriter, shows_samples
 from executor.resume import restore, save_run
 from executor.run import Run, functions_of
 from executor.run_checkpoint import Checkpoint
@@ -69,36 +71,6 @@ class StepDisplay:
         self.progress.stop()
 
 
-def model_folder(run: Run) -> Path | None:
-    """The folder whose tokenizer the run uses: that of the first generating or first role."""
-    graph = run.plan.problem.graph
-    generating = [c.role for c in graph.calls if c.kind is CallKind.GENERATE]
-    role = generating[0] if generating else graph.roles[0]
-    path = run.model_path(role) if role else None
-    return Path(path) if path else None
-
-
-def open_data(run: Run, text: TextCodec) -> Prompts:
-    """The run's data, checked; random tokens for a benchmark without data."""
-    config, problem = run.config, run.plan.problem
-    if not config.data.path and text.tokenizer is None:
-        vocab = min(spec.vocab for spec in problem.models.values())
-        return MockData(
-            vocab=vocab, seed=config.seed, kind=run.algorithm.data, prompt_len=config.prompt_len,
-            response_len=config.response_len,
-        )  # fmt: skip
-    return Dataset(
-        Path(config.data.path),
-        kind=run.algorithm.data,
-        seed=config.seed,
-        chat_template=config.data.chat_template,
-        tokenizer=text.tokenizer,
-        max_prompt_tokens=config.prompt_len,
-        max_answer_tokens=config.response_len,
-        stop_token_ids=text.stop_token_ids,
-    )
-
-
 def checkpoint_name(step: int, steps_per_epoch: int | None) -> str:
     """The prior system's name of what is saved after ``step`` steps; all three count from 1.
 
@@ -113,6 +85,7 @@ def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) 
     """All steps of a run on one rank."""
     text = TextCodec(model_folder(run))
     data = open_data(run, text)
+    evaluation = open_evaluation(run, text)
     graph = run.plan.problem.graph
     first = Checkpoint(run.resume_from).step if run.resume_from is not None else 0
     display = StepDisplay(run.config.total_steps, first=first) if rank == 0 else None
@@ -122,7 +95,10 @@ def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) 
         else 1
         for call in graph.calls
     }
-    metrics = MetricsWriter(run.output, store, parts, first_step=first) if rank == 0 else None
+    metrics = None
+    if rank == 0:
+        boards = open_boards(run.output, run.config, first_step=first)
+        metrics = MetricsWriter(run.output, store, parts, boards=boards, first_step=first)
     with TraceWriter(run.output / "trace", rank) as trace:
         worker = Worker(
             run,
@@ -140,7 +116,7 @@ def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) 
             worker.setup()
             if run.resume_from is not None:
                 restore(worker, run.resume_from)
-            _steps(run, worker, metrics, display, first=first)
+            _steps(run, worker, metrics, display, first=first, evaluation=evaluation)
         finally:
             if display:
                 display.close()
@@ -155,36 +131,47 @@ def _steps(
     display: StepDisplay | None,
     *,
     first: int,
+    evaluation: Prompts | None,
 ) -> None:
     """Steps ``first`` to the last.
 
     Rank 0 writes a step's numbers after the next step, so that it never waits for a peer.
     """
-    total, waiting = run.config.total_steps, list[tuple[int, float]]()
+    config, has_rewards = run.config, run.plan.problem.graph.producer(REWARDS) is not None
+    total, waiting = config.total_steps, list[tuple[int, float, int]]()
+    eval_batches = evaluation.num_prompts // config.batch_size if evaluation else 0
     num_prompts = worker.data.num_prompts
-    steps_per_epoch = max(1, num_prompts // run.config.batch_size) if num_prompts else None
+    steps_per_epoch = max(1, num_prompts // config.batch_size) if num_prompts else None
 
     def write(until: int) -> None:
         while metrics and display and waiting and waiting[0][0] < until:
-            step, seconds = waiting.pop(0)
-            display.line(step, metrics.collect(step, seconds))
+            step, seconds, batches = waiting.pop(0)
+            samples = has_rewards and shows_samples(config, step)
+            display.line(
+                step, metrics.collect(step, seconds, eval_batches=batches, samples=samples)
+            )
 
     for step in range(first, total):
         start_s = time.time()
         worker.run_step(step)
-        waiting.append((step, time.time() - start_s))
+        seconds = time.time() - start_s
         if display:
             display.step_done()
+        batches = eval_batches if eval_batches and (step + 1) % config.eval_every == 0 else 0
+        for index in range(batches):
+            assert evaluation is not None
+            worker.evaluate(step, evaluation, index)
+        waiting.append((step, seconds, batches))
         write(step)
-        every = run.config.save_every
+        every = config.save_every
         if step + 1 == total or (every and (step + 1) % every == 0):
             if display:
                 display.instruction("saving")
             worker.save(Path(checkpoint_name(step + 1, steps_per_epoch)))
-        every = run.config.checkpoint_every
+        every = config.checkpoint_every
         if every and (step + 1) % every == 0:
             if display:
                 display.instruction("writing a checkpoint")
             write(step + 1)  # a run that goes on from here repeats no line
-            save_run(worker, step + 1, keep=run.config.keep_checkpoints)
+            save_run(worker, step + 1, keep=config.keep_checkpoints)
     write(total)

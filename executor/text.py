@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from executor.batch import SequenceBatch
+from executor.dataset import Item
 from profiles.errors import CheckpointError
 
 
@@ -36,16 +37,16 @@ class TextCodec:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def with_answers(
-        self, records: Sequence[Mapping[str, Any]], batch: SequenceBatch
-    ) -> list[dict[str, Any]]:
-        """The records of the batch's samples with ``answer`` and ``answer_ids`` added."""
+    def with_answers(self, items: Sequence[Item], batch: SequenceBatch) -> list[dict[str, Any]]:
+        """The records of the batch's samples with ``answer`` and ``answer_ids`` added, and with
+        ``where`` they stand: file:line."""
         offsets, prompts = batch.offsets, batch.get("prompt_lengths").tolist()
         ids = batch.token_ids.tolist()
         found = []
-        for i, record in enumerate(records):
+        for i, item in enumerate(items):
             answer = ids[offsets[i] + prompts[i] : offsets[i + 1]]
-            found.append({**record, "answer": self.decode(answer), "answer_ids": answer})
+            said = {"answer": self.decode(answer), "answer_ids": answer, "where": item.where}
+            found.append({**item.record, **said})
         return found
 
 

@@ -20,7 +20,7 @@ from executor.batch import SequenceBatch, balanced_groups
 from executor.context import RankContext
 from executor.model.transformer import DecoderStage
 from executor.parallel.optimizer import Adam
-from executor.parallel.pipeline import train_1f1b
+from executor.parallel.pipeline import forward_only, train_1f1b
 from planner.graph import ModelFunctionCall
 from planner.program import split_evenly
 
@@ -93,6 +93,28 @@ def train(trainer: Trainer, function: Any, own: SequenceBatch, passes: Passes) -
             if stopped:
                 return means.all(num_steps=call.num_optimizer_steps)
     return means.all(num_steps=call.num_optimizer_steps)
+
+
+def evaluate(
+    trainer: Trainer, function: Any, own: SequenceBatch, passes: Passes
+) -> tuple[Statistics, float]:
+    """(the loss and its statistics on the last stage, what they were divided by); nothing trained.
+
+    Collective over the role's mesh.
+    """
+    stage, total = trainer.stage, sum_over_dp(trainer.stage.ctx)
+    batch = function.prepare(own, total)
+    denominator = total(function.count(batch))
+    parts = balanced_groups(batch.lengths, passes.group_size, passes.num_micro_batches)
+
+    def read(hidden: Tensor, micro: SequenceBatch) -> Mapping[str, Tensor]:
+        found: Mapping[str, Tensor] = function.loss(
+            stage.head, hidden, micro, denominator, stage.ctx
+        )[1]
+        return found
+
+    results = forward_only(stage, [batch.select(part) for part in parts], read=read)
+    return {} if results is None else summed(results, total), float(denominator.flatten()[0])
 
 
 def _optimizer_step(

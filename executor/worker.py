@@ -18,9 +18,9 @@ from torch import Tensor
 from executor.batch import SequenceBatch, balanced_groups
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext, build_contexts
-from executor.dataset import Prompts
+from executor.dataset import Item, Prompts
 from executor.generate.engine import generate
-from executor.metrics import post
+from executor.metrics import REWARDS, evaluation_moment, post, post_samples, shows_samples
 from executor.model import hf_weights
 from executor.model.transformer import DecoderStage
 from executor.parallel.optimizer import Adam, AdamConfig
@@ -29,9 +29,9 @@ from executor.reallocate import execute
 from executor.run import Run
 from executor.text import TextCodec
 from executor.trace import TraceWriter
-from executor.training import Passes, Trainer, sum_over_dp, train
+from executor.training import Passes, Trainer, evaluate, sum_over_dp, train
 from executor.transfer import Exchange, SampleStore
-from planner.graph import ModelFunctionCall
+from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
 from planner.plan import Allocation
 from planner.program import (
@@ -50,6 +50,10 @@ from planner.program import (
     samples_of,
 )
 from planner.reallocation import reallocate
+from profiles.errors import ConfigError
+
+# Beyond the steps of any run: the noise of an evaluation's answers is its own.
+EVALUATION_STEPS = 1 << 40
 
 
 class Worker:
@@ -83,6 +87,9 @@ class Worker:
         self.trace = trace
         self.on_instruction = on_instruction
         self.step = 0
+        self.moment = "0"  # what the numbers of the step are posted under
+        self.items: Sequence[Item] = ()  # the data of the step, a group each
+        self.evaluating = False
         layouts = dict.fromkeys(layout for _, layout in program.layouts)
         self.contexts = build_contexts(layouts, rank=rank, device=device)
         self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
@@ -110,7 +117,23 @@ class Worker:
 
     def run_step(self, step: int) -> None:
         """Carry out this rank's instructions of a step."""
-        self.step = step
+        self.step, self.moment = step, str(step)
+        self.items = self.data.batch(step, self.problem.workload.batch_size)
+        self._carry_out_all()
+
+    def evaluate(self, step: int, data: Prompts, index: int) -> None:
+        """After ``step``: what its instructions make of batch ``index`` of other data, untrained.
+
+        Nothing changes but the metrics, which are posted under ``evaluation_moment``. Answers to
+        a batch are drawn with the same noise in every evaluation.
+        """
+        self.step, self.moment = EVALUATION_STEPS + index, evaluation_moment(step, index)
+        self.items = data.batch(index, self.problem.workload.batch_size)
+        self.evaluating = True
+        self._carry_out_all()
+        self.evaluating = False
+
+    def _carry_out_all(self) -> None:
         for instruction in self.program.step.get(self.rank, ()):
             self._carry_out(instruction)
         self.exchange.finish()
@@ -118,6 +141,10 @@ class Worker:
 
     def _carry_out(self, instruction: Instruction) -> None:
         label = label_of(instruction)
+        if self.evaluating:
+            self.on_instruction(f"evaluating: {label}")
+            self.handlers[type(instruction)](instruction, {})
+            return
         self.on_instruction(label)
         kind = type(instruction).__name__.lower()
         with self.trace.span(
@@ -235,7 +262,7 @@ class Worker:
 
     def _read_data(self, names: Sequence[str], groups: Sequence[int]) -> None:
         """Keep ``sequences`` and ``prompt_lengths`` of these groups of the data set."""
-        items = self.data.batch(self.step, self.problem.workload.batch_size)
+        items = self.items
         sequences = self.samples.sequences(groups, self.problem.workload.group_size)
         rows = [
             (items[group].prompt, answer) for group in groups for answer in items[group].answers
@@ -260,14 +287,13 @@ class Worker:
         call, allocation, dp_rank = self._place(instruction.call)
         assert call.role is not None
         _, layout = self._context_of(call.name)
-        items = self.data.batch(self.step, self.problem.workload.batch_size)
         sequences = self.samples.sequences(
             self._share(call, allocation, dp_rank), self._group_size(call)
         )
         whole = self.problem.workload.group_size
         batch = generate(
             self._stage(call.role, layout),
-            [items[sequence // whole].prompt.to(self.device) for sequence in sequences],
+            [self.items[sequence // whole].prompt.to(self.device) for sequence in sequences],
             samples=sequences,
             params=self.functions[call.name].sampling(self.text.stop_token_ids),
             seed=self.run.config.seed,
@@ -314,11 +340,30 @@ class Worker:
                 self.samples.put(self._with_outputs(call, micro_batch, values), call)
             means = self._mean_outputs(call, results, context)
         self._report(call, means)
+        if self._tells(call):
+            self._show_samples(call)
+
+    def _item(self, sample: int) -> Item:
+        return self.items[sample // self.problem.workload.group_size]
 
     def _with_outputs(
         self, call: ModelFunctionCall, batch: SequenceBatch, values: Mapping[str, Tensor]
     ) -> SequenceBatch:
+        """``batch`` with what the call's function found of it.
+
+        Raises:
+            ConfigError: a value of a sequence is not finite; names the prompt's line.
+        """
         per = {call.inner_name(k): self.problem.graph.key(k).per for k in call.outputs}
+        for name, value in values.items():
+            if per[name] == "sequence" and not torch.isfinite(value).all():
+                place = int((~torch.isfinite(value)).nonzero()[0])
+                item = self._item(batch.samples[place])
+                raise ConfigError(
+                    f"{call.name} finds {name} {float(value[place])} for an answer to this prompt",
+                    where=item.where or f"sample {batch.samples[place]}",
+                    remedy=f"mend the line, or the weights of {call.role or call.name}",
+                )
         return batch.with_values(
             per_token={k: v for k, v in values.items() if per[k] == "token"},
             per_sequence={k: v for k, v in values.items() if per[k] == "sequence"},
@@ -341,9 +386,7 @@ class Worker:
     def _function(self, instruction: Function, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
         batch = self._gather(call, self._share(call, allocation, dp_rank))
-        items = self.data.batch(self.step, self.problem.workload.batch_size)
-        whole = self.problem.workload.group_size
-        own = self.text.with_answers([items[s // whole].record for s in batch.samples], batch)
+        own = self.text.with_answers([self._item(sample) for sample in batch.samples], batch)
         values = self.functions[call.name].run(batch, own)
         counts["num_tokens"] = batch.num_tokens
         if isinstance(values, SequenceBatch):  # sequences of its own: a choice among those given
@@ -353,7 +396,9 @@ class Worker:
             self.samples.put(self._with_outputs(call, batch, values), call)
         means = {key: float(value.double().mean()) for key, value in values.items()}
         # Ranks of a function never wait for each other: each tells its own share.
-        post(self.store, self.step, call.name, means, part=dp_rank, weight=batch.num_sequences)
+        post(self.store, self.moment, call.name, means, part=dp_rank, weight=batch.num_sequences)
+        if dp_rank == 0:
+            self._show_samples(call)
 
     def _train(self, instruction: Train, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
@@ -366,14 +411,41 @@ class Worker:
             seed=self.run.config.seed, step=self.step,
         )  # fmt: skip
         counts["num_tokens"] = own.num_tokens
-        self._report(call, train(self.trainers[call.role], function, own, passes))
+        trainer = self.trainers[call.role]
+        if not self.evaluating:
+            self._report(call, train(trainer, function, own, passes))
+        elif any(other.kind is CallKind.GENERATE for other in self.problem.graph.calls):
+            self._report(call, {})  # of sampled answers the rewards are what counts
+        else:
+            self._report(call, *evaluate(trainer, function, own, passes))
 
     # ---- results ------------------------------------------------------------------------------
 
-    def _report(self, call: ModelFunctionCall, values: Mapping[str, float]) -> None:
-        """The first rank that holds the call's results tells them."""
-        if self.rank == reporting_rank(self.plan.allocations[call.name], call):
-            post(self.store, self.step, call.name, values)
+    def _tells(self, call: ModelFunctionCall) -> bool:
+        """This is the first rank that holds the call's results."""
+        return self.rank == reporting_rank(self.plan.allocations[call.name], call)
+
+    def _report(
+        self, call: ModelFunctionCall, values: Mapping[str, float], weight: float = 1.0
+    ) -> None:
+        if self._tells(call):
+            post(self.store, self.moment, call.name, values, weight=weight)
+
+    def _show_samples(self, call: ModelFunctionCall) -> None:
+        """Leave the first answers and their rewards, if the step is one of ``samples_every``."""
+        config, held = self.run.config, self.samples.values
+        if REWARDS not in call.outputs or self.evaluating or not shows_samples(config, self.step):
+            return
+        table = []
+        for sample in sorted(held[REWARDS])[: config.num_samples]:
+            ids = held["sequences"][sample].tolist()
+            start, item = int(held["prompt_lengths"][sample]), self._item(sample)
+            prompt = item.record.get("prompt") or self.text.decode(ids[:start])
+            table.append(
+                {"step": self.step, "sample": sample, "where": item.where, "prompt": prompt,
+                 "answer": self.text.decode(ids[start:]), "reward": float(held[REWARDS][sample])}
+            )  # fmt: skip
+        post_samples(self.store, self.step, table)
 
     def save(self, folder: Path) -> list[Path]:
         """Write every trained role as a Hugging Face folder ``<role>/<folder>``; all ranks."""

@@ -1,6 +1,7 @@
 """Rewards that are functions of an answer: ``f(prompt, answer, record) -> float``.
 
-``record`` is the prompt's line of the data file, with ``answer_ids`` (the answer's tokens) added.
+``record`` is the prompt's line of the data file, with ``answer_ids`` (the answer's tokens) and
+``where`` (file:line) added.
 A function with an attribute ``takes_lists = True`` is called once for many answers instead:
 ``f(prompts, answers, records) -> one number an answer``.
 """
@@ -48,7 +49,8 @@ def _finite(value: Any, record: Record) -> float:
     if not math.isfinite(number):
         raise ConfigError(
             f"the reward of sample {record.get('id', '?')} is {value!r}",
-            where="reward.source", remedy="rewards must be finite numbers",
+            where=record.get("where") or "reward.source",
+            remedy="rewards must be finite numbers: mend the line or reward.source",
         )  # fmt: skip
     return number
 

@@ -14,6 +14,10 @@ from profiles.errors import ConfigError
 
 INITS = ("checkpoint", "random")
 SCHEDULES = ("constant", "linear", "cosine")
+_LEAST = {
+    "total_epochs": 0, "save_every": 0, "checkpoint_every": 0, "keep_checkpoints": 1,
+    "eval_every": 0, "samples_every": 0, "num_samples": 1,
+}  # fmt: skip
 
 
 @dataclass
@@ -34,9 +38,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The prompts: JSONL with a ``prompt`` in every line."""
+    """A set of prompts, answers or pairs."""
 
-    path: str = ""
+    path: str = ""  # a JSONL file, or a folder that the package datasets has saved
     chat_template: bool = True  # wrap prompts in the tokenizer's chat template, if it has one
 
 
@@ -48,23 +52,34 @@ class RunConfig:
     prompt_len: int = 1024  # longest prompt, in tokens; longer ones are refused
     response_len: int = 1024  # longest answer, in tokens
     total_steps: int = 10
+    total_epochs: int = 0  # passes over the data, instead of total_steps; 0: as total_steps says
     seed: int = 1
     init: str = "checkpoint"  # checkpoint, or random: weights without a file (benchmarks)
     save_every: int = 0  # steps between saved models; 0: after the last step only
     checkpoint_every: int = 0  # steps between checkpoints to go on from; 0: none
     keep_checkpoints: int = 2  # older ones are removed
+    eval_every: int = 0  # steps between evaluations on eval_data; 0: none
+    samples_every: int = 0  # steps between tables of answers with their rewards; 0: none
+    num_samples: int = 4  # most answers in such a table
+    wandb_project: str = ""  # Weights & Biases gets the numbers too, if it is installed; empty: not
     resume: str = ""  # a checkpoint's folder, or auto: the newest in output, if there is one
     output: str = "runs/latest"  # folder for metrics, traces and saved models
     data: DataConfig = field(default_factory=DataConfig)
+    eval_data: DataConfig = field(default_factory=DataConfig)
 
     def check_run(self) -> None:
         """Raise ``ConfigError`` naming the first value out of range."""
         for name in ("batch_size", "prompt_len", "response_len", "total_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{getattr(self, name)} is not at least 1", where=name)
-        for name, least in (("save_every", 0), ("checkpoint_every", 0), ("keep_checkpoints", 1)):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{getattr(self, name)} is below {least}", where=name)
+        if self.eval_every and not self.eval_data.path:
+            raise ConfigError(
+                "there is nothing to evaluate on", where="eval_every",
+                remedy="give eval_data.path=FILE",
+            )  # fmt: skip
         if self.init not in INITS:
             raise ConfigError(f"'{self.init}' is neither checkpoint nor random", where="init")
         for role, model in self.models().items():

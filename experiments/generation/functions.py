@@ -39,7 +39,11 @@ class Write:
         finished = batch.get("finished").tolist()
         with (self.folder / f"from{first}.jsonl").open("a", encoding="utf-8") as file:
             for sample, record, ended in zip(batch.samples, records, finished, strict=True):
-                line = {name: value for name, value in record.items() if name != "answer_ids"}
+                line = {
+                    name: value
+                    for name, value in record.items()
+                    if name not in ("answer_ids", "where")
+                }
                 line |= {"sample": sample % self.samples_per_prompt, "finished": bool(ended)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return {}

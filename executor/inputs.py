@@ -1,0 +1,140 @@
+"""What a run reads besides weights, checked before any process starts: data, tokenizers, rewards.
+
+Read ``check_inputs``; the workers open the same data again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from executor.boards import import_wandb
+from executor.dataset import Dataset, MockData, Prompts
+from executor.run import Run, functions_of
+from executor.text import TextCodec
+from planner.graph import CallKind
+from planner.run_config import DataConfig
+from profiles.errors import CheckpointError, ConfigError
+
+
+def model_folder(run: Run) -> Path | None:
+    """The folder whose tokenizer the run uses: that of the first generating or first role."""
+    graph = run.plan.problem.graph
+    generating = [c.role for c in graph.calls if c.kind is CallKind.GENERATE]
+    role = generating[0] if generating else graph.roles[0]
+    path = run.model_path(role) if role else None
+    return Path(path) if path else None
+
+
+def open_data(run: Run, text: TextCodec) -> Prompts:
+    """The run's data, checked; random tokens for a benchmark without data."""
+    config, problem = run.config, run.plan.problem
+    if not config.data.path and text.tokenizer is None:
+        vocab = min(spec.vocab for spec in problem.models.values())
+        return MockData(
+            vocab=vocab, seed=config.seed, kind=run.algorithm.data, prompt_len=config.prompt_len,
+            response_len=config.response_len,
+        )  # fmt: skip
+    return _dataset(run, text, config.data)
+
+
+def open_evaluation(run: Run, text: TextCodec) -> Dataset | None:
+    """The evaluation's data in its own order, checked; None where ``eval_every`` is 0.
+
+    Raises:
+        ConfigError: it has fewer examples than a batch.
+    """
+    if not run.config.eval_every:
+        return None
+    data = _dataset(run, text, run.config.eval_data, shuffle=False)
+    if data.num_prompts < run.config.batch_size:
+        raise ConfigError(
+            f"has {data.num_prompts} examples, fewer than batch_size={run.config.batch_size}",
+            where=run.config.eval_data.path, remedy="evaluation takes whole batches: add examples",
+        )  # fmt: skip
+    return data
+
+
+def _dataset(run: Run, text: TextCodec, data: DataConfig, *, shuffle: bool = True) -> Dataset:
+    config = run.config
+    if data.path and text.tokenizer is None:
+        raise ConfigError(
+            "random weights have no tokenizer to read it with", where=f"data {data.path}",
+            remedy="give the path of a model, or no data",
+        )  # fmt: skip
+    return Dataset(
+        Path(data.path),
+        kind=run.algorithm.data,
+        seed=config.seed,
+        chat_template=data.chat_template,
+        tokenizer=text.tokenizer,
+        max_prompt_tokens=config.prompt_len,
+        max_answer_tokens=config.response_len,
+        stop_token_ids=text.stop_token_ids,
+        shuffle=shuffle,
+    )
+
+
+# ---- before a run -----------------------------------------------------------------------------
+
+
+def check_inputs(run: Run) -> Run:
+    """The run with ``total_steps`` as ``total_epochs`` says.
+
+    Raises:
+        ConfigError: data that cannot be used (names file and line), an unknown reward, a package
+            that is missing.
+        CheckpointError: no tokenizer, or two roles read tokens in different ways.
+    """
+    if run.config.wandb_project:
+        import_wandb()
+    functions_of(run)  # finds reward functions
+    check_tokenizers(run)
+    text = TextCodec(model_folder(run))
+    data = open_data(run, text)
+    open_evaluation(run, text)
+    if not run.config.total_epochs:
+        return run
+    if data.num_prompts is None:
+        raise ConfigError("random data has no end", where="total_epochs", remedy="give total_steps")
+    steps = ceil(run.config.total_epochs * data.num_prompts / run.config.batch_size)
+    return replace(run, config=replace(run.config, total_steps=steps))
+
+
+def check_tokenizers(run: Run) -> None:
+    """Raise ``CheckpointError`` unless all roles that read the same tokens mean the same by them.
+
+    A role whose folder has no ``tokenizer.json`` is taken to have been trained with the others'.
+    """
+    vocabularies: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for role in run.plan.problem.graph.roles:
+        path = run.model_path(role)
+        file = Path(path) / "tokenizer.json" if path else None
+        if file is not None and file.is_file():
+            vocabularies[role] = file, _vocabulary(file)
+    roles = list(vocabularies)
+    for role in roles[1:]:
+        (first, wanted), (file, found) = vocabularies[roles[0]], vocabularies[role]
+        if found == wanted:
+            continue
+        unlike = next(
+            token for token in {**wanted, **found} if wanted.get(token) != found.get(token)
+        )
+        raise CheckpointError(
+            f"its tokenizer is not {roles[0]}'s: {unlike!r} is token {found.get(unlike)} of "
+            f"{file}, {wanted.get(unlike)} of {first}",
+            where=f"{role}.path", remedy=f"use a {role} model of {roles[0]}'s family",
+        )  # fmt: skip
+
+
+def _vocabulary(file: Path) -> dict[str, Any]:
+    """Token -> id, added tokens among them."""
+    parsed = json.loads(file.read_text(encoding="utf-8"))
+    words = parsed.get("model", {}).get("vocab", {})
+    if isinstance(words, list):  # unigram: [token, score] by id
+        words = {token: i for i, (token, _) in enumerate(words)}
+    added = {entry["content"]: entry["id"] for entry in parsed.get("added_tokens", [])}
+    return {**words, **added}

@@ -1,0 +1,251 @@
+"""Protects what a user meets before any process starts: every mistake in data, tokenizers and
+rewards is one sentence with file, line and remedy; and what a run tells while it goes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from executor import cli
+from executor.boards import WandB, markdown
+from executor.launch import local
+from scripts.toy_task import share_in_place, write_data, write_model
+
+OPTIONS = ["batch_size=4", "prompt_len=8", "response_len=6", "samples_per_prompt=2"]
+REWARD = "reward.source=tests.executor.test_inputs:exact"
+
+
+def exact(prompt: str, answer: str, record: Mapping[str, Any]) -> float:
+    return share_in_place(prompt, answer, record)
+
+
+def broken(prompt: str, answer: str, record: Mapping[str, Any]) -> float:
+    return math.nan if record["id"] == 3 else 0.0
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    write_model(folder / "model", seed=1)
+    write_data(folder, seed=1, examples=12)
+    return folder
+
+
+def run(toy: Path, *words: str, algorithm: str = "grpo", layout: str = "d1p1m1") -> int:
+    argv = ["run", "--layout", layout, "--algorithm", algorithm, "--model", str(toy / "model")]
+    return cli.main([*argv, *OPTIONS, *words])
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*args: Any, **options: Any) -> None:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr(local, "launch", launch)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"prompt": "sort 1"}\n{"prompt"', "prompts.jsonl:2: not JSON"),
+        ('{"prompt": "sort 1"}\n{"text": "x"}', "prompts.jsonl:2: prompt is None; every line"),
+        ('{"prompt": "sort 1"}\n{"prompt": " "}', "prompts.jsonl:2: prompt is ' '; every line"),
+        ('\n\n{"prompt": "sort 1 2 3 4 5 6 7 8 9"}', "prompts.jsonl:3: the prompt has 10 tokens, "
+         "more than prompt_len=8; shorten it or search a plan with prompt_len=10"),
+        ('{"prompt": "sort 1"}\n{"prompt": "\udce4"}', "prompts.jsonl:2: not UTF-8; save as UTF-8"),
+        ("", "prompts.jsonl: no examples in it"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_named_before_any_process(
+    text: str, sentence: str, toy: Path, tmp_path: Path, no_processes: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "out"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert run(toy, REWARD, f"data.path={file}", "-o", str(output)) == 2
+    assert sentence in capsys.readouterr().err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["reward.source=no_such_module:f"], "no module 'no_such_module'"),
+        (["reward.source=vader+nonsense"], "reward.source=nonsense: not a reward; use model, "),
+        ([REWARD, "eval_every=2"], "eval_every: there is nothing to evaluate on; give eval_data"),
+        ([REWARD, "eval_every=2", "eval_data.path={toy}/prompts.jsonl", "batch_size=13"],
+         "prompts.jsonl: has 12 examples, fewer than batch_size=13"),
+        ([REWARD, "init=random"], "random weights have no tokenizer to read it with"),
+        ([REWARD, "wandb_project=mine"], "wandb_project: the package wandb is not installed"),
+    ],
+)  # fmt: skip
+def test_other_mistakes_are_named_before_any_process(
+    words: list[str], sentence: str, toy: Path, tmp_path: Path, no_processes: None,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = [word.format(toy=toy) for word in words]
+    assert run(toy, f"data.path={toy}/prompts.jsonl", *words, "-o", str(tmp_path / "out")) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_reward_model_that_means_other_tokens_is_refused(
+    toy: Path, tmp_path: Path, no_processes: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    write_model(other, seed=2)
+    config = json.loads((other / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (other / "config.json").write_text(json.dumps(config))
+    words = [f"data.path={toy}/prompts.jsonl", f"reward.path={other}", "-o", str(tmp_path / "out")]
+    with pytest.raises(AssertionError, match="workers were started"):  # the same words: all is well
+        run(toy, *words)
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    tokens["model"]["vocab"] |= {"3": 9, "5": 7}
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    capsys.readouterr()
+    assert run(toy, *words) == 2
+    printed = capsys.readouterr().err
+    assert "reward.path: its tokenizer is not actor's: '3' is token 9 of" in printed
+    assert "7 of" in printed
+    assert "use a reward model of actor's family" in printed
+
+
+def test_a_reward_that_is_no_number_names_the_prompts_line(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["reward.source=tests.executor.test_inputs:broken", "total_epochs=1"]
+    assert run(toy, f"data.path={toy}/prompts.jsonl", *words, "-o", str(tmp_path / "out")) == 2
+    assert "prompts.jsonl:3: the reward of sample 3 is nan; rewards must be" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_reward_model_that_finds_no_number_names_a_line(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(toy / "model", num_labels=1)
+    torch.nn.init.constant_(model.score.weight, math.nan)
+    model.save_pretrained(tmp_path / "reward")
+    words = [f"reward.path={tmp_path}/reward", f"data.path={toy}/prompts.jsonl"]
+    assert run(toy, *words, "-o", str(tmp_path / "out")) == 2
+    assert re.search(
+        r"prompts\.jsonl:\d+: rew_inf finds rewards nan for an answer to this prompt; mend the "
+        r"line, or the weights of reward",
+        capsys.readouterr().err,
+    )
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_evaluates_and_shows_answers_and_its_training_never_notices(
+    toy: Path, tmp_path: Path
+) -> None:
+    """Under two layouts, on a data set saved by datasets, and without evaluation."""
+    datasets = pytest.importorskip("datasets")
+    saved = tmp_path / "saved"
+    rows = [{"prompt": row["prompt"]} for row in lines(toy / "prompts.jsonl")]
+    datasets.Dataset.from_list(rows).save_to_disk(str(saved))
+    words = [REWARD, f"data.path={saved}", "total_epochs=2", "actor.lr=1e-2", "grpo.kl_coef=0"]
+    telling = [f"eval_data.path={toy}/prompts.jsonl", "eval_every=2", "samples_every=3",
+               "num_samples=3"]  # fmt: skip
+    outputs = [tmp_path / name for name in ("told", "split", "quiet")]
+    assert run(toy, *words, *telling, "-o", str(outputs[0])) == 0
+    assert run(toy, *words, *telling, "-o", str(outputs[1]), layout="d2p1m1") == 0
+    assert run(toy, *words, "-o", str(outputs[2])) == 0
+    told, split, quiet = (lines(output / "metrics.jsonl") for output in outputs)
+    assert len(told) == 2 * 12 / 4
+    evaluated = [line["step"] for line in told if "eval/rew_inf/rewards" in line]
+    assert evaluated == [1, 3, 5]
+    for one, two, three in zip(told, split, quiet, strict=True):
+        for name, value in three.items():
+            if name != "step_s":
+                assert one[name] == value, name
+        for name in ("rew_inf/rewards", "eval/rew_inf/rewards", "eval/actor_gen/response_tokens"):
+            assert one.get(name) == pytest.approx(two.get(name), abs=1e-6)
+    table = lines(outputs[0] / "samples.jsonl")
+    assert [(row["step"], row["sample"]) for row in table] == [
+        (step, sample) for step in (0, 3) for sample in range(3)
+    ]
+    assert table == lines(outputs[1] / "samples.jsonl")
+    for row in table:
+        assert row["reward"] == pytest.approx(exact(row["prompt"], row["answer"], {}))
+        assert rows[int(row["where"].rpartition(":")[2])]["prompt"] == row["prompt"]
+    assert not (outputs[2] / "samples.jsonl").read_text()
+
+
+def test_the_evaluation_of_a_supervised_loss_is_the_loss_of_the_weights(
+    toy: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of 0 the evaluation on the training data is the training loss."""
+    words = [f"data.path={toy}/sft.jsonl", f"eval_data.path={toy}/sft.jsonl", "eval_every=1",
+             "total_steps=1", "actor.lr=0", "batch_size=12"]  # fmt: skip
+    argv = ["run", "--layout", "d1p2m1", "--algorithm", "sft", "--model", str(toy / "model")]
+    argv += ["prompt_len=8", "response_len=8", *words, "-o", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    (line,) = lines(tmp_path / "out" / "metrics.jsonl")
+    assert line["eval/actor_train/loss"] == pytest.approx(line["actor_train/loss"], rel=1e-6)
+
+
+def test_several_splits_are_refused_by_name(
+    toy: Path, tmp_path: Path, no_processes: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list([{"prompt": "sort 1"}])
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(str(tmp_path / "both"))
+    assert run(toy, REWARD, f"data.path={tmp_path}/both") == 2
+    assert f"several splits (train, test); give one: {tmp_path}/both/train" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_folder_without_datasets_is_refused(
+    toy: Path, tmp_path: Path, no_processes: None, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert run(toy, REWARD, f"data.path={tmp_path}") == 2
+    assert "datasets is not installed; pip install 'realplan[data]'" in capsys.readouterr().err
+
+
+def test_weights_and_biases_gets_numbers_and_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the package, which is no dependency: what is asked of it."""
+    logged: list[Any] = []
+    given: dict[str, Any] = {}
+
+    def init(**options: Any) -> SimpleNamespace:
+        given.update(options)
+        return SimpleNamespace(
+            log=lambda values, step: logged.append((step, values)),
+            finish=lambda: logged.append("finished"),
+        )
+
+    table = lambda columns, data: (columns, data)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Table=table))
+    board = WandB("mine", tmp_path / "runs" / "ppo", {"seed": 1})
+    board.scalars(3, {"loss": 0.5})
+    board.table(3, [{"prompt": "p", "reward": 1.0}])
+    board.close()
+    assert (given["project"], given["id"], given["config"]) == ("mine", "runs-ppo", {"seed": 1})
+    assert logged == [
+        (3, {"loss": 0.5}), (3, {"samples": (["prompt", "reward"], [["p", 1.0]])}), "finished"
+    ]  # fmt: skip
+
+
+def test_a_table_of_answers_survives_bars_and_line_breaks() -> None:
+    assert markdown([{"answer": "a|b\nc"}]) == "| answer |\n| --- |\n| a\\|b<br>c |"
