@@ -189,3 +189,28 @@ def run_rank(
 def run_plan(plan: ExecutionPlan, folder: Path, data: Prompts | None = None) -> list[Outcome]:
     folder.mkdir(parents=True, exist_ok=True)
     return spawn(plan.num_devices, run_rank, plan, str(folder), data)
+
+
+Runs = dict[str, tuple[ExecutionPlan, Prompts | None]]
+
+
+def _run_all(rank: int, world_size: int, runs: Runs, folder: str) -> dict[str, Outcome]:
+    found = {}
+    for name, (plan, data) in runs.items():
+        own = Path(folder) / name.replace(" ", "_")
+        own.mkdir(parents=True, exist_ok=True)
+        found[name] = run_rank(rank, world_size, plan, str(own), data)
+    return found
+
+
+def run_plans(runs: Runs, folder: Path) -> dict[str, list[Outcome]]:
+    """Several plans one after another in the same processes: they start once, which is most of
+    the time of a small run. A plan's devices are the first of them."""
+    by_rank = spawn(
+        max(plan.num_devices for plan, _ in runs.values()), _run_all, runs, str(folder),
+        timeout_s=270.0,
+    )  # fmt: skip
+    return {
+        name: [outcomes[name] for outcomes in by_rank[: plan.num_devices]]
+        for name, (plan, _) in runs.items()
+    }

@@ -25,7 +25,7 @@ from profiles.errors import ConfigError
 from tests.executor.test_plan_independence import compare
 from tests.experiments.test_losses import batch_of
 from tests.experiments.test_ppo_functions import CTX, SPEC, alone
-from tests.runs import ALGORITHMS, OVERRIDES, make_plan, run_plan
+from tests.runs import ALGORITHMS, OVERRIDES, Runs, make_plan, run_plans
 
 SHAPES = [(2, 3), (1, 5), (3, 2), (2, 4)]
 RESPONSE_LEN = 7
@@ -291,7 +291,12 @@ PLANS = {
 
 @pytest.mark.parametrize("overrides", [EVERYTHING, STOPPED], ids=["everything", "stopped"])
 def test_options_give_the_same_under_every_plan(overrides: list[str], tmp_path: Path) -> None:
-    whole = run_plan(make_plan(1, "0:d1p1m1:1", overrides=overrides), tmp_path / "whole")[0]
+    runs: Runs = {"whole": (make_plan(1, "0:d1p1m1:1", overrides=overrides), None)}
+    for name, (num_devices, default, calls) in PLANS.items():
+        known = {k: v for k, v in calls.items() if k != "rew_fn" or overrides is EVERYTHING}
+        runs[name] = make_plan(num_devices, default, overrides=overrides, **known), None
+    found = run_plans(runs, tmp_path)
+    whole = found["whole"][0]
     if overrides is STOPPED:
         # The first mini-batch is the sampling policy's own; the second is beyond the limit.
         assert whole.metrics["0/actor_train"]["stopped"] == 0.75
@@ -300,10 +305,8 @@ def test_options_give_the_same_under_every_plan(overrides: list[str], tmp_path: 
         coefs = [whole.metrics[f"{step}/actor_train"]["kl_coef"] for step in range(2)]
         assert coefs[0] == pytest.approx(0.1)
         assert coefs[1] != coefs[0]
-    for name, (num_devices, default, calls) in PLANS.items():
-        known = {k: v for k, v in calls.items() if k != "rew_fn" or overrides is EVERYTHING}
-        plan = make_plan(num_devices, default, overrides=overrides, **known)
-        compare(name, run_plan(plan, tmp_path / name), whole)
+    for name in PLANS:
+        compare(name, found[name], whole)
 
 
 @pytest.mark.parametrize(
