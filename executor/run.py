@@ -20,6 +20,7 @@ from planner.algorithm import (
     find_algorithm,
     import_functions,
     make_config,
+    planned_workload,
 )
 from planner.graph import CallKind
 from planner.mesh import DeviceMesh
@@ -79,7 +80,7 @@ def resolve(plan: ExecutionPlan, overrides: Sequence[str]) -> Run:
         plan.problem,
         config=config_to_dict(config),
         graph=algorithm.graph(config),
-        workload=algorithm.workload(config),
+        workload=planned_workload(algorithm, config),
     )
     plan = replace(plan, problem=problem)
     validate_plan(plan)

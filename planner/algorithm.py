@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from planner.graph import DataflowGraph
 from planner.plan import Problem, Workload
+from planner.run_config import RunConfig
 from profiles.errors import ConfigError
 from profiles.hardware import ClusterSpec
 from profiles.models import HeadKind, ModelSpec
@@ -213,6 +214,17 @@ def _keys_near(config: Any, text: str) -> str:
     return ", ".join(sorted(str(key) for key in node))
 
 
+def planned_workload(algorithm: Algorithm, config: RunConfig) -> Workload:
+    """What the algorithm says of a step's data, with the answers' lengths as ``config.data`` says.
+
+    Raises:
+        ConfigError: lengths that no answer can have.
+    """
+    workload = algorithm.workload(config)
+    lengths = config.data.answer_lengths(workload.response_tokens)
+    return replace(workload, response_lengths=lengths)
+
+
 def make_problem(
     algorithm: Algorithm,
     config: Any,
@@ -232,7 +244,7 @@ def make_problem(
         config=config_to_dict(config),
         graph=graph,
         models=models,
-        workload=algorithm.workload(config),
+        workload=planned_workload(algorithm, config),
         cluster=cluster,
         paths=dict(paths or {}),
     )

@@ -29,15 +29,17 @@ class Workload:
     A group is what belongs together: the answers to one prompt, or the chosen and the rejected
     answer of a pair. It is what is dealt to data-parallel ranks, mini-batches and micro-batches,
     never a part of it; sequence ``k`` of group ``g`` has the number ``g * group_size + k``.
-    ``prompt_tokens`` is the longest prompt, ``response_tokens`` the longest answer; an estimate
-    takes every sequence at ``mean_*`` tokens, which default to the longest (an upper bound).
+    ``prompt_tokens`` is the longest prompt, ``response_tokens`` the longest answer: memory is for
+    these. Seconds are for prompts of ``mean_prompt_tokens`` and for answers of
+    ``response_lengths``, equally many of each; where these are not given they are the longest (an
+    upper bound). Prompts' and answers' lengths are taken as independent.
     """
 
     batch_size: int
     prompt_tokens: int
     response_tokens: int
     mean_prompt_tokens: float | None = None
-    mean_response_tokens: float | None = None
+    response_lengths: tuple[int, ...] = ()
     group_size: int = 1
 
     def __post_init__(self) -> None:
@@ -52,14 +54,17 @@ class Workload:
                 f"{self.num_sequences} sequences per step", where="workload.batch_size",
                 remedy=f"at most {MAX_SEQUENCES}",
             )  # fmt: skip
-        for name, longest in (
-            ("mean_prompt_tokens", self.prompt_tokens),
-            ("mean_response_tokens", self.response_tokens),
-        ):
-            mean = getattr(self, name)
-            if mean is not None and not 0 < mean <= longest:
+        mean = self.mean_prompt_tokens
+        if mean is not None and not 0 < mean <= self.prompt_tokens:
+            raise PlanError(
+                f"{mean!r} is not above 0 and at most {self.prompt_tokens}",
+                where="workload.mean_prompt_tokens",
+            )
+        for length in self.response_lengths:
+            if not 1 <= length <= self.response_tokens:
                 raise PlanError(
-                    f"{mean!r} is not above 0 and at most {longest}", where=f"workload.{name}"
+                    f"{length!r} is not from 1 to response_tokens {self.response_tokens}",
+                    where="workload.response_lengths",
                 )
 
     @property
@@ -72,12 +77,24 @@ class Workload:
 
     @property
     def expected_response_tokens(self) -> float:
-        return self.mean_response_tokens or float(self.response_tokens)
+        lengths = self.response_lengths
+        return sum(lengths) / len(lengths) if lengths else float(self.response_tokens)
 
     @property
     def expected_tokens(self) -> float:
         """Tokens of one sequence, prompt and answer."""
         return self.expected_prompt_tokens + self.expected_response_tokens
+
+    @property
+    def attended_tokens(self) -> float:
+        """The length of a sequence as its mean token sees it: E[length^2] / E[length].
+
+        Attention's seconds go with the sum of squares of the lengths, which is that of the tokens
+        times this; equal to ``expected_tokens`` where all sequences have one length.
+        """
+        lengths = self.response_lengths or (self.response_tokens,)
+        squares = sum((self.expected_prompt_tokens + length) ** 2 for length in lengths)
+        return squares / len(lengths) / self.expected_tokens
 
     @property
     def max_tokens(self) -> int:

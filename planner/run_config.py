@@ -7,9 +7,11 @@ algorithm. Every field has a default and can be set as ``key=value`` on the comm
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from planner.lengths import lognormal_lengths, lognormal_sigma, summary
 from profiles.errors import ConfigError
 
 INITS = ("checkpoint", "random")
@@ -45,6 +47,62 @@ class DataConfig:
 
 
 @dataclass
+class StepDataConfig(DataConfig):
+    """The data of the steps; and for estimates, how long the answers are, in tokens.
+
+    Lognormal by mean and 95th percentile (or sigma), or a list of lengths that were seen; without
+    either every answer counts as long as it may be.
+    """
+
+    response_mean: float = 0.0  # before the longest are cut off; 0: no lognormal
+    response_p95: float = 0.0  # 95th percentile
+    response_sigma: float = 0.0  # standard deviation of the logarithm, in place of response_p95
+    response_lengths: list[int] = field(default_factory=list)
+
+    def answer_lengths(self, longest: int) -> tuple[int, ...]:
+        """For ``Workload.response_lengths``; () where nothing is said of lengths.
+
+        Raises:
+            ConfigError: names the field that cannot be, or of which there is one too many.
+        """
+        if self.response_lengths:
+            return self._seen(longest)
+        mean, p95, sigma = self.response_mean, self.response_p95, self.response_sigma
+        for name in ("response_mean", "response_p95", "response_sigma"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{getattr(self, name)} is below 0", where=f"data.{name}")
+        if mean == 0:
+            if p95 or sigma:
+                raise ConfigError("a distribution needs its mean", where="data.response_mean")
+            return ()
+        if not 1 <= mean <= longest:
+            raise ConfigError(
+                f"{mean:g} is not from 1 to the longest answer, {longest}",
+                where="data.response_mean", remedy="lower it or raise response_len",
+            )  # fmt: skip
+        if bool(p95) == bool(sigma):
+            raise ConfigError(
+                "a lognormal distribution needs its 95th percentile or its sigma, not both",
+                where="data.response_p95",
+            )
+        return lognormal_lengths(mean, sigma or lognormal_sigma(mean, p95), longest)
+
+    def _seen(self, longest: int) -> tuple[int, ...]:
+        if self.response_mean or self.response_p95 or self.response_sigma:
+            raise ConfigError(
+                "lengths that were seen and a distribution of lengths",
+                where="data.response_lengths", remedy="give one of them",
+            )  # fmt: skip
+        wrong = [n for n in self.response_lengths if not 1 <= n <= longest]
+        if wrong:
+            raise ConfigError(
+                f"{wrong[0]} is not from 1 to the longest answer, {longest}",
+                where="data.response_lengths", remedy="drop it or raise response_len",
+            )  # fmt: skip
+        return summary(self.response_lengths)
+
+
+@dataclass
 class RunConfig:
     """One run of an algorithm."""
 
@@ -64,7 +122,7 @@ class RunConfig:
     wandb_project: str = ""  # Weights & Biases gets the numbers too, if it is installed; empty: not
     resume: str = ""  # a checkpoint's folder, or auto: the newest in output, if there is one
     output: str = "runs/latest"  # folder for metrics, traces and saved models
-    data: DataConfig = field(default_factory=DataConfig)
+    data: StepDataConfig = field(default_factory=StepDataConfig)
     eval_data: DataConfig = field(default_factory=DataConfig)
 
     def check_run(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from planner.algorithm import config_to_dict, find_algorithm, make_config
+from planner.algorithm import config_to_dict, find_algorithm, make_config, planned_workload
 from planner.cost import CostModel
 from planner.overrides import parse_overrides
 from planner.plan import ExecutionPlan, Problem
@@ -179,5 +179,5 @@ def _with_options(base: Problem, options: list[str], named: Mapping[str, str]) -
             raise ConfigError("a role that the plan has no model for", where=role)
     return replace(
         base, config=config_to_dict(config), graph=graph, models=models,
-        workload=algorithm.workload(config),
+        workload=planned_workload(algorithm, config),
     )  # fmt: skip

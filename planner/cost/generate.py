@@ -4,7 +4,7 @@ The sequences of a data-parallel rank go in ``num_micro_batches`` groups, so tha
 stages have work at once. The first token comes out of prefill. A decode step's context grows by
 one token a step; its seconds are summed by the trapezoid rule over a few contexts, which is exact
 where they are linear in the context. Where ``generation_batch`` does not hold all sequences they go
-in waves.
+in waves; where answers differ in length ``decode.py`` says which rows are live when.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import ceil
 
+from planner.cost.decode import schedule
 from planner.cost.model import CostModel
 from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
 from planner.cost.stage import (
@@ -43,10 +44,11 @@ def generate_parts(
     of the layers' costs, since those are piecewise smooth in the context.
     """
     num_sequences = ceil(workload.batch_size / allocation.strategy.dp) * workload.group_size
+    if len(set(workload.response_lengths)) > 1:
+        return _unlike_lengths(spec, workload, allocation, model, num_sequences)
     prefill = decode = ZERO
     for rows, count in waves(num_sequences, allocation.generation_batch):
-        for part in _prefill(spec, workload, allocation, model, rows).values():
-            prefill = prefill + part * count
+        prefill = prefill + _prefill(spec, workload, allocation, model, rows) * count
         wave = _decode(spec, workload, allocation, model, rows, most_points=most_points)
         decode = decode + wave * count
     return {"prefill": prefill, "decode": decode}
@@ -65,6 +67,35 @@ def waves(num_sequences: int, generation_batch: int) -> Sequence[tuple[int, int]
     return [(rows, whole), *([(rest, 1)] if rest else [])]
 
 
+def _unlike_lengths(
+    spec: ModelSpec, workload: Workload, allocation: Allocation, model: CostModel,
+    num_sequences: int,
+) -> Mapping[str, Priced]:  # fmt: skip
+    """Rows leave as their answers end, and waiting prompts take their places.
+
+    Prompts that enter later are priced as a pass of their own, which reads the weights once more
+    than the executor's, where they enter a decode step.
+    """
+    rows = min(allocation.generation_batch or num_sequences, num_sequences)
+    plan = schedule(workload.response_lengths, num_sequences, rows)
+    prefill = decode = ZERO
+    for entering, count in plan.entries.items():
+        prefill = prefill + _prefill(spec, workload, allocation, model, entering) * count
+    for stretch in plan.stretches:
+        context = max(1, round(workload.expected_prompt_tokens + stretch.answered))
+        live = max(1, round(stretch.rows))
+        decode = decode + _turn(spec, allocation, model, live, context) * stretch.turns
+    return {"prefill": prefill, "decode": decode}
+
+
+def _turn(
+    spec: ModelSpec, allocation: Allocation, model: CostModel, rows: int, context: int
+) -> Priced:
+    """One token for each of ``rows`` sequences, in the allocation's groups."""
+    group = ceil(rows / min(allocation.num_micro_batches, rows))
+    return _decode_round(spec, allocation, model, ceil(rows / group), group, context)
+
+
 def _decode(
     spec: ModelSpec, workload: Workload, allocation: Allocation, model: CostModel, rows: int, *,
     most_points: int,
@@ -73,12 +104,8 @@ def _decode(
     steps = max(0.0, workload.expected_response_tokens - 1.0)
     if steps == 0:
         return ZERO
-    group = ceil(rows / min(allocation.num_micro_batches, rows))
-    num_groups = ceil(rows / group)
     contexts = _contexts(workload.expected_prompt_tokens, steps, most_points)
-    rounds = [
-        _decode_round(spec, allocation, model, num_groups, group, context) for context in contexts
-    ]
+    rounds = [_turn(spec, allocation, model, rows, context) for context in contexts]
     return _mean(contexts, rounds) * steps
 
 
@@ -88,7 +115,7 @@ def _prefill(
     allocation: Allocation,
     model: CostModel,
     num_sequences: int,
-) -> Mapping[str, Priced]:
+) -> Priced:
     """The prompts' forward pass; the head sees each prompt's last token only.
 
     Prompts enter in turns of at most ``MAX_PROMPT_TOKENS`` tokens.
@@ -107,7 +134,10 @@ def _prefill(
         )  # fmt: skip
         hops = model.hops(allocation, float(size) * spec.hidden * model.value_bytes)
         kinds.append(PipelinePass(stages, hops, count))
-    return pipeline_parts(kinds)
+    total = ZERO
+    for part in pipeline_parts(kinds).values():
+        total = total + part
+    return total
 
 
 def _contexts(prompt: float, steps: float, most_points: int) -> list[int]:

@@ -73,7 +73,7 @@ def _pipeline(
 ) -> Mapping[str, Priced]:
     """``num_groups`` in micro-batches through the stages, ``passes`` on each stage."""
     s = allocation.strategy
-    length = max(1, round(workload.expected_tokens))
+    length = max(1, round(workload.attended_tokens))
     shapes = stage_shapes(spec, s.pp)
     directions = 2.0 if "backward" in passes else 1.0
     kinds = []
