@@ -16,8 +16,11 @@ from numba import njit
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Every file that has kernels, below this one's folder.
-KERNELS = ("cost/lanes.py", "search/kernels.py", "search/moves.py", "search/chain.py")
+# Every file that has kernels or their records, below this one's folder.
+KERNELS = (
+    "jit.py", "cost/lanes.py", "search/records.py", "search/kernels.py", "search/moves.py",
+    "search/chain.py",
+)  # fmt: skip
 
 
 def _digest() -> str:
@@ -28,15 +31,29 @@ def _digest() -> str:
 DIGEST = _digest()
 
 
-def compiled(function: Function) -> Function:
-    """``function``, compiled on its first call; it holds no lock of the interpreter.
+def entry(function: Function) -> Function:
+    """``function`` in machine code, for Python to call; it holds no lock of the interpreter.
 
     It must not make arrays: with ``_nrt`` off numba counts no references, which between kernels
     that pass tables to each other takes longer than all they do.
     """
+    return _compiled(function, cache=True)
+
+
+def compiled(function: Function) -> Function:
+    """As ``entry``, for other kernels only: to unpack Python's arguments takes long to compile."""
+    return _compiled(function, cache=True, no_cpython_wrapper=True)
+
+
+def inlined(function: Function) -> Function:
+    """As ``compiled``, for a line or two: copied into its callers, not compiled by itself."""
+    return _compiled(function, inline="always", no_cpython_wrapper=True)
+
+
+def _compiled(function: Function, **options: Any) -> Function:
     function.__qualname__ += f"-{DIGEST}"
-    options: dict[str, Any] = {"nogil": True, "_nrt": False}
+    options |= {"nogil": True, "_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
     try:
-        return cast(Function, njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder that can be written: compiled anew in every process
         return cast(Function, njit(**options)(function))
+    except RuntimeError:  # no folder that can be written: compiled anew in every process
+        return cast(Function, njit(**{**options, "cache": False})(function))

@@ -14,7 +14,7 @@ from math import lcm
 import numpy as np
 import numpy.typing as npt
 
-from planner.jit import compiled
+from planner.jit import compiled, entry, inlined
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.reallocation import (
@@ -130,7 +130,7 @@ def _nearest(
     return best
 
 
-@compiled
+@inlined
 def _held_by(shape: Ints, stages: Ints, src_parts: int, device: int) -> int:
     """The part that a device holds under the source, -1 where it has not these layers."""
     first, dp, tp, pp = shape[0], shape[1], shape[2], shape[7]
@@ -143,7 +143,7 @@ def _held_by(shape: Ints, stages: Ints, src_parts: int, device: int) -> int:
     return -1
 
 
-@compiled
+@entry
 def _cross(
     shape: Ints, detail: Ints, stages: Ints, cumulated: Ints, sent: Ints, values: Ints,
     messages: Ints,

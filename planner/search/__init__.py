@@ -25,6 +25,7 @@ from planner.search.evaluate import Evaluator
 from planner.search.exact import auto, exact
 from planner.search.mcmc import walk
 from planner.search.options import OptionSpace, more_memory
+from planner.search.warm import warm_up
 from planner.simulate import StepPrices, Timeline, run_program
 from profiles.costs import Provenance
 from profiles.errors import ConfigError, InfeasibleError
@@ -102,6 +103,7 @@ def search(
             f"unknown engine '{engine}'", where="--engine", remedy=f"use {' or '.join(ENGINES)}"
         )
     began_s = time.monotonic()
+    warm_up()
     space = OptionSpace(problem, StepPrices(problem, costs), locks)
     evaluator = Evaluator(space)
     bound_s = lower_bound_s(evaluator)

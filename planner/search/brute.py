@@ -34,7 +34,7 @@ def brute(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: 
         for start in starts:
             record.score(start)
         while place[0, 0] < len(space.meshes[evaluator.calls[0].name]) and not record.cut_by_time:
-            while sweep(t, known.keys, known.seconds, scratch, place, PART, found) != DONE:
+            while sweep(t, known.table, scratch, place, PART, found) != DONE:
                 known.add(int(scratch.missing[0]))
             record.evaluations += PART
             merge(record, found)

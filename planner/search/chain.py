@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from planner.jit import compiled
-from planner.search.kernels import NO_KEY, Floats, Ints, Scratch, Tables, energy_of, evaluate
+from planner.jit import entry, inlined
+from planner.search.kernels import energy_of, evaluate
 from planner.search.moves import State, propose, uniform
+from planner.search.records import NO_KEY, Floats, Ints, Prices, Scratch, Tables
 
 DONE, NEEDS_PRICE = 0, 1
 CONTROL = 256  # proposals between two corrections of the temperature
@@ -44,13 +45,13 @@ class Chain(NamedTuple):
     found: Found
 
 
-@compiled
+@inlined
 def copy_row(values: Ints, source: int, target: int) -> None:
     for i in range(values.shape[1]):
         values[target, i] = values[source, i]
 
 
-@compiled
+@inlined
 def remember(mesh: Ints, row: Ints, step_s: float, overshoot: float, found: Found) -> None:
     """Keep an assignment that is the best of its kind so far."""
     kind = 1 if overshoot > 0 else 0
@@ -61,9 +62,9 @@ def remember(mesh: Ints, row: Ints, step_s: float, overshoot: float, found: Foun
             found.mesh[kind, i], found.row[kind, i] = mesh[i], row[i]
 
 
-@compiled
+@entry
 def run_chain(
-    t: Tables, keys: Ints, prices_s: Floats, s: Scratch, c: Chain, accept: float
+    t: Tables, prices: Prices, s: Scratch, c: Chain, accept: float
 ) -> int:  # fmt: skip
     """Propose ``c.counts[0]`` times; the temperature is led to where ``accept`` are accepted.
 
@@ -82,7 +83,7 @@ def run_chain(
                 c.counts[1] += 1
                 continue
         limit = max(c.numbers[2], c.found.values[0])
-        step_s, overshoot = evaluate(t, keys, prices_s, c.mesh[1], c.row[1], limit, s)
+        step_s, overshoot = evaluate(t, prices, c.mesh[1], c.row[1], limit, s)
         energy = energy_of(step_s, overshoot)
         c.counts[4] = 1 if energy <= limit and s.missing[0] != NO_KEY else 0
         if c.counts[4] == 1:
@@ -104,9 +105,9 @@ def run_chain(
     return DONE
 
 
-@compiled
+@entry
 def scan_call(
-    t: Tables, keys: Ints, prices_s: Floats, s: Scratch, mesh: Ints, row: Ints, i: int,
+    t: Tables, prices: Prices, s: Scratch, mesh: Ints, row: Ints, i: int,
     whole_role: bool, place: Ints, best: Floats, found: Found,
 ) -> int:  # fmt: skip
     """Try every option of call i, or every layout for all calls of its role.
@@ -136,7 +137,7 @@ def scan_call(
                             next_mesh[j] = m
                             next_row[j] = t.like_rows[t.like[j, t.rows[r].axes].start]
             if possible:
-                step_s, over = evaluate(t, keys, prices_s, next_mesh, next_row, best[0], s)
+                step_s, over = evaluate(t, prices, next_mesh, next_row, best[0], s)
                 energy = energy_of(step_s, over)
                 if energy < best[0] and s.missing[0] != NO_KEY:
                     return NEEDS_PRICE
@@ -152,9 +153,9 @@ def scan_call(
     return DONE
 
 
-@compiled
+@entry
 def sweep(
-    t: Tables, keys: Ints, prices_s: Floats, s: Scratch, place: Ints, budget: int, found: Found
+    t: Tables, prices: Prices, s: Scratch, place: Ints, budget: int, found: Found
 ) -> int:  # fmt: skip
     """Every assignment, from ``place`` [4, C] (position among meshes, row there; room) on.
 
@@ -168,7 +169,7 @@ def sweep(
         for i in range(num_calls):
             mesh[i] = t.call_meshes[t.calls[i].mesh_start + place[0, i]]
             row[i] = t.row_ranges[i, t.meshes[mesh[i]].size].start + place[1, i]
-        step_s, overshoot = evaluate(t, keys, prices_s, mesh, row, found.values[0], s)
+        step_s, overshoot = evaluate(t, prices, mesh, row, found.values[0], s)
         if step_s <= found.values[0]:
             if s.missing[0] != NO_KEY:
                 return NEEDS_PRICE

@@ -15,8 +15,8 @@ import numpy as np
 from planner.search.chain import DONE, Found, scan_call
 from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator, Score
-from planner.search.kernels import Floats, Ints, Scratch
 from planner.search.options import Assignment
+from planner.search.records import Floats, Ints, Scratch
 
 
 @dataclass(kw_only=True)
@@ -105,7 +105,7 @@ def _best_of(
     state: Ints = np.array([0, 0, 0, -1, -1], dtype=np.int64)
     best: Floats = np.array([here.energy])
     meshes, rows = np.stack([here.mesh, here.mesh]), np.stack([here.row, here.row])
-    while scan_call(t, known.keys, known.seconds, scratch, meshes, rows, i, whole_role,
+    while scan_call(t, known.table, scratch, meshes, rows, i, whole_role,
                     state, best, found) != DONE:  # fmt: skip
         known.add(int(scratch.missing[0]))
     record.evaluations += int(state[2])

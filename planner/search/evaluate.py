@@ -13,17 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.plan import ExecutionPlan
-from planner.search.kernels import (
-    NO_KEY,
-    Floats,
-    Ints,
-    Scratch,
-    energy_of,
-    evaluate,
-    evaluate_many,
-)
+from planner.search.kernels import energy_of, evaluate, evaluate_many
 from planner.search.options import Assignment, OptionSpace
-from planner.search.tables import ReallocationPrices, make_index, make_scratch, make_tables
+from planner.search.prices import ReallocationPrices
+from planner.search.records import NO_KEY, Floats, Ints, Scratch
+from planner.search.tables import make_index, make_scratch, make_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +101,7 @@ class Evaluator:
         while True:
             known = self.reallocations
             step_s, overshoot = evaluate(
-                self.tables, known.keys, known.seconds, mesh, row, math.inf, self._scratch
+                self.tables, known.table, mesh, row, math.inf, self._scratch
             )
             if self._scratch.missing[0] == NO_KEY:
                 return Score(step_s, overshoot)
@@ -120,16 +114,14 @@ class Evaluator:
         """
         out = np.zeros((len(mesh), 2))
         known = self.reallocations
-        evaluate_many(self.tables, known.keys, known.seconds, mesh, row, out, self._scratch)
+        evaluate_many(self.tables, known.table, mesh, row, out, self._scratch)
         return out
 
     def overshoot(self, assignment: Assignment) -> float:
         """Bytes that the fullest device lacks, as a share of what it has."""
         mesh, row = self.index.vectors(assignment)
         known = self.reallocations
-        return evaluate(self.tables, known.keys, known.seconds, mesh, row, math.inf, self._scratch)[
-            1
-        ]
+        return evaluate(self.tables, known.table, mesh, row, math.inf, self._scratch)[1]
 
     def floor_s(self, assignment: Assignment) -> float:
         """Seconds that a step takes at least: busiest first device of a mesh, longest chain."""

@@ -18,111 +18,15 @@ Quadrat 1992, "Synchronization and Linearity", theorem 3.28).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-import numpy.typing as npt
 
-from planner.jit import compiled
-
-# Passed from kernel to kernel, an array is counted; so there are few, and leaves take single ones.
-Records = npt.NDArray[np.void]
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-NO_KEY = -1  # of an empty place in the table of reallocations
-
-
-MESH = np.dtype([("first", "i8"), ("end", "i8"), ("size", "i8")], align=True)  # size: its index
-CALL = np.dtype(
-    [
-        ("home", "i8"),  # the call in whose layout the role lives, -1: frozen or no role
-        ("role", "i8"),  # -1: none
-        ("spec", "i8"),  # equal for equal models, -1: none
-        ("last_stage_only", "i8"),  # 1: outputs are on the last stage only
-        ("mesh_start", "i8"),  # into call_meshes
-        ("mesh_stop", "i8"),
-        ("pair_start", "i8"),  # into pairs, by producer
-        ("pair_stop", "i8"),
-    ],
-    align=True,
-)
-ROW = np.dtype(
-    [
-        ("seconds", "f8"),
-        ("axes", "i8"),  # index of (pp, tp, dp)
-        ("stages", "i8"),  # pp
-        ("split", "i8"),  # equal where equal dp means equal samples on equal ranks
-        ("copies", "i8"),  # index of pp * tp: of every sample so many ranks need one
-        ("segment_start", "i8"),  # into segment_end: runs of stages with equal bytes
-        ("segment_stop", "i8"),
-    ],
-    align=True,
-)
-PAIR = np.dtype([("producer", "i8"), ("reader_start", "i8"), ("reader_stop", "i8")], align=True)
-RANGE = np.dtype([("start", "i8"), ("count", "i8")], align=True)
-EVENT = np.dtype(
-    [
-        ("call", "i8"),
-        ("home", "i8"),  # of a reallocation the call of the source, else -1
-        ("parent", "i8"),
-        ("busy_s", "f8"),
-        ("potential_s", "f8"),
-    ],
-    align=True,
-)
-USE = np.dtype(
-    [
-        ("event", "i8"),  # of the call
-        ("last", "i8"),  # last reader of the borrowed weights that the call brings, else -1
-        ("stays", "i8"),  # 1: the weights of its layout are resident and counted here
-    ],
-    align=True,
-)
-
-
-class Tables(NamedTuple):
-    """What a problem's options are, as arrays; ``tables.py`` makes it.
-
-    ``C`` calls, ``M`` meshes, ``S`` sizes of meshes, ``R`` choices of all calls ("rows"), ``A``
-    axes (pp, tp, dp), ``P`` pairs of a producer and a consumer.
-    """
-
-    num_devices: int
-    per_node: int
-    memory_bytes: float
-    reserve_bytes: float
-    meshes: Records  # [M] of MESH
-    sizes: Records  # [S] of RANGE into size_meshes
-    size_meshes: Ints  # meshes by size, by position
-    allowed: npt.NDArray[np.bool_]  # [C, M] by the call's lock, and the size has choices
-    calls: Records  # [C] of CALL
-    call_meshes: Ints  # allowed meshes
-    rows: Records  # [R] of ROW
-    row_ranges: Records  # [C, S] of RANGE: rows of a call on meshes of a size, fastest first
-    like: Records  # [C, A] of RANGE into like_rows
-    like_rows: Ints  # rows of a call with certain axes, fastest first
-    segment_end: Ints  # stages before the end of a run
-    segment_bytes: Floats  # [3, segments]: held, borrowed, running
-    most_bytes: Floats  # [3, R]
-    pairs: Records  # [P] of PAIR
-    readers: Ints  # earlier calls that read all keys of a pair
-    transfer_s: Floats  # [P, copies, S (the smaller mesh), leaves a node or not]
-
-
-class Scratch(NamedTuple):
-    """Room for one evaluation; ``E = 2 C`` events at most."""
-
-    events: Records  # [E] of EVENT
-    uses: Records  # [C] of USE
-    after_s: Floats  # [P] from the end of the producer to the end of the consumer
-    weight_s: Floats  # [E, E] e_v - e_u at least, below 0: no edge
-    missing: Ints  # [1] key of a reallocation that has no price yet, else NO_KEY
-
+from planner.jit import compiled, entry, inlined
+from planner.search.records import NO_KEY, Floats, Ints, Prices, Records, Scratch, Tables
 
 # ---- prices of reallocations ------------------------------------------------------------------
 
 
-@compiled
+@entry
 def slot(keys: Ints, key: int) -> int:
     """Where ``key`` is or would be in an open-addressing table of a power of two places."""
     mask = len(keys) - 1
@@ -147,17 +51,17 @@ def reallocation_key(t: Tables, mesh: Ints, row: Ints, source: int, target: int)
 # ---- seconds ----------------------------------------------------------------------------------
 
 
-@compiled
+@inlined
 def overlap(meshes: Records, a: int, b: int) -> bool:
     return meshes[a].first < meshes[b].end and meshes[b].first < meshes[a].end  # type: ignore[no-any-return]
 
 
-@compiled
+@inlined
 def same_layout(rows: Records, mesh: Ints, row: Ints, i: int, j: int) -> bool:
     return mesh[i] == mesh[j] and rows[row[i]].axes == rows[row[j]].axes  # type: ignore[no-any-return]
 
 
-@compiled
+@inlined
 def same_samples(rows: Records, mesh: Ints, row: Ints, i: int, j: int) -> bool:
     """Do two calls work on the same samples on each rank?"""
     return same_layout(rows, mesh, row, i, j) and rows[row[i]].split == rows[row[j]].split
@@ -186,7 +90,7 @@ def find_transfers(t: Tables, mesh: Ints, row: Ints, transfer_s: Floats) -> None
 
 @compiled
 def list_events(
-    t: Tables, keys: Ints, prices_s: Floats, mesh: Ints, row: Ints, s: Scratch
+    t: Tables, prices: Prices, mesh: Ints, row: Ints, s: Scratch
 ) -> int:  # fmt: skip
     """Fill ``s`` with the events of a step in their order; how many. Unknown prices are 0."""
     calls, rows, events, uses, after_s = t.calls, t.rows, s.events, s.uses, s.after_s
@@ -205,13 +109,13 @@ def list_events(
             if fresh:
                 uses[i].last = i
                 key = reallocation_key(t, mesh, row, h, i)
-                place = slot(keys, key)
-                known = keys[place] == key
+                place = slot(prices.keys, key)
+                known = prices.keys[place] == key
                 if not known:
                     s.missing[0] = key
                 events[count].call = i
                 events[count].home = h
-                events[count].busy_s = prices_s[place] if known else 0.0
+                events[count].busy_s = prices.seconds[place] if known else 0.0
                 count += 1
         total = rows[row[i]].seconds
         for k in range(calls[i].pair_stop - 1, calls[i].pair_start - 1, -1):
@@ -240,7 +144,7 @@ def meet(meshes: Records, mesh: Ints, events: Records, u: int, v: int) -> bool:
     return from_v >= 0 and overlap(meshes, a, mesh[from_v])
 
 
-@compiled
+@inlined
 def is_on(meshes: Records, mesh: Ints, events: Records, v: int, device: int) -> bool:
     """Does an event busy a device?"""
     own = meshes[mesh[events[v].call]]
@@ -350,7 +254,7 @@ def find_residents(rows: Records, calls: Records, mesh: Ints, row: Ints, uses: R
                     uses[j].stays = 0
 
 
-@compiled
+@inlined
 def column_of(uses: Records, i: int, j: int) -> int:
     """Bytes of call j that are there while call i runs: 0 held, 1 borrowed, -1 neither."""
     if uses[j].stays == 1:
@@ -410,16 +314,16 @@ def overshoot_of(t: Tables, mesh: Ints, row: Ints, uses: Records) -> float:
 # ---- both -------------------------------------------------------------------------------------
 
 
-@compiled
+@entry
 def evaluate(
-    t: Tables, keys: Ints, prices_s: Floats, mesh: Ints, row: Ints, limit_s: float, s: Scratch
+    t: Tables, prices: Prices, mesh: Ints, row: Ints, limit_s: float, s: Scratch
 ) -> tuple[float, float]:  # fmt: skip
     """(seconds per step, overshoot); where the seconds are above ``limit_s`` only that is sure.
 
     ``s.missing`` has a key where a price was unknown: the seconds are then no more than the true.
     """
     s.missing[0] = NO_KEY
-    count = list_events(t, keys, prices_s, mesh, row, s)
+    count = list_events(t, prices, mesh, row, s)
     floor_s = link_events(t, mesh, count, s)
     step_s = largest_cycle(s.events, s.weight_s, count, floor_s, limit_s)
     if step_s > limit_s:
@@ -427,20 +331,20 @@ def evaluate(
     return step_s, overshoot_of(t, mesh, row, s.uses)
 
 
-@compiled
+@entry
 def energy_of(step_s: float, overshoot: float) -> float:
     """What searches minimise: seconds, dearer the less a plan fits."""
     return step_s * (1.05 + 4.0 * overshoot) if overshoot > 0 else step_s
 
 
-@compiled
+@entry
 def evaluate_many(
-    t: Tables, keys: Ints, prices_s: Floats, mesh: Ints, row: Ints, out: Floats, s: Scratch
+    t: Tables, prices: Prices, mesh: Ints, row: Ints, out: Floats, s: Scratch
 ) -> int:  # fmt: skip
     """Fill ``out`` [N, 2] for ``mesh`` and ``row`` [N, C]; how many have an unknown price."""
     unknown = 0
     for n in range(len(out)):
-        out[n, 0], out[n, 1] = evaluate(t, keys, prices_s, mesh[n], row[n], np.inf, s)
+        out[n, 0], out[n, 1] = evaluate(t, prices, mesh[n], row[n], np.inf, s)
         if s.missing[0] != NO_KEY:
             unknown += 1
     return unknown

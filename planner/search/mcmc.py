@@ -26,8 +26,8 @@ from planner.search.chain import DONE, Chain, run_chain
 from planner.search.descent import Place, descend, fastest, make_found, merge, place_of
 from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator
-from planner.search.kernels import Scratch
 from planner.search.options import Assignment
+from planner.search.records import Scratch
 
 NUM_CHAINS = 4
 ROUND = 8_192  # proposals of a chain between two looks at the clock: a twentieth of a second
@@ -63,7 +63,7 @@ class _Walker:
         self.chain.counts[0] = proposals
         known = evaluator.reallocations
         while run_chain(
-            evaluator.tables, known.keys, known.seconds, self.scratch, self.chain, accept
+            evaluator.tables, known.table, self.scratch, self.chain, accept
         ) != DONE:  # fmt: skip
             known.add(int(self.scratch.missing[0]))
 

@@ -11,8 +11,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from planner.jit import compiled
-from planner.search.kernels import Ints, Tables
+from planner.jit import compiled, inlined
+from planner.search.records import Ints, Tables
 
 State = npt.NDArray[np.uint64]  # [1] of the random numbers
 
@@ -42,7 +42,7 @@ def uniform(state: State) -> float:
     return float(z >> np.uint64(11)) / 9007199254740992.0
 
 
-@compiled
+@inlined
 def below(state: State, count: int) -> int:
     """One of ``range(count)``."""
     return int(uniform(state) * count)
@@ -70,7 +70,7 @@ def pick_mesh(t: Tables, call: int, state: State) -> int:
                 return int(mesh)
 
 
-@compiled
+@inlined
 def pick_like(t: Tables, call: int, mesh: int, axes: int, state: State) -> int:
     """A row of ``call`` with ``axes``, mostly the fastest; -1 where it has none."""
     count = t.like[call, axes].count

@@ -1,12 +1,10 @@
 """``make_tables``: an ``OptionSpace`` as the arrays that the kernels read.
 
-``ReallocationPrices`` is the one table that grows while a search runs: a price is asked of the
-cost model when a kernel first needs it.
+``Index`` knows which option has which number.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.graph import CallKind
-from planner.layout import Layout
 from planner.memory import RESERVE_BYTES
 from planner.mesh import DeviceMesh
 from planner.plan import Problem
-from planner.search.kernels import (
+from planner.search.options import Assignment, Choice, Option, OptionSpace
+from planner.search.records import (
     CALL,
     EVENT,
     MESH,
@@ -33,9 +31,7 @@ from planner.search.kernels import (
     Records,
     Scratch,
     Tables,
-    slot,
 )  # fmt: skip
-from planner.search.options import Assignment, Choice, Option, OptionSpace
 from planner.simulate import StepPrices, num_splits, readers_of, sample_bytes
 from profiles.models import ModelSpec
 
@@ -267,51 +263,3 @@ def _transfer_table(
                 for c, count in enumerate(copies):
                     found[k, c, n, far] = prices.transfer_s(num_bytes * count, source, target)
     return found
-
-
-class ReallocationPrices:
-    """Seconds by ``kernels.reallocation_key``, in an open-addressing table.
-
-    Threads may read it while one adds: a place's seconds are written before its key.
-    """
-
-    def __init__(self, index: Index, tables: Tables, prices: StepPrices) -> None:
-        self.index, self.tables, self.prices = index, tables, prices
-        self.keys: Ints = np.full(1 << 12, NO_KEY, dtype=np.int64)
-        self.seconds: Floats = np.zeros(1 << 12)
-        self.count = 0
-        self._lock = threading.Lock()
-
-    def add(self, key: int) -> None:
-        """Ask the cost model for the price of ``key``."""
-        with self._lock:
-            if self.keys[slot(self.keys, key)] == key:
-                return
-            if 2 * self.count >= len(self.keys):
-                self._grow()
-            place = slot(self.keys, key)
-            self.seconds[place] = self.prices.reallocation_s(*self.layouts(key))
-            self.keys[place] = key
-            self.count += 1
-
-    def layouts(self, key: int) -> tuple[Layout, Layout]:
-        """What ``kernels.reallocation_key`` packed."""
-        t, num_axes = self.tables, len(self.index.axes)
-        key, other = divmod(key, t.num_devices)
-        key, first = divmod(key, t.num_devices)
-        key, target = divmod(key, num_axes)
-        spec, source = divmod(key, num_axes)
-        return self._layout(spec, source, first), self._layout(spec, target, other)
-
-    def _layout(self, spec: int, axes: int, first: int) -> Layout:
-        pp, tp, dp = self.index.axes[axes]
-        mesh = DeviceMesh(first, pp * tp * dp)
-        return Layout(spec=self.index.specs[spec], mesh=mesh, pp=pp, tp=tp, dp=dp)
-
-    def _grow(self) -> None:
-        keys = np.full(2 * len(self.keys), NO_KEY, dtype=np.int64)
-        seconds = np.zeros(len(keys))
-        for place in np.flatnonzero(self.keys != NO_KEY):
-            new = slot(keys, int(self.keys[place]))
-            keys[new], seconds[new] = self.keys[place], self.seconds[place]
-        self.keys, self.seconds = keys, seconds

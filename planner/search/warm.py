@@ -1,0 +1,67 @@
+"""``warm_up``: every kernel of the searches is compiled, or read from disk, in the background.
+
+The first search after an installation compiles for some seconds; the options are costed meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+
+import numpy as np
+
+from planner.cost.lanes import lane_loads
+from planner.layout import Layout
+from planner.mesh import DeviceMesh
+from planner.search.chain import Chain, Found, run_chain, scan_call
+from planner.search.kernels import evaluate
+from planner.search.prices import empty_prices
+from planner.search.records import CALL, MESH, PAIR, RANGE, ROW, Records, Tables
+from planner.search.tables import make_scratch
+from profiles.models import ModelSpec
+
+
+@lru_cache(maxsize=1)
+def warm_up() -> threading.Thread:
+    """The thread that does it, once in a process; who calls a kernel too early waits for it."""
+    thread = threading.Thread(target=run_all, name="compile kernels")
+    thread.start()
+    return thread
+
+
+def run_all() -> None:
+    """Call every kernel with arrays of the right kinds that hold nothing to do."""
+    t, prices = _no_tables(), empty_prices(2)
+    scratch = make_scratch(t)
+    none, pair = np.zeros(0, dtype=np.int64), np.zeros((2, 0), dtype=np.int64)
+    found = Found(mesh=pair, row=pair, values=np.full(2, np.inf))
+    evaluate(t, prices, none, none, np.inf, scratch)
+    chain = Chain(
+        mesh=pair, row=pair, numbers=np.zeros(3), counts=np.zeros(5, dtype=np.int64),
+        state=np.zeros(1, dtype=np.uint64), found=found,
+    )  # fmt: skip
+    run_chain(t, prices, scratch, chain, 0.5)
+    spec = ModelSpec(
+        name="none", num_layers=1, hidden=1, num_heads=1, num_kv_heads=1, head_dim=1, ffn=1, vocab=1
+    )
+    layout = Layout(spec=spec, mesh=DeviceMesh(0, 1))
+    lane_loads(layout, layout, devices_per_node=1)
+    one = t._replace(calls=np.zeros(1, dtype=CALL))  # a call that has no option
+    state, best = np.zeros(5, dtype=np.int64), np.zeros(1)
+    column = np.zeros((2, 1), dtype=np.int64)
+    scan_call(one, prices, scratch, column, column, 0, False, state, best, found)
+
+
+def _no_tables() -> Tables:
+    def records(kind: np.dtype[np.void], *shape: int) -> Records:
+        return np.zeros(shape, dtype=kind)
+
+    none = np.zeros(0, dtype=np.int64)
+    return Tables(
+        num_devices=1, per_node=1, memory_bytes=1.0, reserve_bytes=0.0, meshes=records(MESH, 0),
+        sizes=records(RANGE, 0), size_meshes=none, allowed=np.zeros((0, 0), dtype=np.bool_),
+        calls=records(CALL, 0), call_meshes=none, rows=records(ROW, 0),
+        row_ranges=records(RANGE, 0, 0), like=records(RANGE, 0, 0), like_rows=none,
+        segment_end=none, segment_bytes=np.zeros((3, 0)), most_bytes=np.zeros((3, 0)),
+        pairs=records(PAIR, 0), readers=none, transfer_s=np.zeros((0, 0, 0, 0)),
+    )  # fmt: skip
