@@ -34,6 +34,7 @@ from planner.resolve import load_table, make_costs, resolve_cluster
 from planner.search import estimate_plan, search
 from planner.search.baselines import baselines
 from planner.search.bounds import lower_bound_s
+from planner.search.engine import News
 from planner.search.evaluate import Evaluator
 from planner.search.options import OptionSpace
 from planner.simulate import StepPrices
@@ -112,7 +113,8 @@ def run_search(args: argparse.Namespace) -> int:
             problem, costs, engine=args.engine, seed=seed, time_limit_s=time_limit_s,
             progress=progress.tell, gap=overrides.gap, locks=overrides.locks,
         )  # fmt: skip
-    plan = dataclasses.replace(result.plan, provenance=_provenance(args, result.evaluations))
+    provenance = {**_provenance(args, result.evaluations), "wall_s": round(result.wall_s, 3)}
+    plan = dataclasses.replace(result.plan, provenance=provenance)
     save_plan(plan, args.output)
     if interrupted:
         note("interrupted: the plan is the best so far")
@@ -120,7 +122,8 @@ def run_search(args: argparse.Namespace) -> int:
         print(json.dumps(plan_to_dict(plan)))
         return 0
     print_plan(plan, result.timeline, output_console())
-    say(output_console(), f"\n{result.evaluations} plans looked at; the best is in {args.output}")
+    say(output_console(), f"\n{result.evaluations:,} plans looked at in {result.wall_s:.1f} s by "
+        f"{result.engine}, seed {result.seed}; the best is in {args.output}")  # fmt: skip
     return 0
 
 
@@ -141,7 +144,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 class _Progress:
-    """Best so far, on stderr: one line that changes on a terminal, else a line a second."""
+    """Best, bound and gap so far, on stderr: a line that changes on a terminal, else one a second."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -156,12 +159,13 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._status.stop()
 
-    def tell(self, evaluations: int, best_s: float) -> None:
-        """A new best plan."""
+    def tell(self, news: News) -> None:
+        """A new best plan, or a higher bound."""
         now_s = time.monotonic()
         text = (
-            f"{now_s - self._start_s:.0f} s: {evaluations:,} plans, "
-            f"best {format_seconds(best_s)} per step"
+            f"{now_s - self._start_s:.0f} s: {news.evaluations:,} plans, "
+            f"best {format_seconds(news.best_s)} per step, none below "
+            f"{format_seconds(news.lower_bound_s)}, gap {news.gap:.1%}"
         )
         if self._console.is_terminal:
             self._status.update(text)

@@ -14,7 +14,27 @@ from dataclasses import dataclass, field
 from planner.search.evaluate import Evaluator, Score
 from planner.search.options import Assignment
 
-Progress = Callable[[int, float], None]  # (evaluations, best seconds per step so far)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """What a search has reached: seconds per step of its best plan, and of no plan less."""
+
+    evaluations: int
+    best_s: float
+    lower_bound_s: float
+
+    @property
+    def gap(self) -> float:
+        """At most this share of the step can be saved."""
+        return gap_of(self.best_s, self.lower_bound_s)
+
+
+Progress = Callable[[News], None]
+
+
+def gap_of(best_s: float, lower_bound_s: float) -> float:
+    """(best - bound) / best; 1 where nothing fits yet."""
+    return max(0.0, 1.0 - lower_bound_s / best_s) if math.isfinite(best_s) else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +86,22 @@ class Record:
                 self.least_unfit = (score.overshoot, assignment)
         elif self.best is None or score.step_s < self.best_score.step_s:
             self.best, self.best_score = assignment, score
-            if self.budget.progress is not None:
-                self.budget.progress(self.evaluations, score.step_s)
+            self._tell()
 
     def raise_bound(self, lower_bound_s: float) -> None:
         """An engine has proven that no assignment takes less."""
-        self.lower_bound_s = max(self.lower_bound_s, lower_bound_s)
+        before_s, self.lower_bound_s = self.lower_bound_s, max(self.lower_bound_s, lower_bound_s)
+        if self.best is not None and self.lower_bound_s > before_s:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.budget.progress is not None:
+            self.budget.progress(
+                News(
+                    evaluations=self.evaluations, best_s=self.best_score.step_s,
+                    lower_bound_s=self.lower_bound_s,
+                )
+            )  # fmt: skip
 
     def interrupt(self) -> None:
         """Ctrl-C: to be called in the handler; raises it again where there is no plan yet."""
@@ -82,9 +112,7 @@ class Record:
     @property
     def gap(self) -> float:
         """(best - bound) / best; 1 where nothing fits yet."""
-        if self.best is None:
-            return 1.0
-        return max(0.0, 1.0 - self.lower_bound_s / self.best_score.step_s)
+        return gap_of(self.best_score.step_s, self.lower_bound_s)
 
     @property
     def spent(self) -> bool:

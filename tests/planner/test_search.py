@@ -16,6 +16,7 @@ from planner.mesh import DeviceMesh, enumerate_meshes
 from planner.plan import Problem, validate_plan
 from planner.program import compile_plan
 from planner.search import search
+from planner.search.engine import News
 from planner.search.evaluate import Evaluator
 from planner.search.moves import MOVES, move
 from planner.search.options import (
@@ -156,8 +157,8 @@ def test_an_interrupt_leaves_the_best_so_far() -> None:
     """Ctrl-C in the walk returns a plan that is no worse than what was seen before it."""
     problem, seen = random_problem(random.Random(11)), []  # the walk betters its start ten times
 
-    def interrupt(evaluations: int, seconds: float) -> None:
-        seen.append(seconds)
+    def interrupt(news: News) -> None:
+        seen.append(news.best_s)
         if len(seen) == 2:
             raise KeyboardInterrupt
 
