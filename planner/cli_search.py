@@ -144,7 +144,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 class _Progress:
-    """Best, bound and gap so far, on stderr: a line that changes on a terminal, else one a second."""
+    """Best, bound and gap so far, on stderr: a changing line on a terminal, else one a second."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)

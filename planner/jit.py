@@ -41,7 +41,10 @@ def entry(function: Function) -> Function:
 
 
 def compiled(function: Function) -> Function:
-    """As ``entry``, for other kernels only: to unpack Python's arguments takes long to compile."""
+    """As ``entry``, for other kernels only: to unpack Python's arguments takes long to compile.
+
+    Python must not call it: numba 0.68 has nothing to call then, and does not look.
+    """
     return _compiled(function, cache=True, no_cpython_wrapper=True)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numba import njit
 
 from planner.cost import CostModel
 from planner.memory import RESERVE_BYTES, call_memory, check_memory, plan_memory
@@ -18,7 +19,7 @@ from planner.program import compile_plan
 from planner.search import search
 from planner.search.engine import News
 from planner.search.evaluate import Evaluator
-from planner.search.moves import MOVES, move
+from planner.search.moves import MOVES, State, move
 from planner.search.options import (
     Assignment,
     Option,
@@ -26,6 +27,7 @@ from planner.search.options import (
     considered_meshes,
     variants,
 )
+from planner.search.records import Ints, Tables
 from planner.simulate import StepPrices, run_program, simulate
 from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
@@ -217,6 +219,12 @@ def test_pruning_keeps_the_best_of_every_layout() -> None:
             )
 
 
+@njit
+def one_move(t: Tables, number: int, mesh: Ints, row: Ints, state: State) -> bool:
+    """``move`` is for kernels only; this is its way from Python."""
+    return bool(move(t, number, mesh, row, state))
+
+
 @pytest.mark.parametrize("name", sorted(MOVES))
 def test_moves_make_legal_plans(name: str) -> None:
     """Every move, from anywhere, gives a plan that can run; and it does move."""
@@ -226,7 +234,7 @@ def test_moves_make_legal_plans(name: str) -> None:
     state = np.array([1], dtype=np.uint64)
     for _ in range(200):
         next_mesh, next_row = mesh.copy(), row.copy()
-        if move(evaluator.tables, list(MOVES).index(name), next_mesh, next_row, state):
+        if one_move(evaluator.tables, list(MOVES).index(name), next_mesh, next_row, state):
             moved += not (np.array_equal(mesh, next_mesh) and np.array_equal(row, next_row))
             mesh, row = next_mesh, next_row
             validate_plan(evaluator.plan(evaluator.index.assignment(mesh, row)))
