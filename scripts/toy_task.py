@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ WORDS = ("<end>", "<pad>", "sort", "=", *(str(digit) for digit in range(10)))
 
 
 def share_in_place(prompt: str, answer: str, record: Mapping[str, Any]) -> float:
-    """The share of the answer's digits that stand where they must, in [0, 1]; more are none."""
+    """The share of the answer's digits that stand where they must, in [0, 1]; too many give 0."""
     wanted = sorted(prompt.split()[1:-1])
     said = answer.split()
     if len(said) > len(wanted):
@@ -59,26 +59,38 @@ def write_model(folder: Path, *, seed: int, layers: int = 2, hidden: int = 64) -
     tokenizer.save_pretrained(folder)
 
 
-def tasks(rng: random.Random) -> Iterator[tuple[str, str, str]]:
-    """(prompt, right answer, wrong answer) without end."""
-    while True:
-        digits = [str(digit) for digit in rng.sample(range(10), NUM_DIGITS)]
-        right = sorted(digits)
-        wrong = right
-        while wrong == right:
-            wrong = rng.sample(digits, NUM_DIGITS)
-        yield f"sort {' '.join(digits)} =", " ".join(right), " ".join(wrong)
+def disordered(digits: list[str], rng: random.Random) -> list[str]:
+    """All of the sorted ``digits``, in another order."""
+    found = digits
+    while found == digits:
+        found = rng.sample(digits, len(digits))
+    return found
+
+
+def wrong_answer(digits: list[str], rng: random.Random) -> list[str]:
+    """Disordered, or with a digit too many, one too few, or one that nobody asked for."""
+    others = [str(digit) for digit in range(10) if str(digit) not in digits]
+    place = rng.randrange(len(digits))
+    return rng.choice(
+        [
+            disordered(digits, rng),
+            [*digits, rng.choice(others)],
+            digits[:place] + digits[place + 1 :],
+            sorted([*digits[:place], rng.choice(others), *digits[place + 1 :]]),
+        ]
+    )
 
 
 def write_data(folder: Path, *, seed: int, examples: int, prefix: str = "") -> None:
     """The three files, ``examples`` lines each."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{seed} {prefix}")
-    endless = tasks(rng)
     files: dict[str, list[dict[str, str]]] = {"sft": [], "pairs": [], "prompts": []}
     for _ in range(examples):
-        prompt, right, wrong = next(endless)
-        answer = right if rng.random() < 0.5 else wrong
+        drawn = rng.sample("0123456789", NUM_DIGITS)
+        prompt, digits = f"sort {' '.join(drawn)} =", sorted(drawn)
+        right, wrong = " ".join(digits), " ".join(wrong_answer(digits, rng))
+        answer = right if rng.random() < 0.5 else " ".join(disordered(digits, rng))
         files["sft"].append({"prompt": prompt, "answer": answer})
         files["pairs"].append({"prompt": prompt, "chosen": right, "rejected": wrong})
         files["prompts"].append({"prompt": prompt})
