@@ -1,1 +1,1 @@
-"""Tests of what scripts/ offers."""
+"""Tests of ``scripts``."""

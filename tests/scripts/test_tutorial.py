@@ -1,4 +1,4 @@
-"""Protects the tutorial's parts: its data is what the algorithms read, its reward and its curves."""
+"""Protects the tutorial's parts: data that the algorithms read, an exact reward, true curves."""
 
 from __future__ import annotations
 
