@@ -59,15 +59,24 @@ class MemoryBreakdown:
 
     @property
     def total(self) -> int:
-        return sum(self.items().values())
+        held = self.weights + self.gradients + self.optimizer + self.activations
+        return held + self.logits + self.kv_cache + self.buffers + self.reserve
 
     def items(self) -> dict[str, int]:
         """Bytes by the item's name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def __add__(self, other: MemoryBreakdown) -> MemoryBreakdown:
-        mine, others = self.items(), other.items()
-        return MemoryBreakdown(**{name: mine[name] + others[name] for name in mine})
+        return MemoryBreakdown(
+            weights=self.weights + other.weights,
+            gradients=self.gradients + other.gradients,
+            optimizer=self.optimizer + other.optimizer,
+            activations=self.activations + other.activations,
+            logits=self.logits + other.logits,
+            kv_cache=self.kv_cache + other.kv_cache,
+            buffers=self.buffers + other.buffers,
+            reserve=self.reserve + other.reserve,
+        )
 
     @property
     def biggest(self) -> tuple[str, int]:

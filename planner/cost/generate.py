@@ -14,7 +14,7 @@ from math import ceil
 
 from planner.cost.decode import schedule
 from planner.cost.model import CostModel
-from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
+from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts, unlike_stages
 from planner.cost.stage import (
     MAX_PROMPT_TOKENS,
     ZERO,
@@ -91,9 +91,19 @@ def _unlike_lengths(
 def _turn(
     spec: ModelSpec, allocation: Allocation, model: CostModel, rows: int, context: int
 ) -> Priced:
-    """One token for each of ``rows`` sequences, in the allocation's groups."""
+    """One token for each of ``rows`` sequences, in the allocation's groups.
+
+    A group passes all stages and its tokens go back to the first, before its next step; a stage
+    serves all groups in turn. The longer of the two is the turn: with equal stages
+    max(groups, pp) * stage.
+    """
     group = ceil(rows / min(allocation.num_micro_batches, rows))
-    return _decode_round(spec, allocation, model, ceil(rows / group), group, context)
+    s = allocation.strategy
+    through, slowest = model.once(
+        ("decode", spec, allocation.mesh, s.pp, s.tp, group, context),
+        lambda: _decode_round(spec, allocation, model, group, context),
+    )
+    return max(through, slowest * ceil(rows / group), key=lambda cost: cost.seconds)
 
 
 def _decode(
@@ -149,15 +159,9 @@ def _contexts(prompt: float, steps: float, most_points: int) -> list[int]:
 
 
 def _decode_round(
-    spec: ModelSpec, allocation: Allocation, model: CostModel, num_groups: int, group: int,
-    context: int,
-) -> Priced:  # fmt: skip
-    """One token for every group of ``group`` sequences.
-
-    A group passes all stages and its tokens go back to the first, before its next step; a stage
-    serves all groups in turn. The longer of the two is the round: with equal stages
-    max(groups, pp) * stage.
-    """
+    spec: ModelSpec, allocation: Allocation, model: CostModel, group: int, context: int
+) -> tuple[Priced, Priced]:
+    """One token for ``group`` sequences: through all stages and back, and on the slowest stage."""
     s = allocation.strategy
     shapes = stage_shapes(spec, s.pp)
     stages = _stages(spec, shapes, model, "decode", tp=s.tp, size=group, length=context)
@@ -166,15 +170,12 @@ def _decode_round(
     back = Priced.of(
         model.collectives.p2p(TOKEN_ID_BYTES * group, first + s.rank(s.pp - 1, 0, 0), first)
     )
-    costs = [
-        stage.compute + stage.tensor_parallel + hop
-        for stage, hop in zip(stages, [*hops, back], strict=True)
-    ]
-    through = ZERO
-    for cost in costs:
-        through = through + cost
-    busiest = max(costs, key=lambda cost: cost.seconds) * num_groups
-    return max(through, busiest, key=lambda cost: cost.seconds)
+    through = slowest = ZERO
+    for part in unlike_stages(stages, [*hops, back]):
+        cost = part.stage.compute + part.stage.tensor_parallel + part.hop
+        through = through + cost * part.count
+        slowest = max(slowest, cost, key=lambda cost: cost.seconds)
+    return through, slowest
 
 
 def _stages(

@@ -5,14 +5,17 @@ A model keeps the answers that it has given; it is one value to pass around, not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 from planner.cost.stage import ZERO, Priced, StageCosts
 from planner.plan import Allocation
 from profiles.collectives import Collectives
 from profiles.costs import LayerCosts, Provenance
 from profiles.hardware import ClusterSpec
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,24 +63,42 @@ class CostModel:
         self.function_s = function_s
         self.stages = StageCosts(cluster.device, layer_costs, collectives)
         self.known_calls: dict[tuple[object, ...], CallCost] = {}
-        self._known_hops: dict[tuple[int, int, int, float], list[Priced]] = {}
+        self._answers: dict[tuple[object, ...], object] = {}
+        self._known_hops: dict[tuple[int, int, int, float, float], list[Priced]] = {}
         self.known_reallocations: dict[tuple[object, ...], float] = {}
+
+    def once(self, question: tuple[object, ...], ask: Callable[[], Answer]) -> Answer:
+        """The answer of ``ask``, or its earlier answer to an equal ``question``.
+
+        For parts of calls that many allocations share; a question begins with its own name.
+        """
+        found = self._answers.get(question)
+        if found is None:
+            found = self._answers[question] = ask()
+        return cast(Answer, found)
 
     @property
     def value_bytes(self) -> int:
         """Of a weight or an activation."""
         return self.stages.value_bytes
 
-    def hops(self, allocation: Allocation, num_bytes: float) -> list[Priced]:
-        """Seconds of ``num_bytes`` from each stage to the next, on every lane at once."""
+    def hops(
+        self, allocation: Allocation, num_bytes: float, directions: float = 1.0
+    ) -> list[Priced]:
+        """Seconds of ``num_bytes`` from each stage to the next, on every lane at once.
+
+        ``directions``: 2 where as much comes back afterwards.
+        """
         s, first = allocation.strategy, allocation.mesh.first
-        question = (s.pp, s.dp * s.tp, first, num_bytes)
+        question = (s.pp, s.dp * s.tp, first, num_bytes, directions)
         answer = self._known_hops.get(question)
         if answer is None:
             answer = self._known_hops[question] = self._hops(*question)
         return answer
 
-    def _hops(self, pp: int, width: int, first: int, num_bytes: float) -> list[Priced]:
+    def _hops(
+        self, pp: int, width: int, first: int, num_bytes: float, directions: float
+    ) -> list[Priced]:
         by_link: dict[bool, Priced] = {}  # inside a node or not: a link class has one price
         found = []
         for stage in range(pp - 1):
@@ -86,7 +107,8 @@ class CostModel:
             for lane in (start, start + width - 1):
                 inside = self.cluster.node_of(lane) == self.cluster.node_of(lane + width)
                 if inside not in by_link:
-                    by_link[inside] = Priced.of(self.collectives.p2p(num_bytes, lane, lane + width))
+                    cost = self.collectives.p2p(num_bytes, lane, lane + width)
+                    by_link[inside] = Priced.of(cost, directions)
                 costs.append(by_link[inside])
             found.append(max(costs, key=lambda cost: cost.seconds))
         return found

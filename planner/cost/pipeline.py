@@ -42,28 +42,48 @@ def pipeline_parts(passes: Sequence[PipelinePass]) -> Mapping[str, Priced]:
     used = [p for p in passes if p.count > 0]
     if not used:
         return {}
-    pace = [stage.seconds + hop.seconds for stage, hop in _with_hops(used[0])]
-    busiest = max(range(len(pace)), key=pace.__getitem__)
+    longest = unlike_stages(used[0].stages, [*used[0].hops, ZERO])
+    busiest = max(longest, key=lambda part: part.stage.seconds + part.hop.seconds)
     compute = tensor_parallel = p2p = ZERO
     for kind in used:
-        stage, hop = list(_with_hops(kind))[busiest]
+        stage, hop = kind.stages[busiest.first], [*kind.hops, ZERO][busiest.first]
         compute = compute + stage.compute * kind.count
         tensor_parallel = tensor_parallel + stage.tensor_parallel * kind.count
         p2p = p2p + hop * kind.count
     bubble = ZERO
-    for index, (stage, hop) in enumerate(_with_hops(used[0])):
-        if index != busiest:
-            bubble = bubble + stage.compute + stage.tensor_parallel
-            p2p = p2p + hop
+    for part in longest:
+        others = part.count - (part is busiest)
+        bubble = bubble + (part.stage.compute + part.stage.tensor_parallel) * others
+        p2p = p2p + part.hop * others
     return {
         "compute": compute, "tensor_parallel": tensor_parallel, "pipeline_bubble": bubble,
         "pipeline_p2p": p2p,
     }  # fmt: skip
 
 
-def _with_hops(kind: PipelinePass) -> Sequence[tuple[StageCost, Priced]]:
-    """Stages, each with the hop that its result takes; the last stage's takes none."""
-    return list(zip(kind.stages, [*kind.hops, ZERO], strict=True))
+@dataclass(slots=True)
+class StagesAlike:
+    """``count`` stages of one cost, each with a ``hop`` after it; ``first``: the first of them."""
+
+    stage: StageCost
+    hop: Priced
+    first: int
+    count: int
+
+
+def unlike_stages(stages: Sequence[StageCost], hops: Sequence[Priced]) -> list[StagesAlike]:
+    """Stages with their hops by what they cost: of 80 stages three or four are unlike.
+
+    Costs are told apart by identity, which the cost model keeps for equal questions.
+    """
+    found: dict[tuple[int, int], StagesAlike] = {}
+    for index, (stage, hop) in enumerate(zip(stages, hops, strict=True)):
+        alike = found.get((id(stage), id(hop)))
+        if alike is None:
+            found[id(stage), id(hop)] = StagesAlike(stage, hop, index, 1)
+        else:
+            alike.count += 1
+    return list(found.values())
 
 
 def micro_batch_sizes(num_sequences: int, num_micro_batches: int) -> tuple[tuple[int, int], ...]:

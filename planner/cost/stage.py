@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from planner.layout import EMBEDDING_LAYER, POSITION_LAYER, head_layer, shard_values
 from planner.strategy import stage_layers
@@ -31,9 +31,13 @@ GRADIENT_BYTES = 4
 MAX_PROMPT_TOKENS = 8192
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Priced:
-    """Seconds, split by where they come from: one entry for each ``Provenance``, in its order."""
+    """Seconds, split by where they come from: one entry for each ``Provenance``, in its order.
+
+    A value: nothing assigns to it. It is not frozen, as a search adds up a million of these, and
+    a frozen one takes twice as long to make; so are ``StageCost`` and ``StagesAlike``.
+    """
 
     seconds: float = 0.0
     origin: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
@@ -70,7 +74,7 @@ class Priced:
 ZERO = Priced()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class StageCost:
     """One pass of one micro-batch through a stage: ``compute`` and tensor-parallel collectives."""
 
@@ -85,8 +89,7 @@ class StageCost:
         return StageCost(self.compute + other.compute, self.tensor_parallel + other.tensor_parallel)
 
 
-@dataclass(frozen=True, slots=True)
-class StageShape:
+class StageShape(NamedTuple):
     """What a stage's cost depends on: its number of blocks, and which ends of the model it has."""
 
     num_layers: int
@@ -176,6 +179,7 @@ class StageCosts:
         return Priced.of(self.collectives.all_reduce(4.0 * size, group)) * 3.0
 
 
+@lru_cache(maxsize=4096)
 def stage_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
     """Parameter values that the fullest device of a stage holds.
 

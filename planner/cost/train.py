@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from math import ceil
 
 from planner.cost.model import CostModel
 from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
 from planner.cost.stage import (
     GRADIENT_BYTES,
-    ZERO,
     Pass,
     Priced,
     StageCost,
@@ -47,19 +47,33 @@ def train_parts(
     passes: tuple[Pass, ...] = ("forward", "backward")
     if s.recompute == "full":
         passes = ("forward", "recompute", "backward")
-    parts = dict(
-        _pipeline(spec, workload, allocation, model, ceil(mini_batch / s.dp), passes=passes)
+    num_groups = ceil(mini_batch / s.dp)
+    # What does not depend on ZeRO, and what depends on little else, is asked once.
+    plain = replace(allocation, strategy=replace(s, zero=0))
+    pipeline = model.once(
+        ("pipeline", spec, workload, plain, num_groups, passes),
+        lambda: _pipeline(spec, workload, plain, model, num_groups, passes=passes),
     )
-    parts["data_parallel"] = _slowest(
-        _reduction(spec, shape, index, allocation, model)
-        for index, shape in enumerate(stage_shapes(spec, s.pp))
+    update = model.once(
+        ("update", spec, allocation.mesh, s.pp, s.tp, s.zero),
+        lambda: _update(spec, allocation, model),
     )
+    parts = {**pipeline, **update}
+    return {name: priced * (num_mini_batches * num_epochs) for name, priced in parts.items()}
+
+
+def _update(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Mapping[str, Priced]:
+    """After a mini-batch: data_parallel and optimizer."""
+    s = allocation.strategy
+    reduced = _reductions(spec, allocation, model)
     if spec.tied_embedding and s.pp > 1:
-        parts["data_parallel"] = parts["data_parallel"] + _tied_embedding(spec, allocation, model)
+        reduced = reduced + _tied_embedding(spec, allocation, model)
     most_values = max(stage_values(spec, shape, s.tp) for shape in set(stage_shapes(spec, s.pp)))
     own_values = ceil(most_values / s.dp) if s.zero else most_values
-    parts["optimizer"] = Priced.of(model.layer_costs.optimizer_step(own_values))
-    return {name: priced * (num_mini_batches * num_epochs) for name, priced in parts.items()}
+    return {
+        "data_parallel": reduced,
+        "optimizer": Priced.of(model.layer_costs.optimizer_step(own_values)),
+    }
 
 
 def _pipeline(
@@ -88,7 +102,7 @@ def _pipeline(
             for shape in set(shapes)
         }
         hidden_bytes = float(size) * spec.hidden * model.value_bytes
-        hops = [hop * directions for hop in model.hops(allocation, hidden_bytes)]
+        hops = model.hops(allocation, hidden_bytes, directions)
         kinds.append(PipelinePass([by_shape[shape] for shape in shapes], hops, count))
     return pipeline_parts(kinds)
 
@@ -103,6 +117,19 @@ def _stage(
             spec, shape, what, tp=tp, size=size, length=length, rows=rows
         )
     return total
+
+
+def _reductions(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Priced:
+    """The slowest stage's; those of one shape at one place in their nodes cost the same."""
+    s, per_node = allocation.strategy, model.cluster.devices_per_node
+    unlike = {
+        (shape, s.rank(index, 0, 0) % per_node): index
+        for index, shape in enumerate(stage_shapes(spec, s.pp))
+    }
+    costs = (
+        _reduction(spec, shape, index, allocation, model) for (shape, _), index in unlike.items()
+    )
+    return max(costs, key=lambda cost: cost.seconds)
 
 
 def _reduction(
@@ -129,7 +156,3 @@ def _tied_embedding(spec: ModelSpec, allocation: Allocation, model: CostModel) -
     pair = range(mesh.first, mesh.first + mesh.num_devices, (s.pp - 1) * s.dp * s.tp)
     num_bytes = float(GRADIENT_BYTES) * spec.embedding_parameters / s.tp
     return Priced.of(model.collectives.all_reduce(num_bytes, pair))
-
-
-def _slowest(costs: Iterable[Priced]) -> Priced:
-    return max(costs, key=lambda cost: cost.seconds, default=ZERO)
