@@ -1,0 +1,263 @@
+"""Seconds of a training step of every algorithm, beside TRL's at equal settings, on this CPU.
+
+    python scripts/bench_algorithms.py --trl-python PATH [--algorithms sft,grpo] [--threads 2]
+
+PATH is a Python of an environment of its own with `trl` (1.16 has SFT, reward modelling, DPO, GRPO
+and RLOO; the others are measured alone). Both train one and the same model in float32 in one
+process, on the same texts, with as many threads, one micro-batch, AdamW and, where a method has
+one, a reference model; answers have the same longest length. Runs alternate, and the fastest step
+of all repeats counts, so that neighbours on the machine touch the ratio little. Prints a table
+with the ratio ours / TRL: below 1 is faster. `--model FOLDER` takes another model than the default,
+a random llama of 22 million parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NUM_WORDS = 8192
+KL = 0.04
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of both sides: ``batch_size`` prompts (pairs, examples) a step, lengths in tokens."""
+
+    model: str
+    data: str  # a folder with answers.jsonl, pairs.jsonl, prompts.jsonl
+    batch_size: int = 8
+    samples_per_prompt: int = 4
+    prompt_len: int = 32
+    response_len: int = 32
+    steps: int = 4
+    threads: int = 2
+
+
+# Ours: our algorithm, its data, its options.
+_REWARD = ["reward.source=experiments.rewards:share_of_even_tokens"]
+OURS: Mapping[str, tuple[str, str, Sequence[str]]] = {
+    "sft": ("sft", "answers", ()),
+    "reward": ("reward", "pairs", ()),
+    "dpo": ("dpo", "pairs", ()),
+    "grpo": ("grpo", "prompts", [f"grpo.kl_coef={KL}", *_REWARD]),
+    "rloo": (
+        "reinforce",
+        "prompts",
+        ["reinforce.baseline=leave_one_out", f"reinforce.kl_coef={KL}", *_REWARD],
+    ),
+    "reinforce": ("reinforce", "prompts", _REWARD),
+    "remax": ("remax", "prompts", _REWARD),
+    "raft": ("raft", "prompts", _REWARD),
+    "ppo": ("ppo", "prompts", ["ppo.num_mini_batches=1", *_REWARD]),
+}
+TRL = ("sft", "reward", "dpo", "grpo", "rloo")
+SAMPLED = ("grpo", "rloo", "reinforce", "remax", "raft", "ppo")
+
+
+# ---- model and data ---------------------------------------------------------------------------
+
+
+def write_model(folder: Path) -> None:
+    """A random llama whose tokenizer has a token for each of ``NUM_WORDS`` words."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    names = ["<end>", "<pad>", *(f"w{i}" for i in range(2, NUM_WORDS))]
+    words = Tokenizer(WordLevel({w: i for i, w in enumerate(names)}, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    config = LlamaConfig(
+        vocab_size=NUM_WORDS, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<pad>", unk_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def write_data(folder: Path, settings: Settings) -> None:
+    """Texts of random words: prompts and answers of the longest length."""
+    rng = random.Random(1)
+    files: dict[str, list[dict[str, str]]] = {"answers": [], "pairs": [], "prompts": []}
+
+    def text(length: int) -> str:
+        return " ".join(f"w{rng.randrange(2, NUM_WORDS)}" for _ in range(length))
+
+    for _ in range(settings.batch_size * (settings.steps + 1)):
+        prompt, good, bad = (
+            text(settings.prompt_len),
+            *(text(settings.response_len - 1) for _ in range(2)),
+        )  # one token is the end
+        files["prompts"].append({"prompt": prompt})
+        files["answers"].append({"prompt": prompt, "answer": good})
+        files["pairs"].append({"prompt": prompt, "chosen": good, "rejected": bad})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+# ---- ours -------------------------------------------------------------------------------------
+
+
+def measure_ours(name: str, settings: Settings, folder: Path) -> list[float]:
+    """Seconds of every step but the first."""
+    algorithm, data, options = OURS[name]
+    words = [
+        f"batch_size={settings.batch_size}", f"prompt_len={settings.prompt_len}",
+        f"response_len={settings.response_len}", f"total_steps={settings.steps}",
+        f"data.path={settings.data}/{data}.jsonl", *options,
+    ]  # fmt: skip
+    if name in SAMPLED:
+        words += [f"samples_per_prompt={settings.samples_per_prompt}"]
+    command = [sys.executable, "-m", "executor.cli", "run", "--layout", "d1p1m1"]
+    command += ["--model", settings.model, "--algorithm", algorithm, "-o", str(folder), *words]
+    _run(command, settings, path=str(REPOSITORY))
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [float(json.loads(line)["step_s"]) for line in lines[1:]]
+
+
+def _run(command: Sequence[str], settings: Settings, *, path: str | None) -> str:
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    environment.pop("PYTHONPATH", None)
+    if path:
+        environment["PYTHONPATH"] = path
+    done = subprocess.run(list(command), env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"bench_algorithms: {' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+# ---- TRL's (runs under --trl-python) ----------------------------------------------------------
+
+
+def measure_trl(name: str, settings: Settings) -> list[float]:
+    """Seconds of every step of TRL's trainer but the first."""
+    import torch
+    import trl
+    from datasets import load_dataset
+    from transformers import TrainerCallback
+
+    torch.set_num_threads(settings.threads)
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **more: Any) -> None:
+            ends.append(time.perf_counter())
+
+    sampled = name in SAMPLED
+    rows = settings.batch_size * (settings.samples_per_prompt if sampled else 1)
+    common = {
+        "output_dir": tempfile.mkdtemp(), "use_cpu": True, "bf16": False, "report_to": "none",
+        "per_device_train_batch_size": rows, "max_steps": settings.steps, "save_strategy": "no",
+        "logging_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False,
+        "learning_rate": 1e-5, "model_init_kwargs": {"dtype": "float32"}, "seed": 1,
+    }  # fmt: skip
+    files = {"sft": "answers", "reward": "pairs", "dpo": "pairs"}
+    file = f"{settings.data}/{files.get(name, 'prompts')}.jsonl"
+    data = load_dataset("json", data_files=file, split="train")
+    longest = settings.prompt_len + settings.response_len
+    answering = {
+        "num_generations": settings.samples_per_prompt, "beta": KL, "temperature": 1.0,
+        "max_completion_length": settings.response_len,
+    }  # fmt: skip
+
+    def even(completions: list[str], **more: Any) -> list[float]:
+        return [float(len(text) % 2 == 0) for text in completions]
+
+    shared = {"train_dataset": data, "callbacks": [Clock()], "model": settings.model}
+    trainer: Any
+    if name == "sft":
+        shared["train_dataset"] = data.rename_column("answer", "completion")
+        trainer = trl.SFTTrainer(args=trl.SFTConfig(max_length=longest, **common), **shared)
+    elif name == "reward":
+        trainer = trl.RewardTrainer(args=trl.RewardConfig(max_length=longest, **common), **shared)
+    elif name == "dpo":
+        trainer = trl.DPOTrainer(args=trl.DPOConfig(max_length=longest, **common), **shared)
+    elif name == "grpo":
+        grpo = trl.GRPOConfig(loss_type="grpo", **answering, **common)
+        trainer = trl.GRPOTrainer(args=grpo, reward_funcs=even, **shared)
+    else:
+        rloo = trl.RLOOConfig(**answering, **common)
+        trainer = trl.RLOOTrainer(args=rloo, reward_funcs=even, **shared)
+    trainer.train()
+    return [b - a for a, b in itertools.pairwise(ends)]
+
+
+# ---- side by side -----------------------------------------------------------------------------
+
+
+def compare(names: Sequence[str], settings: Settings, trl_python: str, repeats: int) -> None:
+    """Print a row for each algorithm as soon as it is measured."""
+    print(f"{'algorithm':10} {'ours':>9} {'TRL':>9}   ours / TRL")
+    for name in names:
+        ours: list[float] = []
+        theirs: list[float] = []
+        for _ in range(repeats):
+            with tempfile.TemporaryDirectory() as folder:
+                ours += measure_ours(name, settings, Path(folder) / "run")
+            if name in TRL and trl_python:
+                command = [trl_python, str(Path(__file__).resolve()), "--trl-half", name]
+                said = _run([*command, json.dumps(asdict(settings))], settings, path=None)
+                theirs += json.loads(said.strip().splitlines()[-1])
+        row = f"{name:10} {min(ours):7.2f} s"
+        if theirs:
+            row += f" {min(theirs):7.2f} s   {min(ours) / min(theirs):.2f}"
+        print(row, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Steps of our algorithms beside TRL's.")
+    parser.add_argument("--trl-python", default="", metavar="PATH", help="a Python that has trl")
+    parser.add_argument("--algorithms", default=",".join(OURS), metavar="A,B", help="default all")
+    parser.add_argument("--model", default="", metavar="FOLDER", help="default a random llama")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts per step (default 8)")
+    parser.add_argument("--steps", type=int, default=4, help="of each run (default 4)")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each side (default 2)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of both sides")
+    parser.add_argument("--trl-half", nargs=2, metavar=("NAME", "JSON"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.trl_half:
+        name, text = args.trl_half
+        print(json.dumps(measure_trl(name, Settings(**json.loads(text)))))
+        return 0
+    names = args.algorithms.split(",")
+    unknown = [name for name in names if name not in OURS]
+    if unknown:
+        raise SystemExit(f"bench_algorithms: no {unknown[0]}; there are {', '.join(OURS)}")
+    with tempfile.TemporaryDirectory() as work:
+        model = args.model or str(Path(work) / "model")
+        if not args.model:
+            write_model(Path(model))
+        settings = Settings(
+            model=model, data=str(Path(work) / "data"), batch_size=args.batch_size,
+            steps=args.steps, threads=args.threads,
+        )  # fmt: skip
+        write_data(Path(settings.data), settings)
+        compare(names, settings, args.trl_python, args.repeats)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
