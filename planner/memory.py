@@ -10,10 +10,11 @@ on CUDA 4 more for the fp32 master.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from math import ceil
 
-from planner.cost.pipeline import micro_batch_sizes
+from planner.activations import kept_bytes, working_values
 from planner.cost.stage import (
     GRADIENT_BYTES,
     MAX_PROMPT_TOKENS,
@@ -84,34 +85,7 @@ class MemoryBreakdown:
         return max(self.items().items(), key=lambda item: item[1])
 
 
-# ---- activations ------------------------------------------------------------------------------
-
-
-def block_activation_values(spec: ModelSpec, tp: int) -> int:
-    """Values of one token that a block keeps for its backward pass, on one shard.
-
-    4 hidden (input of either half and its norm's output, whole on every shard), and of the
-    shard: q, k, v as projected and q, k rotated, attention's output, gate, up, silu(gate) and
-    their product: (3 q + 3 kv + 4 ffn) / tp, or up and its activation without a gate. No term in
-    the length squared: the fused kernel keeps no scores. With k experts to a token ffn is theirs,
-    and 3 k hidden are kept: the rows that go to them, their answers, and these in order again.
-    Source: Korthikanti et al. 2022, section 4, with Dao et al. 2022 and a gated feed-forward.
-    """
-    attention, ffn = _attention_values(spec, tp), spec.active_ffn // tp
-    experts = 3 * spec.experts_per_token * spec.hidden + spec.num_experts
-    return 4 * spec.hidden + 3 * attention + (4 if spec.gated else 2) * ffn + experts
-
-
-def _attention_values(spec: ModelSpec, tp: int) -> int:
-    """Values of one token in q and k, or half of those in q, k, v and the output, on one shard."""
-    return (spec.num_heads // tp + spec.cached_kv_heads(tp)) * spec.head_dim
-
-
-def block_working_values(spec: ModelSpec, tp: int) -> int:
-    """Values of one token that a block holds at once where nothing is kept for later."""
-    rows = 3 * spec.experts_per_token * spec.hidden
-    feed_forward = (4 if spec.gated else 2) * spec.active_ffn // tp + rows
-    return 3 * spec.hidden + max(3 * _attention_values(spec, tp), feed_forward)
+# ---- one call ---------------------------------------------------------------------------------
 
 
 def _largest_weight_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
@@ -121,9 +95,6 @@ def _largest_weight_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
     if stage.first or (stage.last and spec.head == "lm"):
         values = max(values, ceil(spec.vocab / tp) * spec.hidden)
     return values
-
-
-# ---- one call ---------------------------------------------------------------------------------
 
 
 def call_memory(problem: Problem, call_name: str, allocation: Allocation) -> MemoryBreakdown:
@@ -169,28 +140,72 @@ def running_memory(
     s, workload = allocation.strategy, problem.workload_of(call.name)
     value_bytes = VALUE_BYTES[problem.cluster.device.kind]
     shape = stage_shapes(spec, s.pp)[stage]
-    num_groups = ceil(ceil(workload.batch_size / call.num_mini_batches) / s.dp)
-    largest = micro_batch_sizes(num_groups, allocation.num_micro_batches)
-    sequences = max(groups for groups, count in largest if count) * workload.group_size
-    tokens = sequences * workload.max_tokens
-    working = tokens * block_working_values(spec, s.tp)
+    sequences, tokens = _micro_batch_tokens(problem, call, allocation)
+    working = tokens * working_values(spec, s) * value_bytes
     # A language model's head reads the answers only.
     answers = sequences * workload.response_tokens
     logits = answers * ceil(spec.vocab / s.tp) if shape.last and spec.head == "lm" else tokens
-    buffers = 2 * tokens * spec.hidden if s.pp > 1 else 0
+    rows = ceil(tokens / s.tp) if s.sequence_parallel else tokens
+    buffers = 2 * rows * spec.hidden if s.pp > 1 else 0
     kept = 0
     if call.kind is CallKind.TRAIN:
         in_flight = min(allocation.num_micro_batches, s.pp - stage)
-        block = spec.hidden if s.recompute == "full" else block_activation_values(spec, s.tp)
-        kept = in_flight * shape.num_layers * tokens * block
-        working += tokens * block_activation_values(spec, s.tp) if s.recompute == "full" else 0
+        length = workload.max_tokens
+        kept = in_flight * _micro_batch_bytes(problem, call, allocation, spec, shape)
+        if s.recompute == "full":  # the block under way keeps all
+            whole = replace(s, recompute="none")
+            working += tokens * kept_bytes(spec, whole, value_bytes=value_bytes, length=length)
         logits *= 2  # and their gradient
         buffers += _largest_weight_values(spec, shape, s.tp)
     return MemoryBreakdown(
-        activations=(kept + working) * value_bytes,
+        activations=kept + working,
         logits=logits * value_bytes if shape.last else 0,
         buffers=buffers * value_bytes,
     )
+
+
+def running_bytes(
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec
+) -> tuple[int, ...]:
+    """The total of ``running_memory`` on every stage, without itemising each.
+
+    Stages of one shape differ only by the micro-batches under way, each of which keeps as much.
+    """
+    pp, m = allocation.strategy.pp, allocation.num_micro_batches
+    found: list[int] = []
+    for shape, run in groupby(stage_shapes(spec, pp)):
+        first, count = len(found), len(list(run))
+        whole = running_memory(problem, call, allocation, spec, first).total
+        each = 0
+        if call.kind is CallKind.TRAIN and count > 1:
+            each = _micro_batch_bytes(problem, call, allocation, spec, shape)
+        most = min(m, pp - first)
+        found += [whole - (most - min(m, pp - first - i)) * each for i in range(count)]
+    return tuple(found)
+
+
+def _micro_batch_tokens(
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation
+) -> tuple[int, int]:
+    """(sequences, tokens) of the largest micro-batch of an INFER or TRAIN call."""
+    workload = problem.workload_of(call.name)
+    mini_batch = ceil(workload.batch_size / call.num_mini_batches)
+    groups = ceil(ceil(mini_batch / allocation.strategy.dp) / allocation.num_micro_batches)
+    sequences = groups * workload.group_size
+    return sequences, sequences * workload.max_tokens
+
+
+def _micro_batch_bytes(
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec,
+    shape: StageShape,
+) -> int:  # fmt: skip
+    """What a stage keeps of one micro-batch until its backward pass."""
+    value_bytes = VALUE_BYTES[problem.cluster.device.kind]
+    block = kept_bytes(
+        spec, allocation.strategy, value_bytes=value_bytes, length=problem.workload.max_tokens
+    )
+    _, tokens = _micro_batch_tokens(problem, call, allocation)
+    return shape.num_layers * tokens * block
 
 
 def _running_generate(
@@ -214,7 +229,7 @@ def _running_generate(
     logits = group * spec.vocab * (2 * value_bytes + 3 * 4) if shape.last else 0
     return MemoryBreakdown(
         kv_cache=shape.num_layers * rows_bytes,
-        activations=tokens * block_working_values(spec, s.tp) * value_bytes,
+        activations=tokens * working_values(spec, s) * value_bytes,
         logits=logits,
         # A block's keys or values are there twice while they grow.
         buffers=rows_bytes // 2

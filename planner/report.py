@@ -52,9 +52,10 @@ def ranges_text(numbers: Iterable[int], *, most: int = 3) -> str:
 
 
 def strategy_text(allocation: Allocation) -> str:
-    """``d4p8m4 zero recompute``: the axes, then what is switched on."""
+    """``d4p8m4 sp zero recompute``: the axes, then what is switched on; ``sp`` splits tokens."""
     s = allocation.strategy
-    return s.short + (" zero" if s.zero else "") + ("" if s.recompute == "none" else " recompute")
+    again = {"none": "", "selective": " selective", "full": " recompute"}[s.recompute]
+    return s.short + (" sp" if s.sequence_parallel else "") + (" zero" if s.zero else "") + again
 
 
 # ---- the plan and its estimate ----------------------------------------------------------------

@@ -80,9 +80,12 @@ class KernelCosts:
         linear = self._products.get(question)
         if linear is None:
             passes = 2 if operation == "backward" else 1
-            streams = _modelled(passes * self.roofline.elementwise_s(spec, tp, size))
-            products = self._all_products(block_products(spec, tp, size), operation)
-            linear = self._products[question] = Cost.total([streams, *products])
+            shapes = block_products(spec, tp, size)
+            streams_s = passes * self.roofline.elementwise_s(spec, tp, size)
+            if operation == "backward":
+                streams_s += self.roofline.accumulate_s(shapes)
+            products = self._all_products(shapes, operation)
+            linear = self._products[question] = Cost.total([_modelled(streams_s), *products])
         return Cost.total([linear, self._attention(spec, operation, tp, size, length)])
 
     def _head(self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int) -> Cost:
@@ -119,6 +122,8 @@ class KernelCosts:
     ) -> Cost:
         heads = max(1, spec.num_heads // tp)
         decode = operation == "decode"
+        if self.roofline.eager and not decode:  # in no table
+            return _modelled(self.roofline.self_attention_s(spec, operation, tp, size, length))
         alone = self.surfaces.attention(
             decode=decode, batch=size if decode else size / length, length=length, heads=heads,
             kv_heads=min(heads, spec.held_kv_heads(tp)), head_dim=spec.head_dim,

@@ -7,7 +7,9 @@ three. A layer is the sum of its kernels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from profiles.costs import Component, Cost, Operation, Provenance
 from profiles.hardware import DeviceSpec
@@ -35,6 +37,9 @@ class RooflineCosts:
     [sequences, vocab] (temperature, largest, exponentials, sum, filter, cumulative sum, search,
     log-probability, one read or write each) and ``sampling_launches`` operations, most of them
     on one value a sequence: the hash that makes the noise.
+
+    ``attention``: ``fused`` keeps no scores; ``eager`` is systems without such a kernel: every
+    score is written and read, with ``dropout`` once more behind a mask of a byte each.
     """
 
     def __init__(
@@ -46,8 +51,12 @@ class RooflineCosts:
         memory_efficiency: float = 0.8,
         sampling_passes: float = 8.0,
         sampling_launches: int = 40,
+        attention: Literal["fused", "eager"] = "fused",
+        dropout: bool = False,
     ) -> None:
         self.device = device
+        self.eager = attention == "eager"
+        self.dropout = dropout
         self.matmul_flops_per_s = device.peak_flops * matmul_efficiency
         self.attention_flops_per_s = device.peak_flops * attention_efficiency
         self.memory_bytes_per_s = device.memory_bytes_per_s * memory_efficiency
@@ -110,16 +119,26 @@ class RooflineCosts:
         self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int
     ) -> float:
         passes = 2 if operation == "backward" else 1
+        products = block_products(spec, tp, size)
         matmul_s = sum(
             self.matmul_s(product.rows, product.inner, product.columns, groups=product.groups)
-            for product in block_products(spec, tp, size)
+            for product in products
         )
         # backward: the gradient of the input and of the weight, one product each.
-        return passes * (matmul_s + self.elementwise_s(spec, tp, size)) + self._attention(
-            spec, operation, tp, size, length
-        )
+        seconds = passes * (matmul_s + self.elementwise_s(spec, tp, size))
+        if operation == "backward":
+            seconds += self.accumulate_s(products)
+        return seconds + self.self_attention_s(spec, operation, tp, size, length)
 
-    def _attention(
+    def accumulate_s(self, products: Iterable[MatrixProduct]) -> float:
+        """Adding a micro-batch's gradients of the products' weights to the fp32 sums.
+
+        Each is read, the sum read and written: 2 + 4 + 4 bytes in bf16, 4 + 4 + 4 in fp32.
+        """
+        values = sum(product.inner * product.columns * product.groups for product in products)
+        return self.stream_s((self.value_bytes + 8.0) * values)
+
+    def self_attention_s(
         self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int
     ) -> float:
         """Causal attention of ``size`` tokens, or of ``size`` sequences' one new token.
@@ -134,10 +153,56 @@ class RooflineCosts:
         if operation == "decode":
             flops = 4.0 * width * length * size
             return self.attention_s(flops, self.value_bytes * kv_width * float(length) * size)
+        if self.eager:
+            return self._eager_attention_s(spec, operation, tp, size / length, length)
         flops = 2.0 * width * length * size
         num_bytes = self.value_bytes * (2 * width + kv_width) * float(size)
         factor = 2.5 if operation == "backward" else 1.0
         return self.attention_s(factor * flops, factor * num_bytes)
+
+    def _eager_attention_s(
+        self, spec: ModelSpec, operation: Operation, tp: int, num_sequences: float, length: int
+    ) -> float:
+        """Scores of all pairs of positions, the masked ones too, as matrices in memory.
+
+        Forward: two products; softmax reads and writes the scores, dropout reads and writes them
+        and writes its mask. Backward: four products; dropout as before with the mask read, and
+        softmax reads two and writes one. Source: Korthikanti et al. 2022, figure 3.
+        """
+        heads = num_sequences * (spec.num_heads // tp)
+        scores = self.matmul_s(length, spec.head_dim, length, groups=heads)
+        mixed = self.matmul_s(length, length, spec.head_dim, groups=heads)
+        backward = operation == "backward"
+        softmax_bytes = self.value_bytes * (3 if backward else 2)
+        dropout_bytes = 2 * self.value_bytes + 1 if self.dropout else 0
+        passes_s = self.stream_s((softmax_bytes + dropout_bytes) * heads * float(length) ** 2)
+        return (2 if backward else 1) * (scores + mixed) + passes_s
+
+    def between_s(self, spec: ModelSpec, rows: float) -> float:
+        """A block's two norms and two residual sums on ``rows``: 2 * 2 hidden and 2 * 3 hidden.
+
+        A part of ``elementwise_s``: what sequence parallelism splits over tp.
+        """
+        values = 2 * [2 * spec.hidden] + 2 * [3 * spec.hidden]
+        return sum(self.stream_s(self.value_bytes * v * rows) for v in values)
+
+    def selective_s(self, spec: ModelSpec, tp: int, size: int, length: int, rows: float) -> float:
+        """What selective recomputation does again in one block.
+
+        Eager: attention without its projections (Korthikanti et al. 2022, section 5). Fused,
+        where no scores are kept: the inputs of products, which are the norms of ``rows`` and the
+        activation with its gate; experts keep theirs.
+        """
+        if self.eager:
+            return self._eager_attention_s(spec, "forward", tp, size / length, length)
+        norms = (1 if spec.num_experts else 2) * self.stream_s(
+            self.value_bytes * 2 * spec.hidden * rows
+        )
+        if spec.num_experts:
+            return norms
+        passes = [2, 3] if spec.gated else [2]
+        width = float(self.value_bytes * spec.ffn // tp)
+        return norms + sum(self.stream_s(values * width * size) for values in passes)
 
     def elementwise_s(self, spec: ModelSpec, tp: int, size: int) -> float:
         """Two norms, two residual sums, rotary embedding, silu and its product, as eager kernels.
@@ -148,12 +213,13 @@ class RooflineCosts:
         """
         qk = (spec.num_heads // tp + spec.cached_kv_heads(tp)) * spec.head_dim
         ffn = spec.active_ffn // tp
-        values = [2 * spec.hidden] * 2 + [3 * spec.hidden] * 2 + [2 * ffn]
+        values = [2 * ffn]
         values += [4 * qk] if spec.positions == "rope" else []
         values += [3 * ffn] if spec.gated else []
         rows = spec.experts_per_token * spec.hidden
         values += [2 * rows, 2 * rows, 3 * rows] if rows else []
-        return sum(self.stream_s(self.value_bytes * v * float(size)) for v in values)
+        inside_s = sum(self.stream_s(self.value_bytes * v * float(size)) for v in values)
+        return self.between_s(spec, size) + inside_s
 
     def _embedding_s(self, spec: ModelSpec, operation: Operation, size: int) -> float:
         """Rows read and written; backward adds rows of fp32 gradients."""
@@ -171,6 +237,9 @@ class RooflineCosts:
             return passes * (norm_s + self.matmul_s(size, spec.hidden, 1, value_bytes=4))
         columns = -(-spec.vocab // tp)
         seconds = passes * (norm_s + self.matmul_s(size, spec.hidden, columns))
+        if operation == "backward":
+            weight = MatrixProduct(rows=size, inner=spec.hidden, columns=columns)
+            seconds += self.accumulate_s([weight])
         if operation == "decode":
             return seconds + self._sampling_s(spec, size)
         return seconds + 3 * self.stream_s(4.0 * columns * size)

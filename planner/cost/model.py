@@ -14,6 +14,7 @@ from planner.plan import Allocation
 from profiles.collectives import Collectives
 from profiles.costs import LayerCosts, Provenance
 from profiles.hardware import ClusterSpec
+from profiles.roofline import RooflineCosts
 
 Answer = TypeVar("Answer")
 
@@ -47,6 +48,7 @@ class CostModel:
 
     ``function_s``: seconds of one sequence in a FUNCTION call. 1e-4 is ample for rules on an
     answer's text (tokenizer included); a function that calls out is the user's to declare.
+    ``kernels``: prices what recomputation and sequence parallelism change of a block.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class CostModel:
         collectives: Collectives,
         *,
         function_s: float = 1e-4,
+        kernels: RooflineCosts | None = None,
     ) -> None:
         self.cluster = cluster
         self.layer_costs = layer_costs
         self.collectives = collectives
         self.function_s = function_s
-        self.stages = StageCosts(cluster.device, layer_costs, collectives)
+        self.stages = StageCosts(cluster.device, layer_costs, collectives, kernels)
         self.known_calls: dict[tuple[object, ...], CallCost] = {}
         self._answers: dict[tuple[object, ...], object] = {}
         self._known_hops: dict[tuple[int, int, int, float, float], list[Priced]] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from typing import Literal, NamedTuple
 
 from planner.layout import EMBEDDING_LAYER, POSITION_LAYER, head_layer, shard_values
@@ -17,8 +18,10 @@ from profiles.collectives import Collectives
 from profiles.costs import Component, Cost, LayerCosts, Operation, Provenance
 from profiles.hardware import DeviceSpec
 from profiles.models import ModelSpec
+from profiles.roofline import RooflineCosts
 
-Pass = Literal["forward", "backward", "recompute", "prefill", "decode"]
+# recompute: the forward pass of blocks again; selective: the part of it that is cheap.
+Pass = Literal["forward", "backward", "recompute", "selective", "prefill", "decode"]
 
 _ORDER: Mapping[Provenance, int] = {p: i for i, p in enumerate(Provenance)}
 
@@ -110,36 +113,76 @@ class StageCosts:
     """Answers ``cost(...)`` from layer costs and collectives, and remembers the answers."""
 
     def __init__(
-        self, device: DeviceSpec, layer_costs: LayerCosts, collectives: Collectives
-    ) -> None:
+        self, device: DeviceSpec, layer_costs: LayerCosts, collectives: Collectives,
+        kernels: RooflineCosts | None = None,
+    ) -> None:  # fmt: skip
         self.layers = layer_costs
+        self.kernels = kernels or RooflineCosts(device)
         self.collectives = collectives
         self.value_bytes = VALUE_BYTES[device.kind]
         self._answers: dict[tuple[object, ...], StageCost] = {}
+        self._sums_of_passes: dict[tuple[object, ...], StageCost] = {}
 
     def cost(
         self, spec: ModelSpec, stage: StageShape, what: Pass, *, tp: int, size: int, length: int,
-        rows: int = 0,
+        rows: int = 0, split_tokens: bool = False,
     ) -> StageCost:  # fmt: skip
         """One pass. ``size`` tokens in sequences of ``length``, or in decode ``size`` sequences
 
         with ``length`` tokens of context. ``rows``: of these tokens, those that a language model's
         head reads; in prefill one for each sequence, elsewhere 0 means all. A scalar head reads
-        all. ``recompute`` is the blocks' forward pass again, without the ends.
+        all. ``recompute`` is the blocks' forward pass again, without the ends; ``selective`` what
+        is made again where only cheap things are. ``split_tokens``: sequence parallelism.
         """
         if size <= 0:
             return StageCost()
-        question = (spec, stage, what, tp, size, length, rows)
+        question = (spec, stage, what, tp, size, length, rows, split_tokens)
         answer = self._answers.get(question)
         if answer is None:
-            answer = self._answers[question] = self._cost(
-                spec, stage, what, tp, size, max(1, length), rows
-            )
+            if what == "selective":
+                answer = self._selective(spec, stage, tp, size, max(1, length), split_tokens)
+            else:
+                answer = self._cost(
+                    spec, stage, what, tp, size, max(1, length), rows, split=split_tokens
+                )
+            self._answers[question] = answer
         return answer
+
+    def passes(
+        self, spec: ModelSpec, stage: StageShape, passes: tuple[Pass, ...], *, tp: int, size: int,
+        length: int, rows: int, split_tokens: bool,
+    ) -> StageCost:  # fmt: skip
+        """The sum of ``cost`` over ``passes``."""
+        question = (spec, stage, passes, tp, size, length, rows, split_tokens)
+        answer = self._sums_of_passes.get(question)
+        if answer is None:
+            answer = StageCost()
+            for what in passes:
+                answer = answer + self.cost(
+                    spec, stage, what, tp=tp, size=size, length=length, rows=rows,
+                    split_tokens=split_tokens,
+                )  # fmt: skip
+            self._sums_of_passes[question] = answer
+        return answer
+
+    def _selective(
+        self, spec: ModelSpec, stage: StageShape, tp: int, size: int, length: int, split: bool
+    ) -> StageCost:
+        """Inputs of products made again in backward, and with split tokens gathered again.
+
+        Where scores are made again instead (eager attention), inputs are not dropped, but their
+        gathers are still needed: a shard keeps its own rows only.
+        """
+        own = ceil(size / tp) if split else size
+        block = Priced.modelled(self.kernels.selective_s(spec, tp, size, length, own))
+        num_gathers = (1 if spec.num_experts else 2) * stage.num_layers if split else 0
+        hidden_bytes = float(size) * spec.hidden * self.value_bytes
+        gather = Priced.of(self.collectives.all_gather(hidden_bytes, range(tp)))
+        return StageCost(compute=block * stage.num_layers, tensor_parallel=gather * num_gathers)
 
     def _cost(
         self, spec: ModelSpec, stage: StageShape, what: Pass, tp: int, size: int, length: int,
-        rows: int,
+        rows: int, *, split: bool,
     ) -> StageCost:  # fmt: skip
         operation: Operation = (
             "decode" if what == "decode" else "backward" if what == "backward" else "forward"
@@ -150,27 +193,60 @@ class StageCosts:
                 self.layers.layer(spec, component, op, tp=tp, size=count, length=length)
             )
 
-        compute = layer("block", operation, size) * stage.num_layers
+        block = layer("block", operation, size)
+        if split:
+            block = self._with_split_tokens(block, spec, what, tp, size)
+        compute = block * stage.num_layers
         group = range(tp)  # tensor-parallel groups lie in one node, and nodes are equal
-        hidden_bytes = float(size) * spec.hidden * self.value_bytes
-        # One after the attention and one after the feed-forward, in either direction.
-        reduce = Priced.of(self.collectives.all_reduce(hidden_bytes, group))
-        sums = 2.0 * stage.num_layers
-        extra = ZERO
+        sums = self._sums(spec, stage, what, size, group, split)
         if stage.first and what != "recompute":
             compute = compute + layer("embedding", operation, size)
-            sums += 0.0 if what == "backward" else 1.0  # parts of the vocabulary are summed
         if stage.last and what in ("forward", "backward"):
             read = rows if rows and spec.head == "lm" else size
             compute = compute + layer("head", operation, read)
-            extra = self._head_collectives(spec, what, read, group)
-            sums += 1.0 if what == "backward" and spec.head == "lm" else 0.0
+            sums = sums + self._head_collectives(spec, what, read, group)
         if stage.last and what in ("prefill", "decode"):
             count = rows if what == "prefill" else size
             compute = compute + layer("head", "decode", count)
             logits_bytes = float(count) * spec.vocab * self.value_bytes
-            extra = Priced.of(self.collectives.all_gather(logits_bytes, group))
-        return StageCost(compute=compute, tensor_parallel=reduce * sums + extra)
+            sums = sums + Priced.of(self.collectives.all_gather(logits_bytes, group))
+        return StageCost(compute=compute, tensor_parallel=sums)
+
+    def _with_split_tokens(
+        self, block: Priced, spec: ModelSpec, what: Pass, tp: int, size: int
+    ) -> Priced:
+        """``block`` with its norms and residual sums on 1 / tp of the tokens."""
+        passes = 2 if what == "backward" else 1
+        whole_s, split_s = (self.kernels.between_s(spec, n) for n in (size, ceil(size / tp)))
+        saved_s = passes * (whole_s - split_s)
+        # Measured blocks keep their origin: the share that is left of every part.
+        return block * max(0.0, 1.0 - saved_s / block.seconds) if block.seconds else block
+
+    def _sums(
+        self, spec: ModelSpec, stage: StageShape, what: Pass, size: int, group: range, split: bool
+    ) -> Priced:
+        """Collectives on hidden states: around both halves of every block, and at the ends.
+
+        An all-reduce after either half, in backward before it. ``split``: a half is entered
+        through an all-gather and left through a reduce-scatter instead, backward the other way
+        round; the embedding is left as a half of a block, and after the final norm tokens are
+        gathered. Source: Korthikanti et al. 2022, sections 4.2.1 and 4.2.2.
+        """
+        hidden_bytes = float(size) * spec.hidden * self.value_bytes
+        reduce = Priced.of(self.collectives.all_reduce(hidden_bytes, group))
+        halves = 2.0 * stage.num_layers
+        # The gradient that shards of a language model's head give to the same hidden states.
+        of_head = stage.last and what == "backward" and spec.head == "lm"
+        if not split:
+            # Parts of the vocabulary are summed.
+            of_embedding = stage.first and what not in ("backward", "recompute")
+            return reduce * (halves + of_embedding + of_head)
+        gather = Priced.of(self.collectives.all_gather(hidden_bytes, group))
+        scatter = Priced.of(self.collectives.reduce_scatter(hidden_bytes, group))
+        sums = (gather + scatter) * halves + reduce * float(of_head)
+        if stage.first and what != "recompute":
+            sums = sums + (gather if what == "backward" else scatter)
+        return sums + gather if stage.last and what == "forward" else sums
 
     def _head_collectives(self, spec: ModelSpec, what: Pass, size: int, group: range) -> Priced:
         """Largest logit, sum of exponentials and the chosen logit: fp32, one value a token."""

@@ -12,7 +12,6 @@ from planner.cost.stage import (
     GRADIENT_BYTES,
     Pass,
     Priced,
-    StageCost,
     StageShape,
     stage_shapes,
     stage_values,
@@ -45,8 +44,9 @@ def train_parts(
     s = allocation.strategy
     mini_batch = ceil(workload.batch_size / num_mini_batches)
     passes: tuple[Pass, ...] = ("forward", "backward")
-    if s.recompute == "full":
-        passes = ("forward", "recompute", "backward")
+    if s.recompute != "none":
+        again: Pass = "recompute" if s.recompute == "full" else "selective"
+        passes = ("forward", again, "backward")
     num_groups = ceil(mini_batch / s.dp)
     # What does not depend on ZeRO, and what depends on little else, is asked once.
     plain = replace(allocation, strategy=replace(s, zero=0))
@@ -92,31 +92,23 @@ def _pipeline(
     directions = 2.0 if "backward" in passes else 1.0
     kinds = []
     for groups, count in micro_batch_sizes(num_groups, allocation.num_micro_batches):
+        if not count:
+            continue
         sequences = groups * workload.group_size
         size = max(1, round(sequences * workload.expected_tokens))
         answers = max(1, round(sequences * workload.expected_response_tokens))
         by_shape = {
-            shape: _stage(
-                spec, shape, model, passes, tp=s.tp, size=size, length=length, rows=answers
+            shape: model.stages.passes(
+                spec, shape, passes, tp=s.tp, size=size, length=length, rows=answers,
+                split_tokens=s.sequence_parallel,
             )
             for shape in set(shapes)
-        }
-        hidden_bytes = float(size) * spec.hidden * model.value_bytes
+        }  # fmt: skip
+        own = ceil(size / s.tp) if s.sequence_parallel else size
+        hidden_bytes = float(own) * spec.hidden * model.value_bytes
         hops = model.hops(allocation, hidden_bytes, directions)
         kinds.append(PipelinePass([by_shape[shape] for shape in shapes], hops, count))
     return pipeline_parts(kinds)
-
-
-def _stage(
-    spec: ModelSpec, shape: StageShape, model: CostModel, passes: tuple[Pass, ...], *, tp: int,
-    size: int, length: int, rows: int,
-) -> StageCost:  # fmt: skip
-    total = StageCost()
-    for what in passes:
-        total = total + model.stages.cost(
-            spec, shape, what, tp=tp, size=size, length=length, rows=rows
-        )
-    return total
 
 
 def _reductions(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Priced:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from planner.cost.stage import VALUE_BYTES, stage_shapes
+from planner.cost.stage import VALUE_BYTES
 from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
 from planner.lock import Lock
@@ -24,7 +24,7 @@ from planner.memory import (
     MemoryBreakdown,
     call_memory,
     held_memory,
-    running_memory,
+    running_bytes,
 )
 from planner.mesh import DeviceMesh, enumerate_meshes
 from planner.plan import Allocation, Problem, largest_dp
@@ -35,7 +35,7 @@ from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 from profiles.units import format_bytes
 
-RECOMPUTE: Sequence[Recompute] = ("none", "full")
+RECOMPUTE: Sequence[Recompute] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,13 +159,15 @@ def variants(problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh) -> Ite
 
 
 def _strategies(call: ModelFunctionCall, legal: ParallelStrategy) -> list[ParallelStrategy]:
-    """A split with ZeRO and recomputation where the call trains."""
+    """A split with sequence parallelism, and with ZeRO and recomputation where the call trains."""
+    split_tokens = (False, True) if legal.tp > 1 else (False,)
     if call.kind is not CallKind.TRAIN:
-        return [legal]
+        return [replace(legal, sequence_parallel=split) for split in split_tokens]
     return [
-        replace(legal, zero=zero, recompute=recompute)
+        replace(legal, zero=zero, recompute=recompute, sequence_parallel=split)
         for zero in ((0, 1) if legal.dp > 1 else (0,))
         for recompute in RECOMPUTE
+        for split in split_tokens
     ]
 
 
@@ -347,7 +349,7 @@ class OptionSpace:
             seconds=seconds,
             held=self._held(spec, s, True) if call.kind is CallKind.TRAIN else plain,
             borrowed=tuple(num_bytes + staging for num_bytes in plain),
-            running=self._running(call, allocation, spec),
+            running=running_bytes(self.problem, call, allocation, spec),
         )
 
     def _held(self, spec: ModelSpec, s: ParallelStrategy, trained: bool) -> tuple[int, ...]:
@@ -359,22 +361,6 @@ class OptionSpace:
                 held_memory(spec, s, stage, kind, trained=trained).total for stage in range(s.pp)
             )
         return self._known_held[key]
-
-    def _running(
-        self, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec
-    ) -> tuple[int, ...]:
-        """Bytes while the call runs, by stage: stages of one shape and depth are alike."""
-        pp, known = allocation.strategy.pp, dict[tuple[object, ...], int]()
-        found = []
-        for stage, shape in enumerate(stage_shapes(spec, pp)):
-            key = (shape, min(allocation.num_micro_batches, pp - stage))
-            if call.kind is not CallKind.TRAIN:
-                key = (shape, 0)
-            if key not in known:
-                need = running_memory(self.problem, call, allocation, spec, stage)
-                known[key] = need.total
-            found.append(known[key])
-        return tuple(found)
 
     def _infeasible(self, call: ModelFunctionCall) -> InfeasibleError:
         """What the smallest way to run a call lacks."""

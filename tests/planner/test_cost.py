@@ -87,7 +87,7 @@ def ppo(cluster: ClusterSpec, model: str = "tiny", *overrides: str) -> Problem:
     return make_problem(ALGORITHM, config, model=spec, critic=spec, cluster=cluster)
 
 
-def allocate(pp: int = 1, tp: int = 1, dp: int = 1, m: int = 1, **options: int) -> Allocation:
+def allocate(pp: int = 1, tp: int = 1, dp: int = 1, m: int = 1, **options: object) -> Allocation:
     strategy = ParallelStrategy(pp=pp, tp=tp, dp=dp, **options)  # type: ignore[arg-type]
     return Allocation(
         mesh=DeviceMesh(0, strategy.num_devices), strategy=strategy, num_micro_batches=m
@@ -147,6 +147,68 @@ def test_recomputing_costs_one_more_forward_pass() -> None:
     plain = round_cost("actor_train", allocate(pp=2, m=2))
     again = round_cost("actor_train", allocate(pp=2, m=2, recompute="full"))
     assert again.seconds == pytest.approx(plain.seconds * 4 / 3)
+
+
+@pytest.mark.parametrize("model", ["llama-7b", "gpt2", "mixtral-8x7b"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_sequence_parallelism_moves_the_same_bytes_and_splits_norms(
+    model: str, recompute: str
+) -> None:
+    """Oracle: every collective of executor.parallel.tensor.Region counted by hand."""
+    tp, layers = 2, MODELS[model].num_layers
+    cluster = make_cluster("a100", 8)
+    pricing = CostModel(cluster, RooflineCosts(cluster.device), Collectives(cluster))
+    problem = ppo(cluster, model, "ppo.num_mini_batches=1")
+    plain, split = (
+        call_cost(problem, "critic_train", allocate(tp=tp, recompute=recompute, **more), pricing)
+        for more in ({}, {"sequence_parallel": True})
+    )
+    hidden_bytes = 2.0 * TOKENS * MODELS[model].hidden
+    gather = pricing.collectives.all_gather(hidden_bytes, range(tp)).seconds
+    reduce = pricing.collectives.all_reduce(hidden_bytes, range(tp)).seconds
+    halves = 2 * layers
+    passes = {"none": 2, "selective": 2, "full": 3}[recompute]
+    # Into and out of every half, forward and backward; the embedding's parts, summed.
+    assert plain.parts["tensor_parallel"] == pytest.approx((passes * halves + 1) * reduce)
+    # A gather and a scatter each (of a ring equal); the embedding's scatter and its gather in
+    # backward; the final norm's gather; inputs that selective drops are gathered again.
+    again = {"none": 0, "full": 0, "selective": layers * (1 if "mixtral" in model else 2)}
+    pairs = 2 * passes * halves + 2 + 1 + again[recompute]
+    assert split.parts["tensor_parallel"] == pytest.approx(pairs * gather)
+    # Two norms and two sums of 2 and 3 hidden values each, half of them saved, twice in backward;
+    # and the norms that selective makes again.
+    rate = pricing.stages.kernels.memory_bytes_per_s
+    times = {"none": 3, "selective": 3, "full": 4}[recompute]
+    saved = times * layers * 10 * hidden_bytes / rate / 2 + again[recompute] * hidden_bytes / rate
+    assert plain.parts["compute"] - split.parts["compute"] == pytest.approx(saved, rel=1e-6)
+
+
+def test_selective_recomputation_makes_norms_and_activations_again() -> None:
+    cluster = make_cluster("a100", 8)
+    pricing = CostModel(cluster, RooflineCosts(cluster.device), Collectives(cluster))
+    problem = ppo(cluster, "llama-7b", "ppo.num_mini_batches=1")
+    none, selective, full = (
+        call_cost(problem, "actor_train", allocate(recompute=which), pricing).seconds
+        for which in ("none", "selective", "full")
+    )
+    spec, rate = MODELS["llama-7b"], pricing.stages.kernels.memory_bytes_per_s
+    # Two norms, silu, and its product with up: 2 hidden each, 2 ffn, 3 ffn values of 2 bytes.
+    token_bytes = 2 * (2 * 2 * spec.hidden + 5 * spec.ffn)
+    assert selective - none == pytest.approx(32 * TOKENS * token_bytes / rate)
+    assert none < selective < full
+
+
+def test_hops_carry_the_shards_tokens() -> None:
+    """1 s a byte between nodes: split over tokens, a tensor shard sends half the hidden states."""
+    cluster = make_cluster("a100", 16)
+    slow = LinkSpec(bytes_per_s=1.0, latency_s=0.0)
+    cluster = replace(free_links(cluster), inter_link=slow)
+    pricing = CostModel(cluster, RoundCosts(), Collectives(cluster, bandwidth_efficiency=1.0))
+    plain, split = (
+        call_cost(ppo(cluster), "ref_inf", allocate(pp=2, tp=2, dp=4, **more), pricing)
+        for more in ({}, {"sequence_parallel": True})
+    )
+    assert split.parts["pipeline_p2p"] == pytest.approx(plain.parts["pipeline_p2p"] / 2)
 
 
 def test_generation_integrates_a_growing_context() -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.ppo.graph import ALGORITHM
+from planner.activations import BlockKernels, kept_bytes, working_values
 from planner.algorithm import make_config, make_problem
 from planner.memory import (
     RESERVE_BYTES,
     STAGING_BYTES,
     MemoryBreakdown,
-    block_activation_values,
-    block_working_values,
     call_memory,
     check_memory,
     home_strategies,
     plan_memory,
+    running_bytes,
+    running_memory,
 )
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem
@@ -60,6 +63,12 @@ def plan_of(default: Allocation, *, problem: Problem | None = None, **calls: All
     )
 
 
+def block_values(tp: int = 1, **options: Any) -> int:
+    """What a block of LLaMA-7B keeps of a token, in bf16 values."""
+    strategy = ParallelStrategy(tp=tp, **options)
+    return kept_bytes(SPEC, strategy, value_bytes=2, length=TOKENS) // 2
+
+
 # ---- one call ---------------------------------------------------------------------------------
 
 
@@ -88,15 +97,41 @@ def test_zero_divides_the_optimizer_over_replicas_only() -> None:
 
 def test_activations_of_a_block_by_hand() -> None:
     """LLaMA-7B: 4 hidden + 3 (q + kv) + 4 ffn values a token; nothing squared in the length."""
-    assert block_activation_values(SPEC, 1) == 4 * 4096 + 3 * (4096 + 4096) + 4 * 11008
-    half = block_activation_values(SPEC, 2)
-    assert half - 4 * 4096 == (block_activation_values(SPEC, 1) - 4 * 4096) // 2
+    assert block_values() == 4 * 4096 + 3 * (4096 + 4096) + 4 * 11008
+    assert block_values(tp=2) - 4 * 4096 == (block_values() - 4 * 4096) // 2
+    # Split over tokens: what halves start from; the products' inputs are gathered, whole.
+    split = block_values(tp=2, sequence_parallel=True)
+    assert block_values(tp=2) - split == 2 * 4096 // 2
+    # Selective: neither the inputs nor silu(gate) and its product.
+    assert block_values() - block_values(recompute="selective") == 2 * 4096 + 2 * 11008
+    assert block_values(recompute="full") == 4096
+    assert block_values(tp=2, recompute="full", sequence_parallel=True) == 2048
+
+
+@pytest.mark.parametrize("tp, sequence_parallel, recompute, formula", [
+    (8, False, "none", lambda s, h, a, t: h * (10 + 24 / t + 5 * a * s / (h * t))),
+    (8, False, "selective", lambda s, h, a, t: h * (10 + 24 / t)),
+    (8, True, "none", lambda s, h, a, t: h / t * (34 + 5 * a * s / h)),
+    (8, True, "selective", lambda s, h, a, t: 34 * h / t),
+    (8, False, "full", lambda s, h, a, t: 2 * h),
+])  # fmt: skip
+def test_eager_attention_with_dropout_keeps_what_its_paper_says(
+    tp: int, sequence_parallel: bool, recompute: str, formula: Callable[..., float]
+) -> None:
+    """Oracle: Korthikanti et al. 2022, table 2, bytes of one token in one block."""
+    spec = replace(
+        MODELS["gpt2"], hidden=6144, num_heads=64, num_kv_heads=64, head_dim=96, ffn=4 * 6144
+    )
+    strategy = ParallelStrategy(tp=tp, sequence_parallel=sequence_parallel, recompute=recompute)  # type: ignore[arg-type]
+    kernels = BlockKernels(attention="eager", dropout=True, gather_again=True)
+    found = kept_bytes(spec, strategy, value_bytes=2, length=2048, kernels=kernels)
+    assert found == pytest.approx(formula(2048, 6144, 64, tp))
 
 
 def test_training_keeps_all_layers_or_only_their_inputs() -> None:
     # 4 mini-batches, 16 micro-batches: one sequence of 256 tokens at a time.
     kept = call_memory(ppo(), "actor_train", allocate(m=16))
-    block, working = block_activation_values(SPEC, 1), block_working_values(SPEC, 1)
+    block, working = block_values(), working_values(SPEC, ParallelStrategy())
     assert kept.activations == 2 * TOKENS * (32 * block + working)
     again = call_memory(ppo(), "actor_train", allocate(m=16, recompute="full"))
     assert again.activations == 2 * TOKENS * (32 * 4096 + block + working)
@@ -106,14 +141,14 @@ def test_training_keeps_all_layers_or_only_their_inputs() -> None:
 
 def test_the_first_stage_of_1f1b_keeps_as_many_micro_batches_as_stages() -> None:
     few = call_memory(ppo(), "actor_train", allocate(pp=4, m=16))
-    block, working = block_activation_values(SPEC, 1), block_working_values(SPEC, 1)
+    block, working = block_values(), working_values(SPEC, ParallelStrategy())
     assert few.activations == 2 * TOKENS * (4 * 8 * block + working)
 
 
 def test_later_stages_keep_fewer_micro_batches() -> None:
     # 8 sequences a micro-batch: training is every device's fullest moment.
     need = plan_memory(plan_of(allocate(pp=4, m=2)))
-    block, working = block_activation_values(SPEC, 1), block_working_values(SPEC, 1)
+    block, working = block_values(), working_values(SPEC, ParallelStrategy())
     for stage, in_flight in enumerate((2, 2, 2, 1)):
         assert need[stage].activations == 2 * 8 * TOKENS * (in_flight * 8 * block + working)
 
@@ -245,3 +280,22 @@ def test_the_limit_is_sharp() -> None:
         else:
             with pytest.raises(InfeasibleError):
                 check_memory(limited)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(["ref_inf", "actor_train", "actor_gen"]),
+    st.sampled_from([1, 2, 3, 5]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from(["none", "selective", "full"]),
+)
+def test_bytes_of_all_stages_are_those_of_each(
+    name: str, pp: int, tp: int, m: int, recompute: str
+) -> None:
+    problem, train = ppo(), name == "actor_train"
+    options = {"recompute": recompute} if train else {}
+    allocation = allocate(pp=pp, tp=tp, m=m, **options)  # type: ignore[arg-type]
+    call = problem.graph.call(name)
+    each = [running_memory(problem, call, allocation, SPEC, stage).total for stage in range(pp)]
+    assert running_bytes(problem, call, allocation, SPEC) == tuple(each)
