@@ -32,7 +32,26 @@ class PipelinePass:
     count: int
 
 
-def pipeline_parts(passes: Sequence[PipelinePass]) -> Mapping[str, Priced]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What other systems do with a pipeline; the defaults are the executor's.
+
+    ``virtual_stages``: a device holds so many parts of the model (interleaved 1F1B). The bubble
+    is divided by them; a micro-batch goes round all devices as many times. Source:
+    Narayanan et al. 2021 (Megatron-LM), section 2.2.2. ``scatter_hops``: tensor shards, which
+    hold the same hidden states, send a part each, and gather what they receive (section 4.1).
+    """
+
+    virtual_stages: int = 1
+    scatter_hops: bool = False
+
+
+EXECUTOR = Schedule()
+
+
+def pipeline_parts(
+    passes: Sequence[PipelinePass], schedule: Schedule = EXECUTOR
+) -> Mapping[str, Priced]:
     """Parts of the whole pipeline's seconds: compute, tensor_parallel, bubble and p2p.
 
     ``passes``: kinds of micro-batches, the longest first. Compute and collectives are the
@@ -44,16 +63,19 @@ def pipeline_parts(passes: Sequence[PipelinePass]) -> Mapping[str, Priced]:
         return {}
     longest = unlike_stages(used[0].stages, [*used[0].hops, ZERO])
     busiest = max(longest, key=lambda part: part.stage.seconds + part.hop.seconds)
+    rounds = schedule.virtual_stages
     compute = tensor_parallel = p2p = ZERO
     for kind in used:
         stage, hop = kind.stages[busiest.first], [*kind.hops, ZERO][busiest.first]
         compute = compute + stage.compute * kind.count
         tensor_parallel = tensor_parallel + stage.tensor_parallel * kind.count
-        p2p = p2p + hop * kind.count
+        p2p = p2p + hop * (kind.count * rounds)
+        if rounds > 1 and busiest.first == len(kind.hops):  # the last stage gives to the first
+            p2p = p2p + kind.hops[-1] * (kind.count * (rounds - 1))
     bubble = ZERO
     for part in longest:
         others = part.count - (part is busiest)
-        bubble = bubble + (part.stage.compute + part.stage.tensor_parallel) * others
+        bubble = bubble + (part.stage.compute + part.stage.tensor_parallel) * (others / rounds)
         p2p = p2p + part.hop * others
     return {
         "compute": compute, "tensor_parallel": tensor_parallel, "pipeline_bubble": bubble,

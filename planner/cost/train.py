@@ -7,7 +7,13 @@ from dataclasses import replace
 from math import ceil
 
 from planner.cost.model import CostModel
-from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
+from planner.cost.pipeline import (
+    EXECUTOR,
+    PipelinePass,
+    Schedule,
+    micro_batch_sizes,
+    pipeline_parts,
+)
 from planner.cost.stage import (
     GRADIENT_BYTES,
     Pass,
@@ -36,6 +42,7 @@ def train_parts(
     *,
     num_mini_batches: int,
     num_epochs: int = 1,
+    schedule: Schedule = EXECUTOR,
 ) -> Mapping[str, Priced]:
     """Of each mini-batch: 1F1B, then the gradients' sum over replicas, then the optimizer.
 
@@ -51,8 +58,10 @@ def train_parts(
     # What does not depend on ZeRO, and what depends on little else, is asked once.
     plain = replace(allocation, strategy=replace(s, zero=0))
     pipeline = model.once(
-        ("pipeline", spec, workload, plain, num_groups, passes),
-        lambda: _pipeline(spec, workload, plain, model, num_groups, passes=passes),
+        ("pipeline", spec, workload, plain, num_groups, passes, schedule),
+        lambda: _pipeline(
+            spec, workload, plain, model, num_groups, passes=passes, schedule=schedule
+        ),
     )
     update = model.once(
         ("update", spec, allocation.mesh, s.pp, s.tp, s.zero),
@@ -84,6 +93,7 @@ def _pipeline(
     num_groups: int,
     *,
     passes: tuple[Pass, ...],
+    schedule: Schedule = EXECUTOR,
 ) -> Mapping[str, Priced]:
     """``num_groups`` in micro-batches through the stages, ``passes`` on each stage."""
     s = allocation.strategy
@@ -104,11 +114,17 @@ def _pipeline(
             )
             for shape in set(shapes)
         }  # fmt: skip
-        own = ceil(size / s.tp) if s.sequence_parallel else size
+        split = s.sequence_parallel or schedule.scatter_hops
+        own = ceil(size / s.tp) if split else size
         hidden_bytes = float(own) * spec.hidden * model.value_bytes
         hops = model.hops(allocation, hidden_bytes, directions)
+        if schedule.scatter_hops and not s.sequence_parallel:
+            whole_bytes = float(size) * spec.hidden * model.value_bytes
+            gather = model.collectives.all_gather(whole_bytes, range(s.tp))
+            by_link = {id(hop): hop + Priced.of(gather, directions) for hop in hops}
+            hops = [by_link[id(hop)] for hop in hops]
         kinds.append(PipelinePass([by_shape[shape] for shape in shapes], hops, count))
-    return pipeline_parts(kinds)
+    return pipeline_parts(kinds, schedule)
 
 
 def _reductions(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Priced:
