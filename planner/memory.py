@@ -282,7 +282,8 @@ def check_memory(plan: ExecutionPlan) -> None:
     ]
     raise InfeasibleError(
         f"device {device} needs {format_bytes(need.total)} while {call_name} runs and has "
-        f"{format_bytes(had)}; most is {item} with {format_bytes(num_bytes)} "
+        f"{format_bytes(had)}, {format_bytes(need.total - had)} too little; most is {item} with "
+        f"{format_bytes(num_bytes)} "
         f"(roles that stay there: {', '.join(roles) or 'none'})",
         where=f"allocations.{call_name}",
         remedy=_REMEDIES[item],

@@ -1,6 +1,7 @@
 """What people do without a search: one layout for everything, two parts, or call by call.
 
-A baseline is a start of the walk and a yardstick in the report; it respects memory.
+A baseline is a start of the walk and a yardstick in the report; it respects memory, and what a
+user has locked.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _faster(space: OptionSpace, than: Option) -> Iterator[Option]:
     for choice, size in choices:
         if choice.seconds >= than.seconds:
             return
-        for mesh in space.meshes_by_size[size]:
+        for mesh in space.meshes_of(than.call, size):
             yield space.option(than.call, mesh, choice)
 
 
@@ -148,7 +149,7 @@ def _fill(
             place = DeviceMesh(mesh.first, max(n for n in space.choices[call.name]))
             choices = space.choices[call.name][place.num_devices]
         fitting = [c for c in choices if call.role is None or c.axes == axes]
-        if not fitting:
+        if not fitting or place not in space.meshes[call.name]:
             return None
         found[i] = [space.option(call.name, place, choice) for choice in fitting]
     return found

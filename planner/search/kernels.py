@@ -306,7 +306,7 @@ def overshoot_of(t: Tables, mesh: Ints, row: Ints, uses: Records) -> float:
             column = column_of(uses, i, j)
             if column >= 0 and overlap(meshes, mesh[i], mesh[j]):
                 most += most_bytes[column, row[j]]
-        if most > free_bytes:
+        if most > max(free_bytes, peak):
             peak = max(peak, peak_of(t, mesh, row, uses, i))
     return max(0.0, (peak + t.reserve_bytes) / t.memory_bytes - 1.0)
 
