@@ -264,7 +264,8 @@ def test_a_plan_that_fits_passes_and_one_that_does_not_is_explained() -> None:
     with pytest.raises(
         InfeasibleError,
         match=r"allocations\.\w+: device 0 needs .* GiB while \w+ runs and has 10\.00 GiB, .* too "
-        r"little; most is optimizer with .* \(roles that stay there: actor, reward, ref, critic\); use ZeRO 1",
+        r"little; most is optimizer with .* \(roles that stay there: actor, reward, ref, critic\); "
+        r"use ZeRO 1",
     ):
         check_memory(replace(plan, problem=replace(plan.problem, cluster=tight)))
 
