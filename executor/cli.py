@@ -14,9 +14,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from executor import profiler
+from executor import cli_jobs, profiler
 from executor.inputs import check_inputs
-from executor.launch import local
+from executor.launch.agent import Interrupted
+from executor.launch.supervise import WorkerError, launch
 from executor.resume import find_checkpoint
 from executor.run import Run, one_layout_plan, resolve
 from executor.summary import compare, print_comparison, saved_models, write_summary
@@ -73,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="after a worker's failure go on from the last checkpoint, at most N times (default 0)",
     )  # fmt: skip
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
+    cli_jobs.add_launch_arguments(run)
+    cli_jobs.add_verbs(verbs)
     profile = verbs.add_parser("profile", help="measure this machine's costs of a model's layers")
     profiler.add_arguments(profile)
     return parser
@@ -117,14 +120,19 @@ def _resolve_run(args: argparse.Namespace) -> Run:
             "give a plan.json, or --layout with --model, and not both", where="realexec run"
         )
     plan = load_plan(path) if path is not None else _layout_plan(args, overrides)
-    run = check_inputs(resolve(plan, overrides))
+    run = check_inputs(resolve(plan, overrides, on_this_machine=args.launcher == "local"))
     return replace(run, resume_from=find_checkpoint(run))
 
 
 def _run(args: argparse.Namespace) -> int:
     if args.max_restarts < 0:
         raise ConfigError(f"{args.max_restarts} is below 0", where="--max-restarts")
+    launcher = cli_jobs.launcher_of(args.launcher)
+    options = cli_jobs.launcher_options(args)
     run = _resolve_run(args)
+    if args.dry_run:
+        print(cli_jobs.describe(run, args.launcher, options))
+        return 0
     console, device = Console(stderr=True), run.plan.problem.cluster.device
     console.print(
         f"{run.plan.problem.graph.name}: {run.config.total_steps} steps of "
@@ -135,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     if run.resume_from is not None:
         console.print(f"going on from {run.resume_from}", highlight=False, soft_wrap=True)
-    local.launch(run, max_restarts=args.max_restarts)
+    launch(run, launcher.start, name=args.launcher, options=options, max_restarts=args.max_restarts)
     rows = compare(run)
     write_summary(rows, run.output)
     if args.json:
@@ -147,22 +155,29 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+VERBS = {"run": _run, "profile": profiler.run_from_args, **cli_jobs.VERBS}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in the input, 1 a mistake of ours, 128 + signal if ended."""
     parser = build_parser()
     args = parse_with_words(parser, argv)
     try:
-        return _run(args) if args.verb == "run" else profiler.run_from_args(args)
+        return VERBS[args.verb](args)
     except UserError as error:
         if getattr(args, "json", False):
             print(json.dumps({"error": str(error), "where": error.where}))
         print(f"realexec: {error}", file=sys.stderr)
         return 2
-    except local.WorkerError as error:
+    except WorkerError as error:
         print(f"realexec: {error}", file=sys.stderr)
         return 1
-    except local.Interrupted as error:
-        print("realexec: interrupted; what was written stays", file=sys.stderr)
+    except Interrupted as error:
+        done = "" if error.step is None else f" after step {error.step}, with a checkpoint"
+        print(
+            f"realexec: interrupted{done}; what was written stays, --resume goes on from it",
+            file=sys.stderr,
+        )
         return 128 + error.signal_number
     except KeyboardInterrupt:
         print("realexec: interrupted", file=sys.stderr)

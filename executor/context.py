@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from math import gcd
 
 import torch
@@ -88,11 +89,16 @@ def _groups(layout: Layout) -> list[tuple[str, list[int]]]:
 
 
 def build_contexts(
-    layouts: Iterable[Layout], *, rank: int, device: torch.device
+    layouts: Iterable[Layout],
+    *,
+    rank: int,
+    device: torch.device,
+    timeout: timedelta | None = None,
 ) -> dict[Layout, RankContext]:
     """The contexts of the layouts that ``rank`` belongs to; collective over the whole world.
 
-    Layouts that need the same set of ranks share one process group.
+    Layouts that need the same set of ranks share one process group. ``timeout``: after which a
+    collective in one of them fails (torch's default, if None).
     """
     known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     contexts: dict[Layout, RankContext] = {}
@@ -101,7 +107,7 @@ def build_contexts(
         for axis, ranks in _groups(layout):
             members = tuple(ranks)
             if members not in known:
-                known[members] = dist.new_group(ranks)
+                known[members] = dist.new_group(ranks, timeout=timeout)
             if rank in members:
                 mine[f"{axis}_group"] = known[members]
         if rank in layout.mesh:

@@ -59,7 +59,13 @@ def save_run(worker: Worker, step: int, *, keep: int) -> None:
     group = dist.group.WORLD
 
     def together(problem: OSError | None) -> None:
-        written_by_all(problem, group=group, device=worker.device, where=root)
+        try:
+            written_by_all(problem, group=group, device=worker.device, where=root)
+        except CheckpointError:
+            if leads:  # of a full disk this frees the room to say so
+                run_checkpoint.discard(root, step)
+            dist.barrier()
+            raise
 
     together(_attempt(lambda: run_checkpoint.make_partial(root, step)) if leads else None)
     together(_attempt(lambda: _write(worker, root, step)))

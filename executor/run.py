@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,6 @@ class Run:
     config: Any
     resume_from: Path | None = None  # a checkpoint's folder
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by the algorithm's name: a worker cannot import a user's file as a module."""
-        config = config_to_dict(self.config)
-        return _rebuild, (self.plan, self.algorithm.name, config, self.resume_from)
-
     @property
     def output(self) -> Path:
         return Path(self.config.output)
@@ -58,16 +53,10 @@ class Run:
         return model.path or self.plan.problem.paths.get(role, "")
 
 
-def _rebuild(
-    plan: ExecutionPlan, name: str, config: Mapping[str, Any], resume_from: Path | None
-) -> Run:
-    algorithm = find_algorithm(name)
-    made = make_config(algorithm.config_class, [], base=config)
-    return Run(plan=plan, algorithm=algorithm, config=made, resume_from=resume_from)
-
-
-def resolve(plan: ExecutionPlan, overrides: Sequence[str]) -> Run:
+def resolve(plan: ExecutionPlan, overrides: Sequence[str], *, on_this_machine: bool = True) -> Run:
     """The run of ``plan`` with ``key=value`` overrides of its configuration.
+
+    ``on_this_machine``: it is to run here, so the devices must be here.
 
     Raises:
         ConfigError, PlanError, CheckpointError: an override is wrong, the plan cannot run with
@@ -86,7 +75,8 @@ def resolve(plan: ExecutionPlan, overrides: Sequence[str]) -> Run:
     validate_plan(plan)
     check_program(plan, compile_plan(plan))
     run = Run(plan=plan, algorithm=algorithm, config=config)
-    check_devices(plan)
+    if on_this_machine:
+        check_devices(plan)
     for role in problem.graph.roles:
         check_weights(run, role)
     return run

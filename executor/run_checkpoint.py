@@ -134,6 +134,11 @@ def make_partial(root: Path, step: int) -> None:
     folder.mkdir(parents=True)
 
 
+def discard(root: Path, step: int) -> None:
+    """Leave nothing of a checkpoint that could not be written."""
+    shutil.rmtree(partial_folder(root, step), ignore_errors=True)
+
+
 def write_pieces(folder: Path, role: str, rank: int, pieces: Sequence[Piece]) -> None:
     """One file a state, so that no more than one state is copied to the host at once.
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from executor.boards import open_boards
 from executor.dataset import Prompts
@@ -23,6 +24,7 @@ from executor.run import Run, functions_of
 from executor.run_checkpoint import Checkpoint
 from executor.text import TextCodec
 from executor.trace import TraceWriter
+from executor.watchdog import Heart
 from executor.worker import Worker
 from planner.graph import CallKind
 from planner.program import compile_plan
@@ -31,44 +33,16 @@ from planner.program import compile_plan
 _SHOWN = ("rewards", "approx_kl", "response_tokens", "loss", "grad_norm")
 
 
-class StepDisplay:
-    """Rank 0's progress: a live bar with the instruction under way, a line for every step."""
-
-    def __init__(self, total_steps: int, *, first: int) -> None:
-        self.console = Console(stderr=True, file=sys.stderr)
-        self.progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self.total_steps = total_steps
-        self.task = self.progress.add_task("loading", total=total_steps, completed=first)
-        self.progress.start()
-
-    def instruction(self, label: str) -> None:
-        self.progress.update(self.task, description=label)
-
-    def step_done(self) -> None:
-        self.progress.advance(self.task)
-
-    def line(self, step: int, values: dict[str, float]) -> None:
-        parts = [
-            f"{name} {value:.4g}"
-            for name, value in values.items()
-            if name.rpartition("/")[2] in _SHOWN
-        ]
-        self.console.print(
-            f"step {step + 1}/{self.total_steps}  {values['step_s']:.1f} s  " + "  ".join(parts),
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    def close(self) -> None:
-        self.progress.stop()
+def print_step(step: int, total_steps: int, values: dict[str, float]) -> None:
+    """A step's line in the log: its seconds and what people look at."""
+    parts = [
+        f"{name} {value:.4g}" for name, value in values.items() if name.rpartition("/")[2] in _SHOWN
+    ]
+    Console(stderr=True, file=sys.stderr).print(
+        f"step {step + 1}/{total_steps}  {values['step_s']:.1f} s  " + "  ".join(parts),
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def checkpoint_name(step: int, steps_per_epoch: int | None) -> str:
@@ -81,14 +55,25 @@ def checkpoint_name(step: int, steps_per_epoch: int | None) -> str:
     return f"epoch{epoch + 1}epochstep{place + 1}globalstep{step}"
 
 
-def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) -> None:
-    """All steps of a run on one rank."""
+def run_worker(
+    run: Run,
+    *,
+    rank: int,
+    device: torch.device,
+    store: dist.Store,
+    heart: Heart,
+    stop_wanted: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """All steps of a run on one rank.
+
+    ``stop_wanted`` on any rank stops all of them after one and the same step, with a checkpoint;
+    returns after how many steps, None if the run came to its end.
+    """
     text = TextCodec(model_folder(run))
     data = open_data(run, text)
     evaluation = open_evaluation(run, text)
     graph = run.plan.problem.graph
     first = Checkpoint(run.resume_from).step if run.resume_from is not None else 0
-    display = StepDisplay(run.config.total_steps, first=first) if rank == 0 else None
     parts = {
         call.name: run.plan.allocations[call.name].strategy.dp
         if call.kind is CallKind.FUNCTION
@@ -110,68 +95,104 @@ def run_worker(run: Run, *, rank: int, device: torch.device, store: dist.Store) 
             text=text,
             store=store,
             trace=trace,
-            on_instruction=display.instruction if display else lambda label: None,
+            on_instruction=heart.at,
+            message_deadline=message_deadline(run),
         )
         try:
             worker.setup()
             if run.resume_from is not None:
+                heart.at(first, 0, -1, "reading a checkpoint")
                 restore(worker, run.resume_from)
-            _steps(run, worker, metrics, display, first=first, evaluation=evaluation)
+            return _Steps(run, worker, metrics, heart, first, evaluation).go(stop_wanted)
         finally:
-            if display:
-                display.close()
             if metrics:
                 metrics.close()
 
 
-def _steps(
-    run: Run,
-    worker: Worker,
-    metrics: MetricsWriter | None,
-    display: StepDisplay | None,
-    *,
-    first: int,
-    evaluation: Prompts | None,
-) -> None:
-    """Steps ``first`` to the last.
+# A message fails by itself later than the watchdog speaks, which knows more of it.
+_LATER = 1.25
+
+
+def message_deadline(run: Run) -> timedelta:
+    """After which a message or a collective fails by itself."""
+    return timedelta(seconds=run.config.hang_timeout_s * _LATER + 5)
+
+
+class _Steps:
+    """Steps ``first`` to the last, with what is written between them.
 
     Rank 0 writes a step's numbers after the next step, so that it never waits for a peer.
     """
-    config, has_rewards = run.config, run.plan.problem.graph.producer(REWARDS) is not None
-    total, waiting = config.total_steps, list[tuple[int, float, int]]()
-    eval_batches = evaluation.num_prompts // config.batch_size if evaluation else 0
-    num_prompts = worker.data.num_prompts
-    steps_per_epoch = max(1, num_prompts // config.batch_size) if num_prompts else None
 
-    def write(until: int) -> None:
-        while metrics and display and waiting and waiting[0][0] < until:
-            step, seconds, batches = waiting.pop(0)
-            samples = has_rewards and shows_samples(config, step)
-            display.line(
-                step, metrics.collect(step, seconds, eval_batches=batches, samples=samples)
-            )
+    def __init__(
+        self, run: Run, worker: Worker, metrics: MetricsWriter | None, heart: Heart, first: int,
+        evaluation: Prompts | None,
+    ) -> None:  # fmt: skip
+        self.run = run
+        self.worker = worker
+        self.metrics = metrics
+        self.heart = heart
+        self.first = first
+        self.has_rewards = run.plan.problem.graph.producer(REWARDS) is not None
+        self.evaluation = evaluation
+        self.waiting: list[tuple[int, float, int]] = []  # step, seconds, batches evaluated
+        num_prompts = worker.data.num_prompts
+        self.steps_per_epoch = max(1, num_prompts // run.config.batch_size) if num_prompts else None
 
-    for step in range(first, total):
-        start_s = time.time()
-        worker.run_step(step)
-        seconds = time.time() - start_s
-        if display:
-            display.step_done()
-        batches = eval_batches if eval_batches and (step + 1) % config.eval_every == 0 else 0
+    def go(self, stop_wanted: Callable[[], bool]) -> int | None:
+        total = self.run.config.total_steps
+        for step in range(self.first, total):
+            if self._all_stop(step, stop_wanted()):
+                if step > self.first and not _is_due(self.run.config.checkpoint_every, step):
+                    self._checkpoint(step)
+                self._write_metrics(step)
+                return step
+            start_s = time.time()
+            self.worker.run_step(step)
+            seconds = time.time() - start_s
+            self.waiting.append((step, seconds, self._evaluate(step)))
+            self._write_metrics(step)
+            self._save(step + 1)
+        self._write_metrics(total)
+        return None
+
+    def _all_stop(self, step: int, wanted: bool) -> bool:
+        """Whoever comes to a step first decides for all whether it is begun."""
+        word = self.worker.store.compare_set(f"begin/{step}", "", "stop" if wanted else "go")
+        return bool(word == b"stop")
+
+    def _evaluate(self, step: int) -> int:
+        """Evaluate where that is due after ``step``; on how many batches."""
+        config, data = self.run.config, self.evaluation
+        if data is None or not _is_due(config.eval_every, step + 1):
+            return 0
+        batches = data.num_prompts // config.batch_size
         for index in range(batches):
-            assert evaluation is not None
-            worker.evaluate(step, evaluation, index)
-        waiting.append((step, seconds, batches))
-        write(step)
-        every = config.save_every
-        if step + 1 == total or (every and (step + 1) % every == 0):
-            if display:
-                display.instruction("saving")
-            worker.save(Path(checkpoint_name(step + 1, steps_per_epoch)))
-        every = config.checkpoint_every
-        if every and (step + 1) % every == 0:
-            if display:
-                display.instruction("writing a checkpoint")
-            write(step + 1)  # a run that goes on from here repeats no line
-            save_run(worker, step + 1, keep=config.keep_checkpoints)
-    write(total)
+            self.worker.evaluate(step, data, index)
+        return batches
+
+    def _save(self, done: int) -> None:
+        """What is due after ``done`` steps."""
+        config = self.run.config
+        if done == config.total_steps or _is_due(config.save_every, done):
+            self.heart.at(done, 0, -1, "writing models")
+            self.worker.save(Path(checkpoint_name(done, self.steps_per_epoch)))
+        if _is_due(config.checkpoint_every, done):
+            self._checkpoint(done)
+
+    def _checkpoint(self, done: int) -> None:
+        self._write_metrics(done)  # a run that goes on from here repeats no line
+        self.heart.at(done, 0, -1, "writing a checkpoint")
+        save_run(self.worker, done, keep=self.run.config.keep_checkpoints)
+
+    def _write_metrics(self, until: int) -> None:
+        while self.metrics and self.waiting and self.waiting[0][0] < until:
+            step, seconds, batches = self.waiting.pop(0)
+            self.heart.at(until, 0, -1, f"writing the numbers of step {step + 1}")
+            samples = self.has_rewards and shows_samples(self.run.config, step)
+            values = self.metrics.collect(step, seconds, eval_batches=batches, samples=samples)
+            print_step(step, self.run.config.total_steps, values)
+
+
+def _is_due(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0

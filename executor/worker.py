@@ -8,6 +8,8 @@ order is the program's; the mathematics of a call is the algorithm's (``calls.py
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from executor.buffers import ParameterBuffer
 from executor.context import RankContext, build_contexts
 from executor.dataset import Item, Prompts
 from executor.generate.engine import generate
+from executor.labels import label_of
 from executor.metrics import REWARDS, evaluation_moment, post, post_samples, shows_samples
 from executor.model import hf_weights
 from executor.model.transformer import DecoderStage
+from executor.out_of_memory import is_out_of_memory, out_of_memory
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.pipeline import forward_only
 from executor.reallocate import execute
@@ -50,10 +54,14 @@ from planner.program import (
     samples_of,
 )
 from planner.reallocation import reallocate
-from profiles.errors import ConfigError
+from profiles.errors import ConfigError, UserError
 
 # Beyond the steps of any run: the noise of an evaluation's answers is its own.
 EVALUATION_STEPS = 1 << 40
+
+
+class DivergedError(UserError):
+    """A loss or a gradient is infinite or not a number: going on would learn nothing."""
 
 
 class Worker:
@@ -71,7 +79,8 @@ class Worker:
         text: TextCodec,
         store: dist.Store,
         trace: TraceWriter,
-        on_instruction: Callable[[str], None] = lambda label: None,
+        on_instruction: Callable[[int, int, int, str], None] = lambda *where: None,
+        message_deadline: timedelta | None = None,
     ) -> None:
         self.run = run
         self.plan = run.plan
@@ -87,11 +96,12 @@ class Worker:
         self.trace = trace
         self.on_instruction = on_instruction
         self.step = 0
+        self.turn = (-1, 0)  # step, -1 before the first; 0, or 1 + the batch of an evaluation
         self.moment = "0"  # what the numbers of the step are posted under
         self.items: Sequence[Item] = ()  # the data of the step, a group each
         self.evaluating = False
         layouts = dict.fromkeys(layout for _, layout in program.layouts)
-        self.contexts = build_contexts(layouts, rank=rank, device=device)
+        self.contexts = build_contexts(layouts, rank=rank, device=device, timeout=message_deadline)
         self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
         self.stages: dict[tuple[str, Layout, bool], DecoderStage] = {}
         self.trainers: dict[str, Trainer] = {}
@@ -118,6 +128,7 @@ class Worker:
     def run_step(self, step: int) -> None:
         """Carry out this rank's instructions of a step."""
         self.step, self.moment = step, str(step)
+        self.turn = (step, 0)
         self.items = self.data.batch(step, self.problem.workload.batch_size)
         self._carry_out_all()
 
@@ -128,6 +139,7 @@ class Worker:
         a batch are drawn with the same noise in every evaluation.
         """
         self.step, self.moment = EVALUATION_STEPS + index, evaluation_moment(step, index)
+        self.turn = (step, 1 + index)
         self.items = data.batch(index, self.problem.workload.batch_size)
         self.evaluating = True
         self._carry_out_all()
@@ -141,18 +153,29 @@ class Worker:
 
     def _carry_out(self, instruction: Instruction) -> None:
         label = label_of(instruction)
+        evaluating = "evaluating: " if self.evaluating else ""
+        self.on_instruction(*self.turn, instruction.index, evaluating + label)
         if self.evaluating:
-            self.on_instruction(f"evaluating: {label}")
-            self.handlers[type(instruction)](instruction, {})
+            self._handle(instruction, {})
             return
-        self.on_instruction(label)
         kind = type(instruction).__name__.lower()
         with self.trace.span(
             step=self.step, index=instruction.index, kind=kind, label=label
         ) as counts:
+            self._handle(instruction, counts)
+
+    def _handle(self, instruction: Instruction, counts: dict[str, int]) -> None:
+        try:
             self.handlers[type(instruction)](instruction, counts)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(
+                self.plan, instruction, rank=self.rank, step=self.turn[0], device=self.device,
+                asked=str(error),
+            ) from error  # fmt: skip
 
     # ---- weights ------------------------------------------------------------------------------
 
@@ -413,11 +436,24 @@ class Worker:
         counts["num_tokens"] = own.num_tokens
         trainer = self.trainers[call.role]
         if not self.evaluating:
-            self._report(call, train(trainer, function, own, passes))
+            statistics = train(trainer, function, own, passes)
+            self._check_finite(call, statistics)
+            self._report(call, statistics)
         elif any(other.kind is CallKind.GENERATE for other in self.problem.graph.calls):
             self._report(call, {})  # of sampled answers the rewards are what counts
         else:
             self._report(call, *evaluate(trainer, function, own, passes))
+
+    def _check_finite(self, call: ModelFunctionCall, statistics: Mapping[str, float]) -> None:
+        """Raise ``DivergedError`` where the loss or the gradients are not numbers any more."""
+        for name in ("loss", "grad_norm"):
+            value = statistics.get(name, 0.0)
+            if not isfinite(value):
+                raise DivergedError(
+                    f"{name} is {value} in step {self.step + 1}; no checkpoint has these weights",
+                    where=call.name,
+                    remedy=f"lower {call.role}.lr or {call.role}.max_grad_norm and --resume",
+                )
 
     # ---- results ------------------------------------------------------------------------------
 
@@ -467,13 +503,3 @@ def reporting_rank(allocation: Allocation, call: ModelFunctionCall) -> int:
     """The first rank of the last stage of the first replica."""
     s = allocation.strategy
     return producing_ranks(call, s, allocation.mesh.first)[0][-1] - (s.tp - 1)
-
-
-def label_of(instruction: Instruction) -> str:
-    """What people call an instruction: ``actor_gen``, ``reallocate actor``."""
-    if isinstance(instruction, Generate | Infer | Train | Function):
-        return instruction.call
-    if isinstance(instruction, Transfer):
-        half = "send" if instruction.sends else "receive"
-        return f"{half} {instruction.producer} to {instruction.consumer}"
-    return f"{type(instruction).__name__.lower()} {instruction.role}"

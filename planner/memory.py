@@ -286,11 +286,11 @@ def check_memory(plan: ExecutionPlan) -> None:
         f"{format_bytes(num_bytes)} "
         f"(roles that stay there: {', '.join(roles) or 'none'})",
         where=f"allocations.{call_name}",
-        remedy=_REMEDIES[item],
+        remedy=REMEDIES[item],
     )
 
 
-_REMEDIES: Mapping[str, str] = {
+REMEDIES: Mapping[str, str] = {
     "weights": "raise tp or pp, or place roles on different devices",
     "gradients": "raise tp or pp of the trained roles, or train them on different devices",
     "optimizer": "use ZeRO 1, or raise tp or pp of the trained roles",

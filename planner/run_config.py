@@ -121,6 +121,7 @@ class RunConfig:
     num_samples: int = 4  # most answers in such a table
     wandb_project: str = ""  # Weights & Biases gets the numbers too, if it is installed; empty: not
     resume: str = ""  # a checkpoint's folder, or auto: the newest in output, if there is one
+    hang_timeout_s: float = 1800.0  # an instruction that takes longer is reported as a hang
     output: str = "runs/latest"  # folder for metrics, traces and saved models
     data: StepDataConfig = field(default_factory=StepDataConfig)
     eval_data: DataConfig = field(default_factory=DataConfig)
@@ -138,6 +139,8 @@ class RunConfig:
                 "there is nothing to evaluate on", where="eval_every",
                 remedy="give eval_data.path=FILE",
             )  # fmt: skip
+        if not 0 < self.hang_timeout_s < math.inf:
+            raise ConfigError(f"{self.hang_timeout_s} is not above 0", where="hang_timeout_s")
         if self.init not in INITS:
             raise ConfigError(f"'{self.init}' is neither checkpoint nor random", where="init")
         for role, model in self.models().items():

@@ -1,18 +1,22 @@
-"""Protects the ends of a run that nobody wished for: a killed worker is named, a signal ends all
-processes, and what was written stays."""
+"""Protects the ends that nobody wished for: each has its outcome, none leaves a process."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+
+from executor.cli import main
+from executor.run_checkpoint import Checkpoint, latest
 
 ARGUMENTS = (
     "run", "--layout", "d2p1m1", "--model", "tiny", "init=random", "batch_size=4", "prompt_len=4",
@@ -30,22 +34,30 @@ def descendants(pid: int) -> list[int]:
 
 
 def is_worker(pid: int) -> bool:
-    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"executor.launch.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run that has done its first step."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "executor.cli", *ARGUMENTS, "-o", str(tmp_path / "out")],
-        stderr=subprocess.PIPE, text=True,
+def start(output: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "executor.cli", *ARGUMENTS, "-o", str(output), *words],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    metrics = tmp_path / "out" / "metrics.jsonl"
+
+
+def wait_for_a_step(process: subprocess.Popen[str], output: Path) -> None:
+    metrics = output / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "no step in two minutes"
         time.sleep(0.2)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run that has done its first step."""
+    process = start(tmp_path / "out")
+    wait_for_a_step(process, tmp_path / "out")
     yield process
     process.kill()
     process.wait()
@@ -53,13 +65,26 @@ def running(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def ends(process: subprocess.Popen[str], children: list[int]) -> tuple[int, str]:
     """(exit code, last line of stderr), once none of its processes is left."""
-    _, printed = process.communicate(timeout=60)
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in children):
-        assert time.monotonic() < deadline, "processes are left over"
-        time.sleep(0.1)
+    _, printed = process.communicate(timeout=120)
+    none_is_left(children)
     assert "Traceback" not in printed
     return process.returncode, printed.strip().splitlines()[-1]
+
+
+def none_is_left(children: list[int], *, within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while any(is_alive(pid) for pid in children):
+        assert time.monotonic() < deadline, "processes are left over"
+        time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    """Not ended, and not a zombie that waits for its parent."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_killed_worker_is_named(running: subprocess.Popen[str]) -> None:
@@ -71,13 +96,173 @@ def test_a_killed_worker_is_named(running: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_every_process_and_leaves_what_was_written(
+def test_a_signal_ends_every_process_after_a_checkpoint(
     running: subprocess.Popen[str], number: signal.Signals, tmp_path: Path
 ) -> None:
     children = descendants(running.pid)
     running.send_signal(number)
     code, sentence = ends(running, children)
     assert code == 128 + number
-    assert "what was written stays" in sentence
+    found = re.search(r"interrupted after step (\d+), with a checkpoint", sentence)
+    assert found is not None, sentence
+    newest = latest(tmp_path / "out" / "checkpoints")
+    assert newest is not None
+    assert Checkpoint(newest).step == int(found[1])
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
+    assert [json.loads(line)["step"] for line in lines] == list(range(int(found[1])))
+
+
+def test_a_killed_launcher_leaves_no_worker(running: subprocess.Popen[str]) -> None:
+    children = descendants(running.pid)
+    assert len([pid for pid in children if is_worker(pid)]) == 2
+    running.kill()
+    none_is_left(children)
+
+
+def test_a_second_signal_does_not_wait_for_a_frozen_worker(
+    running: subprocess.Popen[str],
+) -> None:
+    children = descendants(running.pid)
+    os.kill([pid for pid in children if is_worker(pid)][-1], signal.SIGSTOP)
+    running.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    code, sentence = ends(running, children)
+    assert code == 130
+    assert sentence.startswith("realexec: interrupted;")
+
+
+def test_a_frozen_worker_is_named_with_its_instruction_and_who_waits(tmp_path: Path) -> None:
+    limit_s = 5.0
+    process = start(tmp_path, f"hang_timeout_s={limit_s}")
+    try:
+        wait_for_a_step(process, tmp_path)
+        children = descendants(process.pid)
+        (pid,) = [pid for pid in children if is_worker(pid) and "RANK=1" in environment(pid)]
+        os.kill(pid, signal.SIGSTOP)
+        frozen_s = time.monotonic()
+        code, sentence = ends(process, children)
+        assert time.monotonic() - frozen_s < 2 * limit_s + 5
+    finally:
+        process.kill()
+    assert code == 1
+    assert "rank 1 on " in sentence
+    assert "its process is stopped" in sentence
+    told = r"hangs in [\w ]+ \(instruction \d+ of step \d+\): no sign of life for \d s"
+    assert re.search(told, sentence), sentence
+    assert re.search(r"rank 0 waits for it in [\w ]+ \(instruction", sentence), sentence
+
+
+def environment(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_its_checkpoint(tmp_path: Path) -> None:
+    process = start(
+        tmp_path, "actor.lr=1e30", "actor.max_grad_norm=0", "checkpoint_every=1", "total_steps=50"
+    )
+    code, sentence = ends(process, [])
+    assert code == 2
+    found = re.search(r"actor_train: \w+ is (nan|inf) in step (\d+); no checkpoint", sentence)
+    assert found is not None, sentence
+    assert "lower actor.lr" in sentence
+    newest = latest(tmp_path / "checkpoints")
+    assert (0 if newest is None else Checkpoint(newest).step) == int(found[2]) - 1
+
+
+def test_memory_that_runs_out_is_told_with_call_rank_and_instruction(tmp_path: Path) -> None:
+    reward = tmp_path / "greedy.py"
+    reward.write_text(
+        "import torch\n\n"
+        "def reward(prompt, answer, record):\n    return torch.empty(1 << 50).sum()\n"
+    )
+    process = start(tmp_path / "out", f"reward.source={reward}:reward", "data.path=")
+    code, sentence = ends(process, [])
+    assert code == 2, sentence
+    told = (
+        r"allocations\.rew_inf: rank \d ran out of memory in rew_inf "
+        r"\(instruction \d+ of step 1\): estimated [\d.]+ MiB \(reserve .*"
+        r"there was memory .*tried to allocate 4503599627370496"
+    )
+    assert re.search(told, sentence), sentence
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True,
+        text=True,
+    )  # fmt: skip
+    if mounted.returncode != 0:
+        pytest.skip(f"tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk: Path) -> None:
+    process = start(small_disk, "checkpoint_every=1", "keep_checkpoints=100", "total_steps=100")
+    code, sentence = ends(process, [])
+    assert code == 2
+    assert "could not be written" in sentence or "no room is left" in sentence
+    newest = latest(small_disk / "checkpoints")
+    assert newest is not None
+    assert Checkpoint(newest).step >= 1
+    assert not list((small_disk / "checkpoints").glob(".*"))
+
+
+def test_status_logs_and_stop_of_a_run(
+    running: subprocess.Popen[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    children, output = descendants(running.pid), str(tmp_path / "out")
+    assert main(["status", output]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("local: running\n")
+    assert len(re.findall(r"\d s ago +\w+", told)) == 2
+    assert main(["stop", output]) == 0
+    assert re.match(r"stopped after step \d+\n", capsys.readouterr().out)
+    code, _ = ends(running, children)
+    assert code == 128 + signal.SIGTERM
+    assert main(["logs", output]) == 0
+    told = capsys.readouterr().out
+    assert told.index("rank00000.log") < told.index("step 1/") < told.index("rank00001.log")
+    assert main(["logs", output, "--rank", "7"]) == 2
+    assert main(["stop", output]) == 0
+    assert "it has ended: stopped after step" in capsys.readouterr().out
+    assert main(["status", str(tmp_path)]) == 2
+
+
+def test_nothing_listens_beyond_the_interface_that_was_chosen(
+    running: subprocess.Popen[str],
+) -> None:
+    own = set()
+    for pid in [running.pid, *descendants(running.pid)]:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                own.add(os.readlink(link))
+    listening = []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            is_open = fields[3] == "0A" if table.startswith("tcp") else fields[2].endswith(":0000")
+            if is_open and f"socket:[{fields[9]}]" in own:
+                listening.append(fields[1].partition(":")[0])
+    assert len(listening) >= 2  # the store and gloo
+    assert set(listening) == {"0100007F"}  # 127.0.0.1
+
+
+def test_a_dry_run_prints_every_rank_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ARGUMENTS, "-o", str(tmp_path / "out"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["RANK=0", "RANK=1"]
+    assert all("executor.launch.worker" in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_of_another_launcher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGUMENTS, "--set", "partition=gpu"]) == 2
+    assert "local has no option 'partition'" in capsys.readouterr().err
