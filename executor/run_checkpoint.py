@@ -298,6 +298,16 @@ def _read_header(folder: Path) -> dict[str, Any]:
     step, files = header.get("step"), header.get("files")
     if not isinstance(step, int) or not isinstance(files, dict):
         raise CheckpointError("step or files is damaged", where=str(file))
+    for name in ("fixed", "models", "optimizers", "functions"):
+        section = header.get(name, {})
+        nested = (
+            section.values()
+            if name in ("models", "optimizers") and isinstance(section, dict)
+            else ()
+        )
+        if not isinstance(section, dict) or not all(isinstance(v, dict) for v in nested):
+            raise CheckpointError(f"{name} is damaged", where=str(file))
+        header[name] = section
     return header
 
 

@@ -30,6 +30,7 @@ from planner.reallocation import reallocate
 # interpreter. Above the stalls of a swapping machine or of a network file system.
 SILENCE_S = 60.0
 _FILE_BYTES = 512
+_START = (-1, 0, -1)  # the place before the first instruction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,24 +209,29 @@ class Watch:
             if (found.place, found.label) != (old.place, old.label):
                 self.moved_s[rank] = now
             self.positions[rank] = found
-        silent = [r for r in ranks if self._silence(r, now) > self._limit(r)]
+        silent = [
+            r
+            for r in ranks
+            if now - self.heard_s[r] > self.silence_s and not self._is_starting(r, now)
+        ]
         if silent:
             first = min(silent, key=lambda r: self.heard_s[r])
             reason = f"no sign of life for {now - self.heard_s[first]:.0f} s"
             return self._hang(first, reason + _process_state(self.positions[first]), ranks)
-        begun = [r for r in ranks if self.positions[r].beat]
-        stuck = [r for r in begun if now - self.moved_s[r] > self.timeout_s]
+        stuck = [
+            r
+            for r in ranks
+            if now - self.moved_s[r] > self.timeout_s and not self._is_starting(r, now)
+        ]
         if stuck:
             first = self._cause(stuck, ranks)
             return self._hang(first, f"no progress for {now - self.moved_s[first]:.0f} s", ranks)
         return None
 
-    def _silence(self, rank: int, now: float) -> float:
-        return now - self.heard_s[rank]
-
-    def _limit(self, rank: int) -> float:
-        """A process that has not begun to beat may still be importing its libraries."""
-        return self.silence_s if self.positions[rank].beat else max(SILENCE_S, self.timeout_s)
+    def _is_starting(self, rank: int, now: float) -> bool:
+        """Before its first instruction a process imports libraries, which may take a minute."""
+        start = self.positions[rank].place == _START
+        return start and now - self.moved_s[rank] <= max(SILENCE_S, self.timeout_s)
 
     def _cause(self, stuck: Sequence[int], ranks: Sequence[int]) -> int:
         """The stuck rank that waits for nobody behind it; else the one that is furthest behind."""

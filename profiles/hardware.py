@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from profiles.errors import ConfigError
 
 DeviceKind = Literal["cuda", "cpu"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +31,14 @@ class DeviceSpec:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("peak_flops", "memory_bytes", "memory_bytes_per_s"):
-            if not getattr(self, field) > 0:
+        for field in ("name", "source"):
+            if not isinstance(getattr(self, field), str):
+                raise ConfigError("must be text", where=f"device.{field}")
+        if self.kind not in get_args(DeviceKind):
+            raise ConfigError(f"{self.kind!r} is not cuda or cpu", where=f"device {self.name}.kind")
+        for field in ("peak_flops", "memory_bytes", "memory_bytes_per_s", "launch_s"):
+            value = getattr(self, field)
+            if not _is_number(value) or not (value > 0 or (value == 0 and field == "launch_s")):
                 raise ConfigError("must be above zero", where=f"device {self.name}.{field}")
 
 
@@ -41,7 +51,8 @@ class LinkSpec:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not self.bytes_per_s > 0 or self.latency_s < 0:
+        numbers = _is_number(self.bytes_per_s) and _is_number(self.latency_s)
+        if not numbers or not self.bytes_per_s > 0 or self.latency_s < 0:
             raise ConfigError("a link needs bytes_per_s > 0 and latency_s >= 0", where="link")
 
 

@@ -185,6 +185,7 @@ def spec_from_hf(
     # A null is what transformers takes by default, but of a window it says that there is none.
     given = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
     config = {**family.defaults, **given}
+    _check_types(config, where)
     if "num_local_experts" in config:  # transformers 5 writes Qwen's number of experts so
         config.setdefault("num_experts", config["num_local_experts"])
     keys = {**COMMON_KEYS, **family.keys}
@@ -212,6 +213,33 @@ def spec_from_hf(
     )
 
 
+_NUMBERS = (
+    "max_position_embeddings", "max_window_layers", "num_hidden_layers", "rms_norm_eps",
+    "layer_norm_epsilon", "rope_theta", "sliding_window",
+)  # fmt: skip
+_ROPES = ("rope_parameters", "rope_scaling")
+
+
+def _check_types(config: Mapping[str, Any], where: str) -> None:
+    """Raise ``ConfigError`` where a field that is computed with is of another type."""
+    for key in _NUMBERS:
+        if config.get(key) is not None and not _is_number(config[key]):
+            raise ConfigError(f"{key} is {config[key]!r}", where=where, remedy="give a number")
+    for key in _ROPES:
+        rope = config.get(key) or {}
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"{key} is {rope!r}", where=where, remedy="give an object or null")
+        for name, value in rope.items():
+            if name in ROPE_KEYS.values() and value is not None and not _is_number(value):
+                raise ConfigError(f"{name} is {value!r}", where=f"{where}: {key}")
+            if name == "rope_theta" and value is not None and not _is_number(value):
+                raise ConfigError(f"{name} is {value!r}", where=f"{where}: {key}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def _whole_number(key: str, value: Any, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"{key} is {value!r}", where=where, remedy="it must be a whole number")
@@ -234,7 +262,7 @@ def _activation(model_type: str, name: Any, where: str) -> Activation:
     # Gemma's first configs say gelu and mean its approximation.
     if model_type == "gemma" and name == "gelu":
         return "gelu_tanh"
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigError(
             f"the activation {name!r} is not supported",
             where=where,

@@ -59,6 +59,8 @@ class RopeScaling:
 
 # Layers are looked at one by one; a larger number is a slip of the pen.
 MAX_LAYERS = 10_000
+# A thousand times the largest models; counts of values stay below 64 bits.
+MAX_PARAMETERS = 2**50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +146,12 @@ class ModelSpec:
                     f"'{getattr(self, field)}' is not one of {', '.join(get_args(choices))}",
                     where=f"model {self.name}.{field}",
                 )
+
+        if max(self.num_parameters, self.max_positions) > MAX_PARAMETERS:
+            raise ConfigError(
+                f"more than {MAX_PARAMETERS:.0e} parameters", where=f"model {self.name}",
+                remedy="no such model fits any cluster: is one of its sizes mistyped?",
+            )  # fmt: skip
 
     def _check_count(self, field: str, *, least: int) -> None:
         value = getattr(self, field)

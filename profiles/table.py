@@ -160,7 +160,7 @@ def _row_problem(row: CostRow) -> tuple[str, str] | None:
         value = getattr(row, column)
         if not isinstance(value, int | float) or isinstance(value, bool):
             return column, f"{value!r} is not a number"
-        if not math.isfinite(value):
+        if not abs(value) < 1e300:
             return column, f"{value!r} is not finite"
     if row.seconds <= 0:
         return "seconds", f"{row.seconds!r} is not above zero"

@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -34,6 +34,7 @@ from planner.algorithm import config_to_dict, find_algorithm, make_config
 from planner.plan import ExecutionPlan
 from planner.plan_schema import load_plan, save_plan
 from profiles.errors import ConfigError
+from profiles.hardware import MAX_DEVICES
 
 LAUNCH_FOLDER = "launch"
 
@@ -156,6 +157,9 @@ def _own_python_path() -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(str, own)))
 
 
+_KINDS: Mapping[type, Any] = {str: str, int: int, float: int | float}
+
+
 def load_job(output: str | Path) -> Job:
     """The newest start of the run in ``output``.
 
@@ -169,10 +173,18 @@ def load_job(output: str | Path) -> Job:
             "no run was started here" if not file.exists() else "job.json is damaged",
             where=str(output), remedy="name the output folder of a run",
         )  # fmt: skip
-    try:
-        return Job(**{**found, "python_path": tuple(found["python_path"])})
-    except (TypeError, KeyError) as error:
-        raise ConfigError(f"job.json is damaged ({error})", where=str(output)) from None
+    hints = get_type_hints(Job)
+    unlike = [
+        name
+        for name in {**hints, **found}
+        if name not in hints
+        or not isinstance(found.get(name), _KINDS.get(hints[name], list | dict))
+    ]
+    if unlike or not 0 < found["ranks_per_node"] <= found["num_ranks"] <= MAX_DEVICES:
+        raise ConfigError(
+            f"job.json is damaged ({unlike[0] if unlike else 'num_ranks'})", where=str(output)
+        )
+    return Job(**{**found, "python_path": tuple(found["python_path"])})
 
 
 def run_of(job: Job) -> Run:

@@ -51,7 +51,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(*args: Any, **options: Any) -> None:
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr(local, "launch", launch)
+    monkeypatch.setattr(local, "start", launch)
 
 
 @pytest.mark.parametrize(
