@@ -22,6 +22,7 @@ from executor.run import Run
 from executor.run_checkpoint import Checkpoint, Piece, pieces_of
 from executor.worker import Worker, reporting_rank
 from planner.plan_schema import plan_to_dict
+from planner.program import home_layouts
 from profiles.errors import CheckpointError, ConfigError
 
 # A run may go on with other values of all options but these: they decide what a step computes on.
@@ -42,6 +43,23 @@ def optimizer_pieces(adam: Adam, *, once: bool) -> list[Piece]:
     if once and adam.is_replica:
         return []
     return pieces_of(slices, adam.buffer.starts, adam.state(), adam.own)
+
+
+def average_pieces(worker: Worker, *, once: bool) -> dict[str, list[Piece]]:
+    """This rank's fp32 averages of frozen roles; ``once``: without what another rank writes."""
+    found: dict[str, list[Piece]] = {}
+    for (role, layout), average in worker.averages.items():
+        buffer = worker.buffers[role, layout]
+        slices = buffer.slices
+        if once:
+            lower = range(layout.mesh.first, worker.rank)
+            held = {(s.name, s.offset) for rank in lower for s in layout.slices(rank)}
+            first = home_layouts(worker.plan)[role][0]  # every layout of the role is the same
+            slices = tuple(s for s in slices if layout == first and (s.name, s.offset) not in held)
+        pieces = pieces_of(slices, buffer.starts, {"average": average}, (0, average.numel()))
+        if pieces:
+            found.setdefault(role, []).extend(pieces)
+    return found
 
 
 # ---- saving -----------------------------------------------------------------------------------
@@ -97,6 +115,8 @@ def _write(worker: Worker, root: Path, step: int) -> None:
         if worker.rank == reporting_rank(worker.plan.allocations[call.name], call):
             counts = {"steps": trainer.optimizer.steps, "updates": int(trainer.optimizer.count)}
             worker.store.set(_key(step, role), json.dumps(counts))
+    for role, pieces in average_pieces(worker, once=True).items():
+        run_checkpoint.write_pieces(folder, role, worker.rank, pieces)
     for call in worker.problem.graph.calls:
         function = worker.functions[call.name]
         if hasattr(function, "state") and worker.rank == reporting_rank(
@@ -194,6 +214,10 @@ def restore(worker: Worker, folder: Path) -> int:
         checkpoint.fill(role, optimizer_pieces(trainer.optimizer, once=False))
         counts = checkpoint.header["optimizers"][role]
         trainer.optimizer.go_on(steps=counts["steps"], updates=counts["updates"])
+    for role, pieces in average_pieces(worker, once=False).items():
+        checkpoint.fill(role, pieces)
+    for key, average in worker.averages.items():
+        worker.buffers[key].flat.copy_(average)
     for name, state in checkpoint.header["functions"].items():
         worker.functions[name].restore(state)
     return checkpoint.step

@@ -39,6 +39,7 @@ from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
 from planner.plan import Allocation
 from planner.program import (
+    Average,
     Free,
     Function,
     Generate,
@@ -105,6 +106,8 @@ class Worker:
         self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
         self.stages: dict[tuple[str, Layout, bool], DecoderStage] = {}
         self.trainers: dict[str, Trainer] = {}
+        # Averages in fp32, flat as the buffer of (role, layout), which they may be.
+        self.averages: dict[tuple[str, Layout], Tensor] = {}
         self.samples = SampleStore(self.problem.graph, device, self.problem.workload.group_size)
         self.exchange = Exchange(self.samples)
         self.handlers: dict[type, Callable[[Any, dict[str, int]], None]] = {
@@ -116,6 +119,7 @@ class Worker:
             Transfer: self._transfer,
             Reallocate: self._reallocate,
             Free: self._free,
+            Average: self._average,
         }
 
     # ---- the interpreter ----------------------------------------------------------------------
@@ -201,6 +205,8 @@ class Worker:
         counts["num_bytes"] = buffer.flat.numel() * buffer.flat.element_size()
         if load.trained:
             self.trainers[load.role] = self._trainer(load.role, load.layout, buffer)
+        if any(average.role == load.role for average in self.problem.graph.averages):
+            self.averages[load.role, load.layout] = buffer.flat.float()
 
     def _trainer(self, role: str, layout: Layout, buffer: ParameterBuffer) -> Trainer:
         call = self.problem.graph.train_call(role)
@@ -245,6 +251,17 @@ class Worker:
         del self.buffers[(free.role, free.layout)]
         for split in (False, True):
             self.stages.pop((free.role, free.layout, split), None)
+
+    def _average(self, instruction: Average, counts: dict[str, int]) -> None:
+        """A small step is lost in a bf16 weight, so that the average is kept in fp32."""
+        if self.evaluating:
+            return
+        key = (instruction.role, instruction.layout)
+        own, other = self.buffers[key], self.buffers[instruction.of, instruction.layout]
+        for piece in own.slices:
+            average = own.view(piece.name, of=self.averages[key])
+            average.lerp_(other.view(piece.name).float(), instruction.rate)
+        own.flat.copy_(self.averages[key])
 
     def _stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
         """The model without gradients in a layout whose weights are here."""

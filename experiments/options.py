@@ -61,6 +61,7 @@ class PolicyConfig(PassesConfig):
     kl_estimator: str = "k1"  # k1: log p - log p_ref; k2: half its square; k3: Schulman's, >= 0
     kl_target: float = 0.0  # beta moves towards this KL of a whole answer; 0: it is fixed
     kl_horizon: int = 10000  # answers over which it moves by as much as KL is off, at most a fifth
+    ref_average: float = 0.0  # share of the actor that the reference takes over after each step
     entropy_coef: float = 0.0  # of the bonus for the entropy of the next token
     # A mini-batch beyond a limit changes nothing and is the step's last; 0: no limit.
     max_ratio: float = 0.0  # of the mean policy ratio
@@ -92,11 +93,13 @@ def check_policy(run: RunConfig, policy: PolicyConfig, *, where: str) -> None:
             f"{policy.dual_clip} is not above 1", where=f"{where}.dual_clip",
             remedy="3 is usual, 0 is off",
         )  # fmt: skip
-    if policy.kl_target and not policy.kl_coef:
-        raise ConfigError(
-            "there is no reference to be near to", where=f"{where}.kl_target",
-            remedy=f"set {where}.kl_coef to begin with",
-        )  # fmt: skip
+    check_share(policy, "ref_average", where=where)
+    for name in ("kl_target", "ref_average"):
+        if getattr(policy, name) and not policy.kl_coef:
+            raise ConfigError(
+                "there is no reference to be near to", where=f"{where}.{name}",
+                remedy=f"set {where}.kl_coef to begin with",
+            )  # fmt: skip
 
 
 def check_least(owner: Any, least: float, *names: str, where: str = "") -> None:

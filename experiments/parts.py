@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from experiments.options import PassesConfig
-from planner.graph import CallKind, DataKey, ModelFunctionCall
+from experiments.options import PassesConfig, PolicyConfig
+from planner.graph import CallKind, DataKey, ModelFunctionCall, ParameterAverage
 from planner.plan import Workload
 from planner.run_config import RunConfig
 
@@ -80,6 +80,13 @@ def train(
         name=f"{role}_train", kind=CallKind.TRAIN, role=role, inputs=inputs, prefix=prefix,
         num_mini_batches=passes.num_mini_batches, num_epochs=passes.num_epochs,
     )  # fmt: skip
+
+
+def averages(policy: PolicyConfig) -> tuple[ParameterAverage, ...]:
+    """The reference follows the actor, where ``ref_average`` says so."""
+    if not policy.ref_average:
+        return ()
+    return (ParameterAverage(role="ref", of="actor", rate=policy.ref_average),)
 
 
 def workload_of(config: RunConfig, *, group_size: int = 1) -> Workload:

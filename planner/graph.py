@@ -76,21 +76,33 @@ class ModelFunctionCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterAverage:
+    """After each step a frozen role moves towards a trained one: w += ``rate`` (w_of - w)."""
+
+    role: str
+    of: str
+    rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataflowGraph:
     """Calls in an order in which they may run, and the keys that they exchange.
 
     ``source_keys`` are read from the data set: every rank can produce them from (seed, step).
+    ``averages`` are taken at the step's end.
 
     Raises:
         PlanError: two calls of one name, a key that nothing produces or that two calls produce,
-            a call before its producer, two TRAIN calls of one role, a FUNCTION with a role, or
-            one call on tokens of whole groups and of single sequences.
+            a call before its producer, two TRAIN calls of one role, a FUNCTION with a role,
+            one call on tokens of whole groups and of single sequences, or an average that is not
+            of a frozen role over a trained one.
     """
 
     name: str
     calls: tuple[ModelFunctionCall, ...]
     keys: tuple[DataKey, ...]
     source_keys: frozenset[str] = field(default_factory=frozenset)
+    averages: tuple[ParameterAverage, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_names()
@@ -109,6 +121,13 @@ class DataflowGraph:
         trained = [call.role for call in self.calls if call.kind is CallKind.TRAIN]
         if len(trained) != len(set(trained)):
             raise PlanError("a role is trained by two calls", where=f"graph {self.name}")
+        for average in self.averages:
+            frozen = average.role in self.roles and average.role not in trained
+            if not frozen or average.of not in trained or not 0 < average.rate <= 1:
+                raise PlanError(
+                    f"{average} is not of a frozen role over a trained one, at a rate in (0, 1]",
+                    where=f"graph {self.name}.averages",
+                )
 
     def _check_names(self) -> None:
         names = [call.name for call in self.calls]

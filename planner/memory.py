@@ -44,6 +44,8 @@ RESERVE_BYTES: Mapping[DeviceKind, int] = {"cuda": 2 * GIB, "cpu": 2 * GIB // 5}
 # tens of MiB, and a rank has about ten partners.
 STAGING_BYTES: Mapping[DeviceKind, int] = {"cuda": 256 * MIB, "cpu": 16 * MIB}
 
+AVERAGE_BYTES = 4  # of a value of a role that is an average, in fp32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBreakdown:
@@ -328,6 +330,19 @@ def _peaks(plan: ExecutionPlan) -> dict[int, tuple[MemoryBreakdown, str]]:
                     need += MemoryBreakdown(buffers=STAGING_BYTES[kind])
             if need.total > peaks[device][0].total:
                 peaks[device] = (need, call.name)
+    for average in problem.graph.averages:
+        train = problem.graph.train_call(average.of)
+        assert train is not None, average
+        for layout in homes[average.role]:
+            for device in layout.mesh.devices:
+                need = resident[device]
+                if layout not in homes[average.of]:  # the trained weights are brought here
+                    strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp)
+                    stage = layout.coordinates(device)[0]
+                    need += held_memory(layout.spec, strategy, stage, kind, trained=False)
+                    need += MemoryBreakdown(buffers=STAGING_BYTES[kind])
+                if need.total > peaks[device][0].total:
+                    peaks[device] = (need, train.name)
     return peaks
 
 
@@ -342,13 +357,19 @@ def _resident(
     }
     for role, layouts in homes.items():
         trained = plan.problem.graph.train_call(role) is not None
+        averaged = any(average.role == role for average in plan.problem.graph.averages)
         for layout, strategy in layouts.items():
             held = [
                 held_memory(layout.spec, strategy, stage, kind, trained=trained)
                 for stage in range(layout.pp)
             ]
             for device in layout.mesh.devices:
-                found[device] += held[layout.coordinates(device)[0]]
+                own = held[layout.coordinates(device)[0]]
+                found[device] += own
+                # A small step is lost in a bf16 weight: the average is kept in fp32 as well.
+                if averaged and VALUE_BYTES[kind] < AVERAGE_BYTES:
+                    values = own.weights // VALUE_BYTES[kind]
+                    found[device] += MemoryBreakdown(weights=values * AVERAGE_BYTES)
     return found
 
 

@@ -169,6 +169,12 @@ class Problem:
         for role in self.graph.roles:
             if role not in self.models:
                 raise PlanError("this role of the graph has no model", where=f"models.{role}")
+        for average in self.graph.averages:
+            if self.models[average.role] != self.models[average.of]:
+                raise PlanError(
+                    f"is not of {average.of}'s shape, of which it is an average",
+                    where=f"models.{average.role}",
+                )
 
     def spec_of(self, call_name: str) -> ModelSpec | None:
         """The model that a call runs; None for a FUNCTION."""

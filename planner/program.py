@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from planner.graph import CallKind, ModelFunctionCall
+from planner.graph import CallKind, ModelFunctionCall, ParameterAverage
 from planner.layout import Layout
 from planner.plan import ExecutionPlan, Problem, validate_plan
 from planner.strategy import ParallelStrategy
@@ -109,7 +109,18 @@ class Free:
     layout: Layout
 
 
-Instruction = Generate | Infer | Train | Function | Transfer | Reallocate | Load | Free
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Average:
+    """Move the role's weights in ``layout`` towards those of role ``of``, which are there too."""
+
+    index: int
+    role: str
+    of: str
+    layout: Layout
+    rate: float
+
+
+Instruction = Generate | Infer | Train | Function | Transfer | Reallocate | Load | Free | Average
 CALL_INSTRUCTIONS: Mapping[CallKind, type[Generate | Infer | Train | Function]] = {
     CallKind.GENERATE: Generate,
     CallKind.INFER: Infer,
@@ -279,6 +290,8 @@ class _Compiler:
             if borrowed in last_use and last_use[borrowed] == call.name and call.role and layout:
                 free = Free(index=self.index(), role=call.role, layout=layout)
                 self.emit(mesh.devices, free)
+        for average in self.graph.averages:
+            self.emit_average(average)
         return {rank: tuple(instructions) for rank, instructions in self.step.items()}
 
     def emit_reallocation(self, role: str, layout: Layout) -> None:
@@ -288,6 +301,21 @@ class _Compiler:
             ranks,
             Reallocate(index=self.index(), role=role, source=home, destination=layout),
         )
+
+    def emit_average(self, average: ParameterAverage) -> None:
+        """Into every layout of the role the trained weights are brought, taken over and dropped."""
+        (home,) = self.homes[average.of]
+        for layout in self.homes[average.role]:
+            if layout != home:
+                self.emit_reallocation(average.of, layout)
+            own = Average(
+                index=self.index(), role=average.role, of=average.of, layout=layout,
+                rate=average.rate,
+            )  # fmt: skip
+            self.emit(layout.mesh.devices, own)
+            if layout != home:
+                free = Free(index=self.index(), role=average.of, layout=layout)
+                self.emit(layout.mesh.devices, free)
 
     # ---- transfers ----
 

@@ -13,6 +13,7 @@ from planner.graph import CallKind
 from planner.layout import Layout
 from planner.plan import ExecutionPlan
 from planner.program import (
+    Average,
     Free,
     Function,
     Generate,
@@ -125,6 +126,13 @@ def _check_weights(plan: ExecutionPlan, program: Program, rank: int) -> None:
             present.add((instruction.role, instruction.destination))
         elif isinstance(instruction, Free):
             present.discard((instruction.role, instruction.layout))
+        elif isinstance(instruction, Average):
+            for role in (instruction.role, instruction.of):
+                if (role, instruction.layout) not in present:
+                    raise PlanError(
+                        f"the average reads {role} in {instruction.layout.key}, which is not there",
+                        where=f"rank {rank}",
+                    )
         elif isinstance(instruction, Generate | Infer | Train | Function):
             call = graph.call(instruction.call)
             calls_run.append(call.name)

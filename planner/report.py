@@ -18,6 +18,7 @@ from planner.layout import Layout
 from planner.memory import MemoryBreakdown, plan_memory
 from planner.plan import Allocation, Estimate, ExecutionPlan
 from planner.program import (
+    Average,
     Free,
     Instruction,
     Load,
@@ -280,6 +281,9 @@ def _describe(plan: ExecutionPlan, rank: int, instruction: Instruction) -> tuple
     name = type(instruction).__name__
     if isinstance(instruction, Load | Free):
         return name, f"{instruction.role} in {instruction.layout.key}"
+    if isinstance(instruction, Average):
+        moved = f"{instruction.rate:g} of the way to {instruction.of}"
+        return name, f"{instruction.role} in {instruction.layout.key} moves {moved}"
     if isinstance(instruction, Reallocate):
         side = "gives" if rank not in instruction.destination.mesh else "takes"
         if rank in instruction.source.mesh and rank in instruction.destination.mesh:

@@ -6,7 +6,7 @@ ranks is free and ends on all of them together. Before a call its ranks together
 producers have made, one producer after another in the graph's order, each as soon as it has ended
 and for the seconds of all that it brings (``transfer_bytes``). The executor's ranks take their
 messages each for itself, and no more than that; what a rank waits less it waits at the call. A
-send, Load and Free take no time.
+send, Load, Free and Average take no time.
 
 A step is a max-plus linear map of the ranks' clocks; seconds per step in steady state are its
 eigenvalue (``steady_step_s``), not those of the few steps that are drawn.

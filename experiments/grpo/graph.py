@@ -12,6 +12,7 @@ from experiments.parts import (
     SAMPLED,
     SAMPLED_KEYS,
     actor_gen,
+    averages,
     ref_inf,
     reward_calls,
     train,
@@ -32,6 +33,7 @@ def build_graph(config: GRPOExperiment) -> DataflowGraph:
         name="grpo",
         keys=SAMPLED_KEYS,
         source_keys=frozenset({"prompts"}),
+        averages=averages(config.grpo),
         calls=(
             actor_gen(),
             *reward_calls(config.reward.source),

@@ -16,6 +16,7 @@ from experiments.parts import (
     SAMPLED,
     SAMPLED_KEYS,
     actor_gen,
+    averages,
     ref_inf,
     reward_calls,
     train,
@@ -42,6 +43,7 @@ def build_graph(config: PPOExperiment) -> DataflowGraph:
         name="ppo",
         keys=(*SAMPLED_KEYS, VALUES),
         source_keys=frozenset({"prompts"}),
+        averages=averages(config.ppo),
         calls=(
             actor_gen(),
             *reward_calls(config.reward.source),

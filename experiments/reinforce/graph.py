@@ -11,6 +11,7 @@ from experiments.parts import (
     SAMPLED,
     SAMPLED_KEYS,
     actor_gen,
+    averages,
     ref_inf,
     reward_calls,
     train,
@@ -32,6 +33,7 @@ def build_graph(config: ReinforceExperiment) -> DataflowGraph:
         name="reinforce",
         keys=SAMPLED_KEYS,
         source_keys=frozenset({"prompts"}),
+        averages=averages(config.reinforce),
         calls=(
             actor_gen(),
             *reward_calls(config.reward.source),

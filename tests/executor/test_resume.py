@@ -29,7 +29,7 @@ OPTIONS = (
     "actor.schedule=linear",
     # What functions keep over steps.
     "ppo.num_epochs=2", "ppo.normalize_values=true", "ppo.normalize_rewards=true",
-    "ppo.kl_target=0.01", "ppo.kl_horizon=20",
+    "ppo.kl_target=0.01", "ppo.kl_horizon=20", "ppo.ref_average=0.2",
 )  # fmt: skip
 
 Curve = list[Mapping[str, float]]

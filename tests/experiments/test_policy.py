@@ -276,7 +276,7 @@ def test_rewards_are_normalised_over_all_steps() -> None:
 EVERYTHING = [
     *OVERRIDES, "ppo.num_epochs=2", "ppo.aggregation=sequence", "ppo.dual_clip=3",
     "ppo.clip_high=0.3", "ppo.entropy_coef=0.01", "ppo.kl_in=loss", "ppo.kl_estimator=k3",
-    "ppo.kl_target=0.1", "ppo.kl_horizon=20", "ppo.normalize_rewards=true",
+    "ppo.kl_target=0.1", "ppo.kl_horizon=20", "ppo.ref_average=0.3", "ppo.normalize_rewards=true",
     "ppo.normalize_values=true", "ppo.score_truncated=false",
     "reward.source=model+experiments.rewards:share_of_even_tokens", "batch_size=5",
 ]  # fmt: skip
@@ -309,12 +309,37 @@ def test_options_give_the_same_under_every_plan(overrides: list[str], tmp_path: 
         compare(name, found[name], whole)
 
 
+@pytest.mark.parametrize("layout", [(1, "0:d1p1m1:1"), (2, "0:d2p1m1:1")], ids=["own", "moved"])
+def test_a_reference_that_takes_over_the_whole_actor_is_the_actor(
+    layout: tuple[int, str], tmp_path: Path
+) -> None:
+    """Before an optimizer step the actor is what the last step left: so is the reference, here in
+    the actor's layout and in one that it is brought to."""
+    words = [*OVERRIDES, "ppo.num_mini_batches=1", "actor.lr=1e-2", "total_steps=3"]
+    ref = "0:d1p1m1:1" if layout[0] == 1 else "1:d1p1m1:2"
+    runs: Runs = {
+        f"{rate}": (
+            make_plan(*layout, overrides=[*words, f"ppo.ref_average={rate}"], ref_inf=ref),
+            None,
+        )
+        for rate in (0, 1)
+    }
+    found = run_plans(runs, tmp_path)
+    apart = {
+        rate: [own[0].metrics[f"{step}/actor_train"]["ref_kl"] for step in (1, 2)]
+        for rate, own in found.items()
+    }
+    assert apart["1"] == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert min(map(abs, apart["0"])) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("ppo.dual_clip=0.5", r"ppo\.dual_clip: 0\.5 is not above 1; 3 is usual"),
         ("ppo.kl_in=advantage", r"ppo\.kl_in: 'advantage' is unknown; use one of reward, loss"),
         ("ppo.num_epochs=0", r"ppo\.num_epochs: 0 is not at least 1"),
+        ("ppo.ref_average=2", r"ppo\.ref_average: 2\.0 is not in \[0, 1\]"),
         ("ppo.max_ratio=-1", r"ppo\.max_ratio: -1\.0 is not at least 0"),
     ],
 )

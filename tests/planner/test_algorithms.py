@@ -30,6 +30,10 @@ CALLS = {
     "reward": "reward_train",
     "dpo": "ref_inf actor_train",
     "ppo": "actor_gen rew_inf ref_inf critic_inf actor_train critic_train",
+    "ppo ppo.ref_average=0.01": ("actor_gen rew_inf ref_inf critic_inf actor_train critic_train"),
+    "ppo ppo.kl_coef=0 reward.source=model+vader": (
+        "actor_gen rew_inf rew_fn critic_inf actor_train critic_train"
+    ),
     "grpo": "actor_gen rew_inf ref_inf actor_train",
     "grpo grpo.kl_coef=0 reward.source=vader": "actor_gen rew_inf actor_train",
     "remax": "actor_gen greedy_gen rew_inf greedy_rew_inf ref_inf actor_train",

@@ -17,6 +17,7 @@ from planner.graph import CallKind
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan
 from planner.program import (
+    Average,
     Free,
     Instruction,
     Program,
@@ -41,6 +42,41 @@ SEEDS = range(60)
 def test_programs_of_random_plans_run_to_their_end(seed: int) -> None:
     plan = random_plan(random.Random(seed))
     check_program(plan, compile_plan(plan))
+
+
+@pytest.mark.parametrize("seed", SEEDS[:20])
+def test_an_average_is_taken_in_every_layout_of_its_role_after_the_training(seed: int) -> None:
+    rng = random.Random(seed)
+    problem = ppo(make_test_cluster(2, 4), ["batch_size=24", "ppo.ref_average=0.1"])
+    plan = random_plan(rng, problem)
+    program = compile_plan(plan)
+    check_program(plan, program)
+    layouts = home_layouts(plan)["ref"]
+    for rank in range(plan.num_devices):
+        own = program.step.get(rank, ())
+        taken = [i for i in own if isinstance(i, Average)]
+        assert {i.layout for i in taken} == {layout for layout in layouts if rank in layout.mesh}
+        trained = [i.index for i in own if isinstance(i, Train) and i.call == "actor_train"]
+        assert all(i.index > index for i in taken for index in trained)
+        for average in taken:
+            assert average.rate == 0.1
+    broken = {
+        rank: tuple(
+            i
+            for i in own
+            if not isinstance(i, Reallocate)
+            or i.index < min(a.index for a in averages(program)) - 1
+        )
+        for rank, own in program.step.items()
+    }
+    moved = [layout for layout in layouts if layout not in home_layouts(plan)["actor"]]
+    if moved:
+        with pytest.raises(PlanError, match="the average reads actor"):
+            check_program(plan, replace(program, step=broken))
+
+
+def averages(program: Program) -> list[Average]:
+    return [i for own in program.step.values() for i in own if isinstance(i, Average)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
