@@ -23,7 +23,16 @@ from pathlib import Path
 from types import TracebackType
 
 from planner.plan import ExecutionPlan
-from planner.program import Free, Function, Instruction, Load, Program, Reallocate, Transfer
+from planner.program import (
+    Average,
+    Free,
+    Function,
+    Instruction,
+    Load,
+    Program,
+    Reallocate,
+    Transfer,
+)
 from planner.reallocation import reallocate
 
 # No sign of life for so long is a hang whatever the rank does: a beat needs no more than the
@@ -135,7 +144,7 @@ def read_position(file: Path) -> Position | None:
 
 def partners(plan: ExecutionPlan, instruction: Instruction, rank: int) -> frozenset[int]:
     """The ranks that ``rank`` may wait for in an instruction."""
-    if isinstance(instruction, Load | Free | Function):
+    if isinstance(instruction, Load | Free | Function | Average):
         return frozenset()
     if isinstance(instruction, Transfer):
         return frozenset(parcel.peer for parcel in instruction.receives)
