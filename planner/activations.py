@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from planner.strategy import ParallelStrategy
+from planner.strategy import ParallelStrategy, Recompute
 from profiles.models import ModelSpec
 
 
@@ -35,9 +35,11 @@ EXECUTOR = BlockKernels()
 
 def kept_bytes(
     spec: ModelSpec, strategy: ParallelStrategy, *, value_bytes: int, length: int,
-    kernels: BlockKernels = EXECUTOR,
+    kernels: BlockKernels = EXECUTOR, recompute: Recompute | None = None,
 ) -> int:  # fmt: skip
     """Bytes of one token, in a sequence of ``length``, that a block keeps on one shard.
+
+    ``recompute``: in place of the strategy's.
 
     Values: what either half starts from, 2 hidden / tp with sequence parallelism, else 2 hidden;
     the inputs of their first products, 2 hidden; q, k, v as projected and attention's output,
@@ -49,11 +51,11 @@ def kept_bytes(
     products (experts keep theirs).
     Source: Korthikanti et al. 2022, section 4, with rotary embedding, a gate, and fused attention.
     """
-    tp = strategy.tp
+    tp, recompute = strategy.tp, recompute or strategy.recompute
     own = ceil(spec.hidden / tp) if strategy.sequence_parallel else spec.hidden
-    if strategy.recompute == "full":
+    if recompute == "full":
         return value_bytes * own
-    eager, selective = kernels.attention == "eager", strategy.recompute == "selective"
+    eager, selective = kernels.attention == "eager", recompute == "selective"
     num_dropped = (1 if spec.num_experts else 2) if selective and not eager else 0
     values = 2 * own + (2 - num_dropped) * (own if kernels.gather_again else spec.hidden)
     values += (3 if spec.positions == "rope" else 2) * attention_values(spec, tp)

@@ -20,7 +20,7 @@ from planner.doctor import examine
 from planner.explain import explain
 from planner.plan import ExecutionPlan
 from planner.plan_schema import load_plan, plan_to_dict, save_plan
-from planner.report import print_plan, program_table
+from planner.report import moments_table, print_plan, program_table
 from planner.report_explain import comparison_to_dict, print_comparison, print_explanation
 from planner.report_html import report_page
 from planner.report_trace import save_trace, write_whole
@@ -42,7 +42,9 @@ def run_show(args: argparse.Namespace) -> int:
     """``realplan show``: today's numbers of a plan, or what one rank does."""
     plan = load_plan(args.plan)
     if args.rank is not None:
-        output_console().print(program_table(plan, whole(args.rank, "--rank", least=0)))
+        rank = whole(args.rank, "--rank", least=0)
+        output_console().print(program_table(plan, rank))
+        output_console().print(moments_table(plan, rank))
         return 0
     if args.json:
         print(json.dumps(plan_to_dict(plan)))

@@ -1,7 +1,7 @@
 """Bytes on each device: what stays over the step, and what a call needs while it runs.
 
-Read ``MemoryBreakdown``, then ``call_memory`` (one call alone) and ``plan_memory`` (every device
-of a plan). Sequences are taken at their longest: a plan that fits here fits for every batch.
+Read ``MemoryBreakdown``, then ``call_memory`` (one call alone) and ``memory_over_time`` (every
+device of a plan). Sequences are taken at their longest: a plan that fits here fits for every batch.
 
 Bytes of a value: weights 2 on CUDA (bf16) and 4 on CPU (fp32); gradients 4; Adam's moments 8, and
 on CUDA 4 more for the fp32 master.
@@ -9,10 +9,11 @@ on CUDA 4 more for the fp32 master.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
+from typing import NamedTuple
 
 from planner.activations import kept_bytes, working_values
 from planner.cost.stage import (
@@ -155,8 +156,9 @@ def running_memory(
         length = workload.max_tokens
         kept = in_flight * _micro_batch_bytes(problem, call, allocation, spec, shape)
         if s.recompute == "full":  # the block under way keeps all
-            whole = replace(s, recompute="none")
-            working += tokens * kept_bytes(spec, whole, value_bytes=value_bytes, length=length)
+            working += tokens * kept_bytes(
+                spec, s, value_bytes=value_bytes, length=length, recompute="none"
+            )
         logits *= 2  # and their gradient
         buffers += _largest_weight_values(spec, shape, s.tp)
     return MemoryBreakdown(
@@ -260,9 +262,68 @@ def home_strategies(plan: ExecutionPlan) -> dict[str, dict[Layout, ParallelStrat
     return homes
 
 
+class MemoryMoment(NamedTuple):
+    """A device's bytes while ``call`` runs on it, or ``after`` it; "" between calls."""
+
+    call: str
+    need: MemoryBreakdown
+    after: str = ""
+
+
+def memory_over_time(plan: ExecutionPlan) -> Mapping[int, tuple[MemoryMoment, ...]]:
+    """Every device's bytes over a step: between calls, then in each of its calls in their order.
+
+    What stays, what the call needs while it runs, and weights that are borrowed for it, or for
+    calls before and after it.
+    """
+    problem = plan.problem
+    homes = home_strategies(plan)
+    resident = _resident(plan, homes)
+    borrowed = _borrowed(plan, homes)
+    found = {device: [MemoryMoment("", need)] for device, need in resident.items()}
+    for position, call in enumerate(problem.graph.calls):
+        allocation = plan.allocations[call.name]
+        spec = problem.spec_of(call.name)
+        stages: list[MemoryBreakdown] = [MemoryBreakdown()]
+        if spec is not None:
+            pp = allocation.strategy.pp
+            stages = [running_memory(problem, call, allocation, spec, stage) for stage in range(pp)]
+        width = allocation.mesh.num_devices // len(stages)
+        there = [layout for (_, layout), (a, b) in borrowed.items() if a <= position <= b]
+        for device in allocation.mesh.devices:
+            need = resident[device] + stages[(device - allocation.mesh.first) // width]
+            for layout in there:
+                if device in layout.mesh:
+                    need += _borrowed_memory(layout, device, problem.cluster.device.kind)
+            found[device].append(MemoryMoment(call.name, need))
+    for average in problem.graph.averages:
+        train = problem.graph.train_call(average.of)
+        assert train is not None, average
+        for layout in homes[average.role]:
+            for device in layout.mesh.devices:
+                need = resident[device]
+                if layout not in homes[average.of]:  # the trained weights are brought here
+                    need += _borrowed_memory(layout, device, problem.cluster.device.kind)
+                found[device].append(MemoryMoment(train.name, need, f"average {average.role}"))
+    return {device: tuple(moments) for device, moments in found.items()}
+
+
+def _borrowed_memory(layout: Layout, device: int, kind: DeviceKind) -> MemoryBreakdown:
+    """Weights of a layout that is no home, and what was under way to bring them."""
+    strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp)
+    stage = layout.coordinates(device)[0]
+    held = held_memory(layout.spec, strategy, stage, kind, trained=False)
+    return held + MemoryBreakdown(buffers=STAGING_BYTES[kind])
+
+
+def fullest(moments: Sequence[MemoryMoment]) -> MemoryMoment:
+    """The moment with the most bytes, the first of several."""
+    return max(moments, key=lambda moment: moment.need.total)
+
+
 def plan_memory(plan: ExecutionPlan) -> Mapping[int, MemoryBreakdown]:
     """The fullest moment of every device of the cluster: what stays, and the worst call."""
-    return {device: need for device, (need, _) in _peaks(plan).items()}
+    return {device: fullest(moments).need for device, moments in memory_over_time(plan).items()}
 
 
 def check_memory(plan: ExecutionPlan) -> None:
@@ -273,7 +334,9 @@ def check_memory(plan: ExecutionPlan) -> None:
             that takes most.
     """
     had = plan.problem.cluster.device.memory_bytes
-    device, (need, call_name) = max(_peaks(plan).items(), key=lambda item: item[1][0].total)
+    peaks = {device: fullest(moments) for device, moments in memory_over_time(plan).items()}
+    device, (call_name, need, _) = max(peaks.items(), key=lambda item: item[1].need.total)
+    call_name = call_name or plan.problem.graph.calls[0].name  # too full before any call
     if need.total <= had:
         return
     item, num_bytes = need.biggest
@@ -302,48 +365,6 @@ REMEDIES: Mapping[str, str] = {
     "buffers": "use more micro-batches, or raise tp",
     "reserve": "use devices with more memory",
 }
-
-
-def _peaks(plan: ExecutionPlan) -> dict[int, tuple[MemoryBreakdown, str]]:
-    """Each device's fullest moment, and the call that runs then (any, on an unused device)."""
-    problem, calls = plan.problem, plan.problem.graph.calls
-    kind = problem.cluster.device.kind
-    homes = home_strategies(plan)
-    resident = _resident(plan, homes)
-    borrowed = _borrowed(plan, homes)
-    peaks = {device: (need, calls[0].name) for device, need in resident.items()}
-    for position, call in enumerate(calls):
-        allocation = plan.allocations[call.name]
-        spec = problem.spec_of(call.name)
-        stages: list[MemoryBreakdown] = [MemoryBreakdown()]
-        if spec is not None:
-            pp = allocation.strategy.pp
-            stages = [running_memory(problem, call, allocation, spec, stage) for stage in range(pp)]
-        width = allocation.mesh.num_devices // len(stages)
-        for device in allocation.mesh.devices:
-            need = resident[device] + stages[(device - allocation.mesh.first) // width]
-            for (_, layout), (first, last) in borrowed.items():
-                if first <= position <= last and device in layout.mesh:
-                    strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp)
-                    stage = layout.coordinates(device)[0]
-                    need += held_memory(layout.spec, strategy, stage, kind, trained=False)
-                    need += MemoryBreakdown(buffers=STAGING_BYTES[kind])
-            if need.total > peaks[device][0].total:
-                peaks[device] = (need, call.name)
-    for average in problem.graph.averages:
-        train = problem.graph.train_call(average.of)
-        assert train is not None, average
-        for layout in homes[average.role]:
-            for device in layout.mesh.devices:
-                need = resident[device]
-                if layout not in homes[average.of]:  # the trained weights are brought here
-                    strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp)
-                    stage = layout.coordinates(device)[0]
-                    need += held_memory(layout.spec, strategy, stage, kind, trained=False)
-                    need += MemoryBreakdown(buffers=STAGING_BYTES[kind])
-                if need.total > peaks[device][0].total:
-                    peaks[device] = (need, train.name)
-    return peaks
 
 
 def _resident(

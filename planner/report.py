@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.layout import Layout
-from planner.memory import MemoryBreakdown, plan_memory
+from planner.memory import MemoryBreakdown, memory_over_time, plan_memory
 from planner.plan import Allocation, Estimate, ExecutionPlan
 from planner.program import (
     Average,
@@ -214,33 +214,45 @@ def _bar(
 
 def memory_table(plan: ExecutionPlan, *, most_rows: int = 12) -> Table:
     """Groups of devices with equal needs at their fullest moment, the fullest first."""
-    had = plan.problem.cluster.device.memory_bytes
     groups: dict[MemoryBreakdown, list[int]] = defaultdict(list)
     for device, need in sorted(plan_memory(plan).items()):
         groups[need].append(device)
     ordered = sorted(groups.items(), key=lambda item: -item[0].total)
-    items = [n for n in MemoryBreakdown().items() if any(need.items()[n] for need, _ in ordered)]
-    factor, unit = (GIB, "GiB") if ordered[0][0].total >= 8 * GIB else (MIB, "MiB")
-    table = Table(
-        title=f"{unit} on a device at its fullest moment, of {had / factor:,.1f}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("devices", no_wrap=True)
-    for name in (*(_SHORT.get(item, item) for item in items), "total", "used"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for need, devices in ordered[:most_rows]:
-        style = "red" if need.total > had else ""
-        values = [*(need.items()[item] for item in items), need.total]
-        table.add_row(
-            ranges_text(devices),
-            *(f"{value / factor:.1f}" if value else "-" for value in values),
-            f"{need.total / had:.0%}",
-            style=style,
-        )
+    rows = [(ranges_text(devices), need) for need, devices in ordered[:most_rows]]
+    table = _needs_table(plan, "on a device at its fullest moment", "devices", rows)
     if len(ordered) > most_rows:
         rest = sum(len(devices) for _, devices in ordered[most_rows:])
-        table.add_row(f"… {rest} more", *["" for _ in range(len(items) + 2)])
+        table.add_row(f"… {rest} more", *["" for _ in range(len(table.columns) - 1)])
+    return table
+
+
+def moments_table(plan: ExecutionPlan, device: int) -> Table:
+    """One device's bytes over a step, in the order of its calls."""
+    moments = memory_over_time(plan)[device]
+    rows = [(moment.after or moment.call or "between calls", moment.need) for moment in moments]
+    return _needs_table(plan, f"on device {device} over a step", "while", rows)
+
+
+def _needs_table(
+    plan: ExecutionPlan, what: str, first: str, rows: Sequence[tuple[str, MemoryBreakdown]]
+) -> Table:
+    """A row for each need, with the items that any has; red where it is more than there is."""
+    had = plan.problem.cluster.device.memory_bytes
+    items = [n for n in MemoryBreakdown().items() if any(need.items()[n] for _, need in rows)]
+    most = max(need.total for _, need in rows)
+    factor, unit = (GIB, "GiB") if most >= 8 * GIB else (MIB, "MiB")
+    table = Table(
+        title=f"{unit} {what}, of {had / factor:,.1f}", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column(first, no_wrap=True)
+    for name in (*(_SHORT.get(item, item) for item in items), "total", "used"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, need in rows:
+        values = [*(need.items()[item] for item in items), need.total]
+        table.add_row(
+            label, *(f"{value / factor:.1f}" if value else "-" for value in values),
+            f"{need.total / had:.0%}", style="red" if need.total > had else "",
+        )  # fmt: skip
     return table
 
 

@@ -20,6 +20,7 @@ from planner.memory import (
     call_memory,
     check_memory,
     home_strategies,
+    memory_over_time,
     plan_memory,
     running_bytes,
     running_memory,
@@ -247,6 +248,24 @@ def test_a_borrowed_layout_is_there_while_its_call_runs() -> None:
     assert apart[0].buffers >= STAGING_BYTES["cuda"]
     # Devices 4 to 7 do not generate and borrow nothing.
     assert apart[7].weights == together[7].weights
+
+
+def test_a_devices_step_is_told_call_by_call() -> None:
+    home, other = allocate(tp=8, m=16), allocate(tp=4, m=16)
+    plan = plan_of(home, actor_gen=other, critic_inf=allocate(tp=4, first=4, m=16))
+    moments = memory_over_time(plan)
+    order = [call.name for call in plan.problem.graph.calls]
+    # Devices 0 to 3 do all but critic_inf, the others all but actor_gen.
+    for device, without in ((0, "critic_inf"), (7, "actor_gen")):
+        assert [m.call for m in moments[device]] == ["", *(n for n in order if n != without)]
+    between = moments[0][0].need
+    assert between.activations == between.kv_cache == between.logits == between.buffers == 0
+    for call_name, need, _ in moments[0][1:]:
+        alone = call_memory(plan.problem, call_name, plan.allocations[call_name])
+        running = alone.activations + alone.logits + alone.kv_cache + alone.buffers
+        borrowed = call_name == "actor_gen"
+        weights = alone.weights + STAGING_BYTES["cuda"] if borrowed else 0
+        assert need.total == between.total + running + weights
 
 
 def test_a_borrowed_layout_is_gone_when_the_role_trains() -> None:
