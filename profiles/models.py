@@ -115,6 +115,10 @@ class ModelSpec:
     shared_ffn: int = 0
     source: str = ""
 
+    def __hash__(self) -> int:
+        # Equal specs agree in these four, and to hash all fields takes a planner half a second.
+        return hash((self.name, self.num_layers, self.hidden, self.head))
+
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "ffn",
                       "vocab", "max_positions"):  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import ceil
 
 from planner.cost.model import CostModel
@@ -56,11 +55,11 @@ def train_parts(
         passes = ("forward", again, "backward")
     num_groups = ceil(mini_batch / s.dp)
     # What does not depend on ZeRO, and what depends on little else, is asked once.
-    plain = replace(allocation, strategy=replace(s, zero=0))
+    layout = (allocation.mesh, s.pp, s.tp, s.sequence_parallel, allocation.num_micro_batches)
     pipeline = model.once(
-        ("pipeline", spec, workload, plain, num_groups, passes, schedule),
+        ("pipeline", spec, workload, layout, num_groups, passes, schedule),
         lambda: _pipeline(
-            spec, workload, plain, model, num_groups, passes=passes, schedule=schedule
+            spec, workload, allocation, model, num_groups, passes=passes, schedule=schedule
         ),
     )
     update = model.once(

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
+from operator import add
 
 from planner.cost.stage import VALUE_BYTES
 from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
 from planner.lock import Lock
 from planner.memory import (
+    RESERVE_BYTES,
     STAGING_BYTES,
     MemoryBreakdown,
     call_memory,
@@ -317,13 +319,16 @@ class OptionSpace:
             candidates: Iterable[Allocation] = [lock.allocation]
         else:
             candidates = variants(self.problem, call, meshes[0]) if meshes else ()
-        had = self.problem.cluster.device.memory_bytes
+        device = self.problem.cluster.device
+        free_bytes = device.memory_bytes - RESERVE_BYTES[device.kind]
+        known: dict[tuple[object, ...], tuple[int, ...]] = {}
         for allocation in candidates:
             if not lock.allows(allocation):
                 continue
-            if call_memory(self.problem, call.name, allocation).total <= had:
+            held, running = self._bytes(call, allocation, known)
+            if max(map(add, held, running)) <= free_bytes:
                 self.num_costed += 1
-                yield self._choice(call, allocation)
+                yield self._choice(call, allocation, held, running)
 
     def _locked_out(self, call: ModelFunctionCall) -> ConfigError:
         return ConfigError(
@@ -332,24 +337,37 @@ class OptionSpace:
             remedy="fix less of it: mesh, strategy or num_micro_batches",
         )
 
-    def _choice(self, call: ModelFunctionCall, allocation: Allocation) -> Choice:
+    def _bytes(
+        self, call: ModelFunctionCall, allocation: Allocation,
+        known: dict[tuple[object, ...], tuple[int, ...]],
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+        """Held and running, by stage; the latter does not depend on ZeRO: kept in ``known``."""
         spec, s = self.problem.spec_of(call.name), allocation.strategy
-        seconds = self.prices.call(call.name, allocation).seconds
         if spec is None:
-            return Choice(
-                strategy=s, num_micro_batches=1, seconds=seconds, held=(0,), borrowed=(0,),
-                running=(0,),
-            )  # fmt: skip
-        plain = self._held(spec, s, False)
-        staging = STAGING_BYTES[self.problem.cluster.device.kind]
+            return (0,), (0,)
+        counts = (allocation.num_micro_batches, allocation.generation_batch)
+        key = (s.pp, s.tp, s.dp, s.recompute, s.sequence_parallel, counts)
+        if key not in known:
+            known[key] = running_bytes(self.problem, call, allocation, spec)
+        return self._held(spec, s, call.kind is CallKind.TRAIN), known[key]
+
+    def _choice(
+        self, call: ModelFunctionCall, allocation: Allocation, held: tuple[int, ...],
+        running: tuple[int, ...],
+    ) -> Choice:  # fmt: skip
+        spec, s = self.problem.spec_of(call.name), allocation.strategy
+        borrowed: tuple[int, ...] = (0,)
+        if spec is not None:
+            staging = STAGING_BYTES[self.problem.cluster.device.kind]
+            borrowed = tuple(weights + staging for weights in self._held(spec, s, False))
         return Choice(
             strategy=s,
             num_micro_batches=allocation.num_micro_batches,
             generation_batch=allocation.generation_batch,
-            seconds=seconds,
-            held=self._held(spec, s, True) if call.kind is CallKind.TRAIN else plain,
-            borrowed=tuple(num_bytes + staging for num_bytes in plain),
-            running=running_bytes(self.problem, call, allocation, spec),
+            seconds=self.prices.call(call.name, allocation).seconds,
+            held=held,
+            borrowed=borrowed,
+            running=running,
         )
 
     def _held(self, spec: ModelSpec, s: ParallelStrategy, trained: bool) -> tuple[int, ...]:
