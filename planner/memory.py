@@ -134,6 +134,13 @@ def held_memory(
     )
 
 
+def average_bytes(weights_bytes: int, kind: DeviceKind) -> int:
+    """Of weights that are an average: in fp32 as well, as a small step is lost in a bf16 weight."""
+    if VALUE_BYTES[kind] >= AVERAGE_BYTES:
+        return weights_bytes
+    return weights_bytes + weights_bytes // VALUE_BYTES[kind] * AVERAGE_BYTES
+
+
 def running_memory(
     problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec, stage: int
 ) -> MemoryBreakdown:
@@ -387,10 +394,9 @@ def _resident(
             for device in layout.mesh.devices:
                 own = held[layout.coordinates(device)[0]]
                 found[device] += own
-                # A small step is lost in a bf16 weight: the average is kept in fp32 as well.
-                if averaged and VALUE_BYTES[kind] < AVERAGE_BYTES:
-                    values = own.weights // VALUE_BYTES[kind]
-                    found[device] += MemoryBreakdown(weights=values * AVERAGE_BYTES)
+                if averaged:
+                    more = average_bytes(own.weights, kind) - own.weights
+                    found[device] += MemoryBreakdown(weights=more)
     return found
 
 

@@ -5,7 +5,8 @@ An assignment is two vectors over calls: ``mesh`` (an index of ``Tables.mesh_fir
 model give for the compiled plan, to rounding (``tests/planner/test_kernels.py``).
 
 Seconds per step. Every call is a rendezvous of its mesh, and so is the reallocation before it, of
-both meshes; ranks take these *events* in one order. So with e_v the end of event v in a step
+both meshes, at the step's end also to a role that is an average over steps; ranks take these
+*events* in one order. So with e_v the end of event v in a step
 
     e_v >= e_u + d_v                 u before v, on a common device; d_v with all its transfers
     e_v >= e_p + d_v - (transfers before p's)        p makes data that v reads
@@ -89,6 +90,35 @@ def find_transfers(t: Tables, mesh: Ints, row: Ints, transfer_s: Floats) -> None
 
 
 @compiled
+def takes_average(t: Tables, mesh: Ints, row: Ints, n: int, i: int) -> bool:
+    """Are weights brought to the layout of call i for average n, at the end of a step?
+
+    Once to every layout of its role but the one in which these weights live.
+    """
+    if t.calls[i].average != n or same_layout(t.rows, mesh, row, i, t.average_of[n]):
+        return False
+    for j in range(i):
+        if t.calls[j].average == n and same_layout(t.rows, mesh, row, i, j):
+            return False
+    return True
+
+
+@compiled
+def add_reallocation(
+    t: Tables, prices: Prices, mesh: Ints, row: Ints, home: int, i: int, s: Scratch, count: int
+) -> None:  # fmt: skip
+    """Fill event ``count``: weights go from the layout of call ``home`` to that of call i."""
+    key = reallocation_key(t, mesh, row, home, i)
+    place = slot(prices.keys, key)
+    known = prices.keys[place] == key
+    if not known:
+        s.missing[0] = key
+    s.events[count].call = i
+    s.events[count].home = home
+    s.events[count].busy_s = prices.seconds[place] if known else 0.0
+
+
+@compiled
 def list_events(
     t: Tables, prices: Prices, mesh: Ints, row: Ints, s: Scratch
 ) -> int:  # fmt: skip
@@ -108,14 +138,7 @@ def list_events(
                         uses[j].last = i
             if fresh:
                 uses[i].last = i
-                key = reallocation_key(t, mesh, row, h, i)
-                place = slot(prices.keys, key)
-                known = prices.keys[place] == key
-                if not known:
-                    s.missing[0] = key
-                events[count].call = i
-                events[count].home = h
-                events[count].busy_s = prices.seconds[place] if known else 0.0
+                add_reallocation(t, prices, mesh, row, h, i, s, count)
                 count += 1
         total = rows[row[i]].seconds
         for k in range(calls[i].pair_stop - 1, calls[i].pair_start - 1, -1):
@@ -126,6 +149,12 @@ def list_events(
         events[count].busy_s = total
         uses[i].event = count
         count += 1
+    for n in range(len(t.average_of)):
+        for i in range(len(mesh)):
+            if takes_average(t, mesh, row, n, i):
+                h = t.average_of[n]
+                add_reallocation(t, prices, mesh, row, h, i, s, count)
+                count += 1
     return count
 
 
@@ -263,8 +292,11 @@ def column_of(uses: Records, i: int, j: int) -> int:
 
 
 @compiled
-def peak_of(t: Tables, mesh: Ints, row: Ints, uses: Records, i: int) -> float:
-    """Bytes of the fullest device while call i runs."""
+def peak_of(t: Tables, mesh: Ints, row: Ints, uses: Records, i: int, now: int) -> float:
+    """Bytes of the fullest device of call i's mesh while it runs (``now`` is i).
+
+    At the step's end, when no call does, ``now`` is their number, and it borrows weights.
+    """
     meshes, rows = t.meshes, t.rows
     segment_end, segment_bytes = t.segment_end, t.segment_bytes
     peak, device, end = 0.0, meshes[mesh[i]].first, meshes[mesh[i]].end
@@ -272,7 +304,9 @@ def peak_of(t: Tables, mesh: Ints, row: Ints, uses: Records, i: int) -> float:
         total, until = 0.0, end
         for n in range(-1, len(mesh)):
             j = i if n < 0 else n
-            column = 2 if n < 0 else column_of(uses, i, j)
+            column = column_of(uses, now, j)
+            if n < 0:
+                column = 2 if now == i else 1
             place, what = meshes[mesh[j]], rows[row[j]]
             if column < 0 or device >= place.end:
                 continue
@@ -307,7 +341,11 @@ def overshoot_of(t: Tables, mesh: Ints, row: Ints, uses: Records) -> float:
             if column >= 0 and overlap(meshes, mesh[i], mesh[j]):
                 most += most_bytes[column, row[j]]
         if most > max(free_bytes, peak):
-            peak = max(peak, peak_of(t, mesh, row, uses, i))
+            peak = max(peak, peak_of(t, mesh, row, uses, i, i))
+    for n in range(len(t.average_of)):
+        for i in range(len(mesh)):
+            if takes_average(t, mesh, row, n, i):
+                peak = max(peak, peak_of(t, mesh, row, uses, i, len(mesh)))
     return max(0.0, (peak + t.reserve_bytes) / t.memory_bytes - 1.0)
 
 

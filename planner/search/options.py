@@ -24,6 +24,7 @@ from planner.memory import (
     RESERVE_BYTES,
     STAGING_BYTES,
     MemoryBreakdown,
+    average_bytes,
     call_memory,
     held_memory,
     running_bytes,
@@ -293,6 +294,7 @@ class OptionSpace:
         key = (
             self.locks.get(call.name),
             call.kind,
+            self._is_average(call),
             (call.num_mini_batches, call.num_epochs),
             self.problem.spec_of(call.name),
             workload,
@@ -349,7 +351,14 @@ class OptionSpace:
         key = (s.pp, s.tp, s.dp, s.recompute, s.sequence_parallel, counts)
         if key not in known:
             known[key] = running_bytes(self.problem, call, allocation, spec)
-        return self._held(spec, s, call.kind is CallKind.TRAIN), known[key]
+        held = self._held(spec, s, call.kind is CallKind.TRAIN)
+        if self._is_average(call):
+            kind = self.problem.cluster.device.kind
+            held = tuple(average_bytes(weights, kind) for weights in held)
+        return held, known[key]
+
+    def _is_average(self, call: ModelFunctionCall) -> bool:
+        return any(average.role == call.role for average in self.problem.graph.averages)
 
     def _choice(
         self, call: ModelFunctionCall, allocation: Allocation, held: tuple[int, ...],

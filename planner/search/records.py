@@ -21,6 +21,7 @@ MESH = np.dtype([("first", "i8"), ("end", "i8"), ("size", "i8")], align=True)  #
 CALL = np.dtype(
     [
         ("home", "i8"),  # the call in whose layout the role lives, -1: frozen or no role
+        ("average", "i8"),  # which average over steps the role is, -1: none
         ("role", "i8"),  # -1: none
         ("spec", "i8"),  # equal for equal models, -1: none
         ("last_stage_only", "i8"),  # 1: outputs are on the last stage only
@@ -82,6 +83,7 @@ class Tables(NamedTuple):
     allowed: npt.NDArray[np.bool_]  # [C, M] by the call's lock, and the size has choices
     calls: Records  # [C] of CALL
     call_meshes: Ints  # allowed meshes
+    average_of: Ints  # of each average the call that trains the weights that it follows
     rows: Records  # [R] of ROW
     row_ranges: Records  # [C, S] of RANGE: rows of a call on meshes of a size, fastest first
     like: Records  # [C, A] of RANGE into like_rows
@@ -102,7 +104,7 @@ class Prices(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Room for one evaluation; ``E = 2 C`` events at most."""
+    """Room for one evaluation; ``E = 3 C`` events at most."""
 
     events: Records  # [E] of EVENT
     uses: Records  # [C] of USE

@@ -113,6 +113,10 @@ def make_tables(index: Index) -> Tables:
         allowed=allowed,
         calls=_calls(index, pairs, allowed),
         call_meshes=np.nonzero(allowed)[1].astype(np.int64),
+        average_of=_ints(
+            [i for a in problem.graph.averages for i, call in enumerate(calls)
+             if call.kind is CallKind.TRAIN and call.role == a.of]
+        ),
         rows=_rows(index, segments, copies),
         row_ranges=_ranges([n for row in counts for n in row]).reshape(len(calls), len(sizes)),
         like=like,
@@ -145,8 +149,10 @@ def _calls(index: Index, pairs: _Pairs, allowed: npt.NDArray[np.bool_]) -> Recor
     for i, call in enumerate(calls):
         train = graph.train_call(call.role) if call.role is not None else None
         spec = problem.spec_of(call.name)
+        averages = [n for n, a in enumerate(graph.averages) if a.role == call.role]
         found.append((
             -1 if train is None else position[train.name],
+            averages[0] if averages else -1,
             -1 if call.role is None else graph.roles.index(call.role),
             -1 if spec is None else index.specs.index(spec),
             int(call.kind is CallKind.INFER),
@@ -169,7 +175,7 @@ def _rows(index: Index, segments: Sequence[Sequence[object]], copies: Sequence[i
 def make_scratch(tables: Tables) -> Scratch:
     """Room for the evaluations of one thread."""
     num_calls = len(tables.calls)
-    num_events = 2 * num_calls
+    num_events = 3 * num_calls  # with reallocations before calls, and to averages at the end
     return Scratch(
         events=np.zeros(num_events, dtype=EVENT),
         uses=np.zeros(num_calls, dtype=USE),

@@ -23,6 +23,8 @@ from planner.search.prices import empty_prices, grown, put
 from planner.search.records import NO_KEY
 from planner.search.warm import warm_up
 from planner.simulate import run_program
+from profiles.catalogue import MODELS
+from profiles.clusters import make_cluster
 from tests.planner.plans import SPEC, make_test_cluster, ppo
 from tests.planner.test_algorithms import CALLS
 from tests.planner.test_search import model_of, random_assignment, space_of
@@ -58,6 +60,20 @@ def test_the_evaluator_agrees_with_the_simulator_and_the_memory_model(
         assert score.step_s == pytest.approx(expected_s, rel=1e-9)
         fullest = max(need.total for need in plan_memory(plan).values())
         assert score.overshoot == pytest.approx(max(0.0, fullest / had - 1.0), rel=1e-12)
+
+
+def test_an_average_in_fp32_takes_its_memory() -> None:
+    """On GPUs, where weights are bf16: the reference has four bytes more of each value."""
+    rng = random.Random(1)
+    cluster = make_cluster("h100", 16)
+    space = space_of(ppo(cluster, ["ppo.ref_average=0.1"], spec=MODELS["llama-7b"]))
+    evaluator = Evaluator(space)
+    evaluator.tables = evaluator.tables._replace(memory_bytes=20e9)
+    for _ in range(20):
+        assignment = random_assignment(rng, space)
+        fullest = max(n.total for n in plan_memory(evaluator.plan(assignment)).values())
+        expected = max(0.0, fullest / 20e9 - 1.0)
+        assert evaluator.overshoot(assignment) == pytest.approx(expected, rel=1e-12)
 
 
 def test_many_at_once_are_scored_as_one_by_one() -> None:
