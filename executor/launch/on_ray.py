@@ -9,6 +9,7 @@ the actors, and they their ranks.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,24 @@ def import_ray() -> Any:
     return ray
 
 
+def _check_reachable(address: str) -> None:
+    """Ray itself asks an address where nobody listens for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10.0).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(error) from None
+
+
+def _unreachable(error: Exception) -> ConfigError:
+    return ConfigError(
+        f"no Ray cluster can be reached ({error})", where="--launcher ray",
+        remedy="ray start --head, or --set address=HOST:PORT",
+    )  # fmt: skip
+
+
 def bundles(job: Job, run: Run) -> list[dict[str, float]]:
     """What each of the plan's nodes needs of a machine, in Ray's words."""
     kind = "GPU" if run.plan.problem.cluster.device.kind == "cuda" else "CPU"
@@ -49,18 +68,16 @@ def start(job: Job, run: Run, options: Mapping[str, str]) -> None:
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    address = options.get("address", os.environ.get("RAY_ADDRESS", "auto"))
+    _check_reachable(address)
     # Actors find these modules as this process does, whatever is installed on their nodes.
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(job.python_path)}}
     try:
         ray.init(
-            address=options.get("address", os.environ.get("RAY_ADDRESS", "auto")),
-            runtime_env=environment, log_to_driver=False, logging_level="warning",
+            address=address, runtime_env=environment, log_to_driver=False, logging_level="warning",
         )  # fmt: skip
     except ConnectionError as error:
-        raise ConfigError(
-            f"no Ray cluster can be reached ({error})", where="--launcher ray",
-            remedy="ray start --head, or --set address=HOST:PORT",
-        ) from None  # fmt: skip
+        raise _unreachable(error) from None
     wanted = bundles(job, run)
     group = placement_group(wanted, strategy="PACK")
     try:

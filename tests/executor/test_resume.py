@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,22 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
     assert code == 0, printed
     assert "was ended by SIGKILL" in printed
     assert "restarting from" in printed
+    assert curve(tmp_path) == curve(finished)
+
+
+def test_sigterm_of_the_job_loses_nothing(finished: Path, tmp_path: Path) -> None:
+    """No checkpoint was asked for: the one at its end is the signal's."""
+    process = start(tmp_path)
+    wait_for_step(process, tmp_path, 1)
+    process.send_signal(signal.SIGTERM)
+    code, printed = finish(process)
+    if code == 0:
+        pytest.skip("the run was faster than the signal")
+    assert code == 128 + signal.SIGTERM, printed
+    stopped = re.search(r"interrupted after step (\d+), with a checkpoint", printed)
+    assert stopped is not None, printed
+    assert len(curve(tmp_path)) == int(stopped[1])
+    run(tmp_path, "--resume")
     assert curve(tmp_path) == curve(finished)
 
 

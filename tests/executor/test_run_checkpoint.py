@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import random
+import signal
+import time
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -184,3 +189,54 @@ def test_damage_is_told_in_one_sentence(harm: Any, message: str, tmp_path: Path)
     harm(folder)
     with pytest.raises(CheckpointError, match=message):
         Checkpoint(folder).fill("actor", local_pieces(layout_of((1, 1, 1, 0)), 0, 0, filled=False))
+
+
+# ---- a kill while it is written ---------------------------------------------------------------
+
+SHAPE = (64, 257)
+
+
+def piece_of_step(name: str, step: int) -> Piece:
+    box = ParameterSlice(name=f"weight/{name}", offset=(0, 0), length=SHAPE)
+    return Piece(box=box, values=torch.full(SHAPE, float(step)))
+
+
+def write_forever(root: Path, first: int) -> None:
+    """One checkpoint after another, until killed."""
+    step = first
+    while True:
+        run_checkpoint.make_partial(root, step)
+        folder = run_checkpoint.partial_folder(root, step)
+        for rank, name in enumerate(("a", "b")):
+            run_checkpoint.write_pieces(folder, "actor", rank, [piece_of_step(name, step)])
+        run_checkpoint.finish(root, step, {"functions": {}})
+        run_checkpoint.remove_old(root, keep=2)
+        step += 1
+
+
+def test_fifty_kills_while_it_is_written_leave_no_half_checkpoint(tmp_path: Path) -> None:
+    """The oracle: every value of what is found is of the step that its name says."""
+    rng, done, while_writing = random.Random(3), 0, 0
+    context = multiprocessing.get_context("fork")
+    for _ in range(50):
+        child = context.Process(target=write_forever, args=(tmp_path, done + 1))
+        child.start()
+        time.sleep(rng.uniform(0.01, 0.06))
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        while_writing += any(tmp_path.glob(".step*.partial"))
+        newest = run_checkpoint.latest(tmp_path)
+        if newest is None:
+            continue
+        for folder in run_checkpoint.steps(tmp_path):
+            checkpoint = Checkpoint(folder)
+            for name in ("a", "b"):
+                box = piece_of_step(name, 0).box
+                piece = Piece(box=box, values=torch.full(SHAPE, torch.nan))
+                checkpoint.fill("actor", [piece])
+                assert piece.values.unique().tolist() == [checkpoint.step]
+        assert Checkpoint(newest).step >= done  # no kill takes a checkpoint away
+        done = Checkpoint(newest).step
+    assert done > 0
+    assert while_writing > 10
