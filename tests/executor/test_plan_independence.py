@@ -8,11 +8,10 @@ layout is an oracle for every other, and the one-process plan for all.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from tests.runs import OVERRIDES, SMALL, Outcome, make_plan, run_plan
+from tests.runs import OVERRIDES, SMALL, Outcome, Runs, make_plan, run_plans
 
 PLANS = {
     "one process": make_plan(1, "0:d1p1m1:1"),
@@ -84,37 +83,57 @@ FAMILIES = {
 }  # fmt: skip
 
 
+FAMILY_PLAN = {
+    "actor_gen": "0:d2p1m2:2", "rew_inf": "2:d1p2m1:2", "ref_inf": "0:d1p1m2:2",
+    "critic_inf": "2:d1p1m2:1", "actor_train": "0:d1p2m2:2:recompute",
+    "critic_train": "0:d2p1m2:2:zero",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return run_plan(PLANS["one process"], tmp_path_factory.mktemp("reference"))[0]
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    """What all plans of this file come to, by name."""
+    plans = {**PLANS, **{f"groups, {name}": plan for name, plan in GROUP_PLANS.items()}}
+    for name, spec in FAMILIES.items():
+        plans[f"{name}, whole"] = make_plan(1, "0:d1p1m1:1", spec=spec)
+        plans[f"{name}, split"] = make_plan(4, "0:d4p1m1:1", spec=spec, **FAMILY_PLAN)
+    found: dict[str, list[Outcome]] = {}
+    for few in (True, False):
+        runs: Runs = {
+            name: (plan, None) for name, plan in plans.items() if (plan.num_devices <= 2) is few
+        }
+        found |= run_plans(runs, tmp_path_factory.mktemp("runs"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(outcomes: dict[str, list[Outcome]]) -> Outcome:
+    return outcomes["one process"][0]
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if name != "one process"])
 def test_every_plan_gives_the_tokens_losses_and_weights_of_one_process(
-    name: str, reference: Outcome, tmp_path: Path
+    name: str, outcomes: dict[str, list[Outcome]], reference: Outcome
 ) -> None:
-    compare(name, run_plan(PLANS[name], tmp_path), reference)
+    compare(name, outcomes[name], reference)
 
 
-def test_groups_of_samples_give_the_same_under_every_plan(tmp_path: Path) -> None:
+def test_groups_of_samples_give_the_same_under_every_plan(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
     """Three answers to each of five prompts: answers to one prompt differ from each other."""
-    whole = run_plan(GROUP_PLANS["one process"], tmp_path / "whole")[0]
+    whole = outcomes["groups, one process"][0]
     assert len(whole.tokens) == 2 * 5 * 3
     assert len({tuple(ids) for ids in whole.tokens.values()}) > 2 * 5 * 2
     for name in list(GROUP_PLANS)[1:]:
-        compare(name, run_plan(GROUP_PLANS[name], tmp_path / name), whole)
+        compare(name, outcomes[f"groups, {name}"], whole)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_gives_the_same_under_every_plan(name: str, tmp_path: Path) -> None:
-    spec = FAMILIES[name]
-    whole = run_plan(make_plan(1, "0:d1p1m1:1", spec=spec), tmp_path / "whole")[0]
-    split = make_plan(
-        4, "0:d4p1m1:1", spec=spec, actor_gen="0:d2p1m2:2", rew_inf="2:d1p2m1:2",
-        ref_inf="0:d1p1m2:2", critic_inf="2:d1p1m2:1", actor_train="0:d1p2m2:2:recompute",
-        critic_train="0:d2p1m2:2:zero",
-    )  # fmt: skip
-    compare(name, run_plan(split, tmp_path / "split"), whole)
+def test_a_family_gives_the_same_under_every_plan(
+    name: str, outcomes: dict[str, list[Outcome]]
+) -> None:
+    compare(name, outcomes[f"{name}, split"], outcomes[f"{name}, whole"][0])
 
 
 def compare(name: str, outcomes: list[Outcome], reference: Outcome) -> None:
