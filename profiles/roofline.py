@@ -186,6 +186,12 @@ class RooflineCosts:
         values = 2 * [2 * spec.hidden] + 2 * [3 * spec.hidden]
         return sum(self.stream_s(self.value_bytes * v * rows) for v in values)
 
+    def last_product_share(self, spec: ModelSpec, tp: int, size: int, length: int) -> float:
+        """Of a dense block's forward pass, the share of the product that ends it."""
+        last = block_products(spec, tp, size)[-1]
+        whole_s = self.layer(spec, "block", "forward", tp=tp, size=size, length=length).seconds
+        return self.matmul_s(last.rows, last.inner, last.columns) / whole_s
+
     def selective_s(self, spec: ModelSpec, tp: int, size: int, length: int, rows: float) -> float:
         """What selective recomputation does again in one block.
 

@@ -7,8 +7,8 @@ times are off by more than 10% on average or 20% in any row, or memory by more t
 
 Costs are the shipped A100 tables with their defaults; no constant is fitted to these rows. What
 those runs did that our executor does not is said to the model, alike for all rows: attention that
-writes its scores, dropout, an interleaved pipeline, hidden states that cross nodes in parts, and
-inputs of products that sequence parallelism gathers again.
+writes its scores, dropout, recomputation of blocks to their end, an interleaved pipeline, hidden
+states that cross nodes in parts, and inputs of products that sequence parallelism gathers again.
 Not modelled: Megatron-LM overlaps a part of the backward collectives with products.
 Source: Korthikanti et al. 2022, arXiv:2205.05198; Narayanan et al. 2021, arXiv:2104.04473.
 """
@@ -80,7 +80,7 @@ def cost_model(num_devices: int) -> CostModel:
     surfaces = KernelSurfaces.shipped(cluster.device, DEVICES[DEVICE])
     return CostModel(
         cluster, KernelCosts(surfaces, kernels), Collectives(cluster, shipped=True),
-        kernels=kernels,
+        kernels=kernels, stops_early=False,
     )  # fmt: skip
 
 

@@ -49,6 +49,8 @@ class CostModel:
     ``function_s``: seconds of one sequence in a FUNCTION call. 1e-4 is ample for rules on an
     answer's text (tokenizer included); a function that calls out is the user's to declare.
     ``kernels``: prices what recomputation and sequence parallelism change of a block.
+    ``stops_early``: full recomputation of a block stops at the last thing that backward needs, as
+    the executor's does (torch's non-reentrant checkpointing); else it runs the block to its end.
     """
 
     def __init__(
@@ -59,12 +61,15 @@ class CostModel:
         *,
         function_s: float = 1e-4,
         kernels: RooflineCosts | None = None,
+        stops_early: bool = True,
     ) -> None:
         self.cluster = cluster
         self.layer_costs = layer_costs
         self.collectives = collectives
         self.function_s = function_s
-        self.stages = StageCosts(cluster.device, layer_costs, collectives, kernels)
+        self.stages = StageCosts(
+            cluster.device, layer_costs, collectives, kernels, stops_early=stops_early
+        )
         self.known_calls: dict[tuple[object, ...], CallCost] = {}
         self._answers: dict[tuple[object, ...], object] = {}
         self._known_hops: dict[tuple[int, int, int, float, float], list[Priced]] = {}

@@ -114,8 +114,9 @@ class StageCosts:
 
     def __init__(
         self, device: DeviceSpec, layer_costs: LayerCosts, collectives: Collectives,
-        kernels: RooflineCosts | None = None,
+        kernels: RooflineCosts | None = None, *, stops_early: bool = True,
     ) -> None:  # fmt: skip
+        self.stops_early = stops_early
         self.layers = layer_costs
         self.kernels = kernels or RooflineCosts(device)
         self.collectives = collectives
@@ -131,8 +132,10 @@ class StageCosts:
 
         with ``length`` tokens of context. ``rows``: of these tokens, those that a language model's
         head reads; in prefill one for each sequence, elsewhere 0 means all. A scalar head reads
-        all. ``recompute`` is the blocks' forward pass again, without the ends; ``selective`` what
-        is made again where only cheap things are. ``split_tokens``: sequence parallelism.
+        all. ``recompute`` is the blocks' forward pass again, without the ends, and where it stops
+        early without what nothing is kept of: a dense block's last product, and its sum over
+        shards. ``selective`` is what is made again where only cheap things are. ``split_tokens``:
+        sequence parallelism.
         """
         if size <= 0:
             return StageCost()
@@ -194,6 +197,8 @@ class StageCosts:
             )
 
         block = layer("block", operation, size)
+        if what == "recompute" and self.stops_early and not spec.num_experts:
+            block = block * (1.0 - self.kernels.last_product_share(spec, tp, size, length))
         if split:
             block = self._with_split_tokens(block, spec, what, tp, size)
         compute = block * stage.num_layers
@@ -235,15 +240,16 @@ class StageCosts:
         hidden_bytes = float(size) * spec.hidden * self.value_bytes
         reduce = Priced.of(self.collectives.all_reduce(hidden_bytes, group))
         halves = 2.0 * stage.num_layers
+        left = halves / 2 if what == "recompute" and self.stops_early else halves
         # The gradient that shards of a language model's head give to the same hidden states.
         of_head = stage.last and what == "backward" and spec.head == "lm"
         if not split:
             # Parts of the vocabulary are summed.
             of_embedding = stage.first and what not in ("backward", "recompute")
-            return reduce * (halves + of_embedding + of_head)
+            return reduce * (left + of_embedding + of_head)
         gather = Priced.of(self.collectives.all_gather(hidden_bytes, group))
         scatter = Priced.of(self.collectives.reduce_scatter(hidden_bytes, group))
-        sums = (gather + scatter) * halves + reduce * float(of_head)
+        sums = gather * halves + scatter * left + reduce * float(of_head)
         if stage.first and what != "recompute":
             sums = sums + (gather if what == "backward" else scatter)
         return sums + gather if stage.last and what == "forward" else sums

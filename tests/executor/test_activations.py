@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.model.attention import pack
 from planner.activations import kept_bytes
@@ -58,3 +59,26 @@ def test_a_block_keeps_what_the_memory_model_says(name: str, recompute: Recomput
     expected += kept_norms * 4 * SPECS[name].hidden if SPECS[name].norm == "rms" else 0
     # Statistics of norms and of attention, indices of experts: a few values a token.
     assert expected <= per_token <= expected * 1.02
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("recompute", "again"), [("none", 0), ("selective", 0), ("full", 3)])
+def test_recomputation_stops_before_a_blocks_last_product(recompute: Recompute, again: int) -> None:
+    """qkv, o, up and down, each twice in backward; of what runs again down is not needed."""
+    spec = SPECS["llama"]
+    stage = single_stage(spec, train=True, recompute=recompute)
+    hidden = stage.forward(random_ids(spec, lengths=[8, 8]), pack([8, 8]))
+    with Products() as products:
+        hidden.sum().backward()
+    assert products.count == spec.num_layers * (2 * 4 + again)

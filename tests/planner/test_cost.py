@@ -143,10 +143,28 @@ def test_training_counts_mini_batches_backward_and_the_optimizer() -> None:
     assert cost.parts["optimizer"] == pytest.approx(4 * 5.0)  # 4 mini-batches
 
 
-def test_recomputing_costs_one_more_forward_pass() -> None:
-    plain = round_cost("actor_train", allocate(pp=2, m=2))
-    again = round_cost("actor_train", allocate(pp=2, m=2, recompute="full"))
-    assert again.seconds == pytest.approx(plain.seconds * 4 / 3)
+@pytest.mark.parametrize("stops_early", [False, True])
+def test_recomputing_costs_one_more_forward_pass(stops_early: bool) -> None:
+    """Up to the last product where it stops early: of products only, 1 of 4 + 3 * 2 equal ones."""
+    # 4 q, k, v, o of hidden x hidden; gate, up and down of hidden x 2 hidden.
+    spec = replace(
+        MODELS["llama-7b"], num_heads=32, num_kv_heads=32, head_dim=128, ffn=2 * 4096, num_layers=4
+    )
+    cluster = free_links(make_cluster("a100", 8))
+    only_products = replace(cluster.device, peak_flops=1.0)  # attention on one token is nothing
+    model = CostModel(
+        cluster, RoundCosts(), Collectives(cluster), kernels=RooflineCosts(only_products),
+        stops_early=stops_early,
+    )  # fmt: skip
+    problem = ppo(cluster)
+    problem = replace(
+        problem, models=dict.fromkeys(problem.models, spec),
+        workload=replace(problem.workload, prompt_tokens=1, response_tokens=1),
+    )  # fmt: skip
+    plain = call_cost(problem, "critic_train", allocate(pp=2, m=2), model).seconds
+    again = call_cost(problem, "critic_train", allocate(pp=2, m=2, recompute="full"), model).seconds
+    rest = 1 - 2 / 10 if stops_early else 1
+    assert again / plain == pytest.approx((3 + rest) / 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("model", ["llama-7b", "gpt2", "mixtral-8x7b"])
@@ -167,14 +185,16 @@ def test_sequence_parallelism_moves_the_same_bytes_and_splits_norms(
     gather = pricing.collectives.all_gather(hidden_bytes, range(tp)).seconds
     reduce = pricing.collectives.all_reduce(hidden_bytes, range(tp)).seconds
     halves = 2 * layers
-    passes = {"none": 2, "selective": 2, "full": 3}[recompute]
-    # Into and out of every half, forward and backward; the embedding's parts, summed.
-    assert plain.parts["tensor_parallel"] == pytest.approx((passes * halves + 1) * reduce)
+    # What recomputation leaves: the first half of every block, where it stops early.
+    left = layers if recompute == "full" else 0
+    # Out of every half, forward and backward; the embedding's parts, summed.
+    assert plain.parts["tensor_parallel"] == pytest.approx((2 * halves + left + 1) * reduce)
     # A gather and a scatter each (of a ring equal); the embedding's scatter and its gather in
     # backward; the final norm's gather; inputs that selective drops are gathered again.
     again = {"none": 0, "full": 0, "selective": layers * (1 if "mixtral" in model else 2)}
-    pairs = 2 * passes * halves + 2 + 1 + again[recompute]
-    assert split.parts["tensor_parallel"] == pytest.approx(pairs * gather)
+    entered = halves if recompute == "full" else 0
+    ones = 2 * 2 * halves + entered + left + 2 + 1 + again[recompute]
+    assert split.parts["tensor_parallel"] == pytest.approx(ones * gather)
     # Two norms and two sums of 2 and 3 hidden values each, half of them saved, twice in backward;
     # and the norms that selective makes again.
     rate = pricing.stages.kernels.memory_bytes_per_s
