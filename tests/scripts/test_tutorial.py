@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from executor.records import DataKind, read_examples
+from scripts import reasoning_gym_task
 from scripts.draw_curves import main
 from scripts.toy_task import share_in_place, write_data
 
@@ -68,3 +69,15 @@ def test_a_number_that_the_run_has_not_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     with pytest.raises(SystemExit, match=r"has no rewards; it has step, loss"):
         main([str(tmp_path / "c.svg"), f"{tmp_path}:rewards"])
+
+
+def test_a_verifier_of_reasoning_gym_is_a_reward(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    file = tmp_path / "prompts.jsonl"
+    reasoning_gym_task.write(file, "chain_sum", examples=4, seed=1)
+    for example in read_examples(file, "prompts"):
+        truth = example.record["truth"]
+        said = (f"I think it is {truth}.", f"{int(truth) + 1}", "")
+        found = [reasoning_gym_task.score(str(example.prompt), a, example.record) for a in said]
+        assert found[0] == 1.0
+        assert max(found[1:]) < 0.1
