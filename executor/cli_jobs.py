@@ -18,7 +18,7 @@ from rich.table import Table
 from executor.launch.job import Job, load_job, plan_job
 from executor.launch.supervise import first_error, ranks_per_node, read_errors
 from executor.run import Run
-from executor.watchdog import read_position
+from executor.watchdog import SILENCE_S, read_position
 from profiles.errors import ConfigError
 
 # A launcher is a module with ``OPTIONS``, ``start(job, run, options)`` and ``describe`` likewise.
@@ -121,7 +121,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def state_of(job: Job) -> str:
-    """One line: running, stopping, stopped, failed (why), or done."""
+    """One line: running, stopping, stopped, failed (why), lost, or done."""
     error = first_error(job)
     ended = all(job.told(f"node{node}") is not None for node in range(job.num_nodes))
     stopped = job.told("stopped")
@@ -131,7 +131,18 @@ def state_of(job: Job) -> str:
         return f"failed: {str(error).strip().splitlines()[-1]}"
     if ended:
         return "done"
+    if is_lost(job):
+        return "lost: no rank has given a sign of life for a while; go on with --resume"
     return "stopping" if job.told("stop") is not None else "running"
+
+
+def is_lost(job: Job) -> bool:
+    """Every rank is silent for longer than one may be: whoever ran them was killed.
+
+    A job that a scheduler has not begun is not lost.
+    """
+    beats = [path.stat().st_mtime for path in (job.launch_folder / "heartbeat").glob("*")]
+    return bool(beats) and time.time() - max(beats) > 2 * SILENCE_S
 
 
 def _logs(args: argparse.Namespace) -> int:
@@ -158,6 +169,9 @@ def _stop(args: argparse.Namespace) -> int:
     nodes = [f"node{node}" for node in range(job.num_nodes)]
     if all(job.told(node) is not None for node in nodes):
         print(f"it has ended: {state_of(job)}")
+        return 0
+    if is_lost(job):
+        print(state_of(job))
         return 0
     job.tell("stop", signal=int(signal.SIGTERM))
     deadline = time.monotonic() + args.timeout

@@ -1,1 +1,1 @@
-"""Where workers run: ``local.py`` starts them on this machine under torch elastic."""
+"""Where workers run: this machine, a Ray cluster, SLURM; ``supervise.launch`` is the entry."""

@@ -22,6 +22,8 @@ from executor.watchdog import Watch
 from planner.program import compile_plan
 
 POLL_S = 0.1
+# Between looks at files that other nodes write: few on a shared file system, where many look.
+SHARED_POLL_S = 1.0
 # Between the first end of a rank that failed and the kill of the others: enough for those that
 # failed of themselves to leave their reason.
 GRACE_S = 1.5
@@ -147,12 +149,16 @@ def run_node(job: Job, node: int) -> None:
 
 
 def _oversee(job: Job, node: int, ranks: Ranks, watch: Watch | None) -> None:
-    asked = False
+    asked, looked_s = False, 0.0
+    look_every_s = POLL_S if job.num_nodes == 1 else SHARED_POLL_S
     while ranks.running:
         time.sleep(POLL_S)
         failed = ranks.poll()
         if failed is not None:
             job.tell_first("failed", node=node, rank=failed, code=ranks.codes[failed])
+        elif time.monotonic() - looked_s < look_every_s:
+            continue
+        looked_s = time.monotonic()
         if job.told("failed") is not None:
             _let_fail(ranks)
             return

@@ -234,6 +234,19 @@ def test_status_logs_and_stop_of_a_run(
     assert main(["status", str(tmp_path)]) == 2
 
 
+def test_a_run_whose_launcher_was_killed_long_ago_is_lost(
+    running: subprocess.Popen[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    children, output = descendants(running.pid), tmp_path / "out"
+    running.kill()
+    none_is_left(children)
+    for file in (output / "launch").rglob("*.json"):
+        os.utime(file, (0, 0))
+    for verb in ("status", "stop"):
+        assert main([verb, str(output)]) == 0
+        assert "lost: no rank has given a sign of life" in capsys.readouterr().out
+
+
 def test_nothing_listens_beyond_the_interface_that_was_chosen(
     running: subprocess.Popen[str],
 ) -> None:

@@ -100,10 +100,12 @@ def test_another_plan_goes_on_from_the_same_checkpoint(
         assert mine == pytest.approx(reference, rel=1e-4, abs=1e-4)
 
 
-def kill_a_worker(process: subprocess.Popen[str], rng: random.Random) -> None:
+def kill_a_worker(
+    process: subprocess.Popen[str], rng: random.Random, number: int = signal.SIGKILL
+) -> None:
     workers = [pid for pid in descendants(process.pid) if is_worker(pid)]
     if workers:
-        os.kill(rng.choice(workers), signal.SIGKILL)
+        os.kill(rng.choice(workers), number)
 
 
 def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
@@ -114,15 +116,22 @@ def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> No
         time.sleep(0.05)
 
 
-def test_a_killed_worker_costs_no_more_than_the_steps_since_the_checkpoint(
-    finished: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "number,told",
+    [
+        (signal.SIGKILL, "was ended by SIGKILL"),
+        pytest.param(signal.SIGSTOP, "its process is stopped", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_or_frozen_worker_costs_no_more_than_the_steps_since_the_checkpoint(
+    finished: Path, tmp_path: Path, number: signal.Signals, told: str
 ) -> None:
-    process = start(tmp_path, "checkpoint_every=1", "--max-restarts", "2")
+    process = start(tmp_path, "checkpoint_every=1", "--max-restarts", "2", "hang_timeout_s=10")
     wait_for_step(process, tmp_path, 1)
-    kill_a_worker(process, random.Random(1))
+    kill_a_worker(process, random.Random(1), number)
     code, printed = finish(process)
     assert code == 0, printed
-    assert "was ended by SIGKILL" in printed
+    assert told in printed
     assert "restarting from" in printed
     assert curve(tmp_path) == curve(finished)
 
