@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from planner.explain import Explanation, RankGroup
-from planner.memory import MemoryBreakdown, plan_memory
+from planner.memory import MemoryBreakdown, memory_over_time, plan_memory
 from planner.plan import ExecutionPlan
 from planner.report import estimate_lines, ranges_text, strategy_text
 from planner.simulate import Span, Timeline
@@ -47,6 +47,8 @@ def report_page(plan: ExecutionPlan, timeline: Timeline, found: Explanation) -> 
         "<h2>One steady step</h2>", _timeline_figure(plan, timeline, found.groups),
         "<h2>Which devices each call uses</h2>", _mesh_figure(plan),
         "<h2>Memory of a device at its fullest moment</h2>", _memory_figure(plan),
+        f"<h2>Memory of device {found.fullest.device}, the fullest, call by call</h2>",
+        _moments_figure(plan, found.fullest.device),
         "<h2>What sets the pace</h2>", _cycle(found),
         "<h2>The same plan, were one thing faster</h2>", _lever_figure(found),
     ]  # fmt: skip
@@ -224,19 +226,35 @@ def _mesh_figure(plan: ExecutionPlan) -> str:
 
 
 def _memory_figure(plan: ExecutionPlan) -> str:
-    """A bar for each group of devices with equal needs, its items side by side, and the limit."""
-    had = plan.problem.cluster.device.memory_bytes
+    """A bar for each group of devices with equal needs."""
     groups: dict[MemoryBreakdown, list[int]] = {}
     for device, need in sorted(plan_memory(plan).items()):
         groups.setdefault(need, []).append(device)
     ordered = sorted(groups.items(), key=lambda item: -item[0].total)
+    rows = [(ranges_text(devices, most=2), need) for need, devices in ordered[:_MOST_ROWS]]
+    figure = _needs_figure(plan, rows, "memory by device and item")
+    return figure + _more(len(ordered) - _MOST_ROWS, "groups of devices")
+
+
+def _moments_figure(plan: ExecutionPlan, device: int) -> str:
+    """A bar for each call of one device, in their order."""
+    moments = memory_over_time(plan)[device]
+    rows = [(m.after or m.call or "between calls", m.need) for m in moments]
+    return _needs_figure(plan, rows, f"memory of device {device} over a step")
+
+
+def _needs_figure(
+    plan: ExecutionPlan, rows: Sequence[tuple[str, MemoryBreakdown]], title: str
+) -> str:
+    """Items of each row side by side, and the limit."""
+    had = plan.problem.cluster.device.memory_bytes
     items = list(MemoryBreakdown().items())
     colours = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(items)}
-    scale = (_WIDTH - _MARGIN - 110) / max(had, ordered[0][0].total)
+    scale = (_WIDTH - _MARGIN - 110) / max(had, *(need.total for _, need in rows))
     marks = []
-    for index, (need, devices) in enumerate(ordered[:_MOST_ROWS]):
+    for index, (label, need) in enumerate(rows):
         x, y = float(_MARGIN), index * _ROW
-        marks.append(_text(_MARGIN - 8, y + 16, ranges_text(devices, most=2), anchor="end"))
+        marks.append(_text(_MARGIN - 8, y + 16, label, anchor="end"))
         for name, num_bytes in need.items().items():
             if num_bytes:
                 tip = f"{name}: {format_bytes(num_bytes)}"
@@ -244,15 +262,14 @@ def _memory_figure(plan: ExecutionPlan) -> str:
                 x += num_bytes * scale
         edge = max(x, _MARGIN + had * scale)
         marks.append(_text(edge + 8, y + 16, format_bytes(need.total)))
-    bottom, limit = min(len(ordered), _MOST_ROWS) * _ROW, _MARGIN + had * scale
+    bottom, limit = len(rows) * _ROW, _MARGIN + had * scale
     marks.append(
         f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="0" y2="{bottom + 4}" stroke="#000" '
         'stroke-dasharray="4 3"/>'
     )
     unit, name = (GIB, "GiB") if had >= GIB else (MIB, "MiB")
     marks.append(_text(limit, bottom + 18, f"has {had / unit:.1f} {name}", anchor="middle"))
-    figure = _svg(bottom + 30, marks, "memory by device and item")
-    return _legend(colours) + figure + _more(len(ordered) - _MOST_ROWS, "groups of devices")
+    return _legend(colours) + _svg(bottom + 30, marks, title)
 
 
 def _lever_figure(found: Explanation, *, most_rows: int = 12) -> str:

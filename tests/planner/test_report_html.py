@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from planner.explain import explain
+from planner.explain import explain, fullest_device
+from planner.memory import memory_over_time
 from planner.plan import ExecutionPlan
 from planner.report_html import report_page
 from planner.resolve import hardware_levers, make_costs
 from planner.search import estimate_plan
 from planner.simulate import StepPrices, Timeline
+from profiles.units import format_bytes
 from tests.planner.plans import random_plan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -80,6 +82,18 @@ def test_bars_of_the_timeline_are_as_long_as_the_spans() -> None:
     for span in timeline.last_step:
         if span.label in longest and span.label in timeline.call_order:
             assert longest[span.label] <= max(0.31, span.seconds * scale + 0.02)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fullest_device_is_told_call_by_call(seed: int) -> None:
+    """Oracle: its moments' totals, in their order, beside their bars."""
+    text, plan, _ = page(seed)
+    device = fullest_device(plan).device
+    svg = text[text.index(f'aria-label="memory of device {device} ') : text.index("What sets")]
+    words = re.findall(r">([^<>]+)</text>", svg)[:-1]  # the last is what the device has
+    moments = memory_over_time(plan)[device]
+    assert words[1::2] == [format_bytes(moment.need.total) for moment in moments]
+    assert words[::2] == [m.after or m.call or "between calls" for m in moments]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
