@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
+from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -13,7 +16,9 @@ from experiments.ppo.graph import ALGORITHM
 from planner.algorithm import make_config, planned_workload
 from planner.lengths import MOST_LENGTHS, lognormal_lengths, lognormal_sigma, summary
 from planner.plan import Workload
+from planner.plan_schema import plan_from_dict, plan_to_dict
 from profiles.errors import ConfigError, PlanError
+from tests.planner.plans import random_plan
 
 
 @pytest.mark.parametrize("average, p95", [(200, 500), (400, 1000), (100, 380), (300, 400)])
@@ -75,6 +80,14 @@ def test_a_configuration_gives_its_lengths_to_the_plan() -> None:
 def test_lengths_that_cannot_be_are_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         workload(*overrides)
+
+
+def test_a_plans_file_keeps_its_lengths() -> None:
+    plan = random_plan(random.Random(1))
+    known = replace(plan.problem.workload, response_lengths=(1, 2, 2))
+    plan = replace(plan, problem=replace(plan.problem, workload=known))
+    again = plan_from_dict(json.loads(json.dumps(plan_to_dict(plan))))
+    assert again.problem.workload == known
 
 
 def test_a_plan_refuses_an_answer_longer_than_the_longest() -> None:
