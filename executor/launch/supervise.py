@@ -23,7 +23,7 @@ from executor.resume import checkpoint_root
 from executor.run import Run
 from executor.run_checkpoint import latest
 from executor.watchdog import read_position
-from profiles.errors import CheckpointError, UserError
+from profiles.errors import CheckpointError, ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,15 @@ def launch(
 
 
 def _launch_once(run: Run, launcher: Launcher, name: str, options: Mapping[str, str]) -> None:
-    prepare_output(run.output, goes_on=run.resume_from is not None)
     job = plan_job(run, launcher=name, ranks_per_node=ranks_per_node(run, name), options=options)
-    job.save(run.plan)
+    try:
+        prepare_output(run.output, goes_on=run.resume_from is not None)
+        job.save(run.plan)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written ({error.strerror})", where=f"output {run.output}",
+            remedy="name a folder with -o",
+        ) from None  # fmt: skip
     with showing(job, run.config.total_steps):
         launcher(job, run, options)
     check_outcome(job)

@@ -78,6 +78,14 @@ def none_is_left(children: list[int], *, within_s: float = 10.0) -> None:
         time.sleep(0.1)
 
 
+def none_works_for(output: Path) -> None:
+    """No worker of this run is left, whoever its parent is."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = file.read_bytes().split(b"\0")
+            assert str(output).encode() not in words, file
+
+
 def is_alive(pid: int) -> bool:
     """Not ended, and not a zombie that waits for its parent."""
     try:
@@ -163,6 +171,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_its_checkpoint(tmp_path: P
     )
     code, sentence = ends(process, [])
     assert code == 2
+    none_works_for(tmp_path)
     found = re.search(r"actor_train: \w+ is (nan|inf) in step (\d+); no checkpoint", sentence)
     assert found is not None, sentence
     assert "lower actor.lr" in sentence
@@ -178,6 +187,7 @@ def test_memory_that_runs_out_is_told_with_call_rank_and_instruction(tmp_path: P
     )
     process = start(tmp_path / "out", f"reward.source={reward}:reward", "data.path=")
     code, sentence = ends(process, [])
+    none_works_for(tmp_path / "out")
     assert code == 2, sentence
     told = (
         r"allocations\.rew_inf: rank \d ran out of memory in rew_inf "
@@ -205,6 +215,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk: Path) -> None:
     process = start(small_disk, "checkpoint_every=1", "keep_checkpoints=100", "total_steps=100")
     code, sentence = ends(process, [])
+    none_works_for(small_disk)
     assert code == 2
     assert "could not be written" in sentence or "no room is left" in sentence
     newest = latest(small_disk / "checkpoints")
@@ -248,7 +259,7 @@ def test_a_run_whose_launcher_was_killed_long_ago_is_lost(
 
 
 def test_nothing_listens_beyond_the_interface_that_was_chosen(
-    running: subprocess.Popen[str],
+    running: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     own = set()
     for pid in [running.pid, *descendants(running.pid)]:
@@ -262,6 +273,8 @@ def test_nothing_listens_beyond_the_interface_that_was_chosen(
             is_open = fields[3] == "0A" if table.startswith("tcp") else fields[2].endswith(":0000")
             if is_open and f"socket:[{fields[9]}]" in own:
                 listening.append(fields[1].partition(":")[0])
+    job = tmp_path / "out" / "launch" / "job.json"
+    assert (job.stat().st_mode & 0o777, job.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     assert len(listening) >= 2  # the store and gloo
     assert set(listening) == {"0100007F"}  # 127.0.0.1
 
@@ -274,6 +287,15 @@ def test_a_dry_run_prints_every_rank_and_writes_nothing(
     assert [line.split()[0] for line in lines] == ["RANK=0", "RANK=1"]
     assert all("executor.launch.worker" in line for line in lines)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main([*ARGUMENTS, "-o", str(tmp_path / "file")]) == 2
+    assert "file: cannot be written (File exists); name a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_option_of_another_launcher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
