@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from executor import cli_jobs, profiler
+from executor import check_command, cli_jobs, profiler
 from executor.inputs import check_inputs
 from executor.launch.agent import Interrupted
 from executor.launch.supervise import WorkerError, launch
@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print the summary as JSON")
     cli_jobs.add_launch_arguments(run)
     cli_jobs.add_verbs(verbs)
+    check_command.add_parser(verbs)
     profile = verbs.add_parser("profile", help="measure this machine's costs of a model's layers")
     profiler.add_arguments(profile)
     return parser
@@ -155,7 +156,10 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"run": _run, "profile": profiler.run_from_args, **cli_jobs.VERBS}
+VERBS = {
+    "run": _run, "check": check_command.run_from_args, "profile": profiler.run_from_args,
+    **cli_jobs.VERBS,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,6 +63,16 @@ def resolve(plan: ExecutionPlan, overrides: Sequence[str], *, on_this_machine: b
             it, a role has no weights or those of another shape, or this machine has no such
             devices.
     """
+    run = configure(plan, overrides)
+    if on_this_machine:
+        check_devices(run.plan)
+    for role in run.plan.problem.graph.roles:
+        check_weights(run, role)
+    return run
+
+
+def configure(plan: ExecutionPlan, overrides: Sequence[str]) -> Run:
+    """As ``resolve``, wherever it is to run: neither devices nor weights are looked at."""
     algorithm = find_algorithm(plan.problem.algorithm)
     config = make_config(algorithm.config_class, overrides, base=plan.problem.config)
     problem = replace(
@@ -74,12 +84,7 @@ def resolve(plan: ExecutionPlan, overrides: Sequence[str], *, on_this_machine: b
     plan = replace(plan, problem=problem)
     validate_plan(plan)
     check_program(plan, compile_plan(plan))
-    run = Run(plan=plan, algorithm=algorithm, config=config)
-    if on_this_machine:
-        check_devices(plan)
-    for role in problem.graph.roles:
-        check_weights(run, role)
-    return run
+    return Run(plan=plan, algorithm=algorithm, config=config)
 
 
 def check_devices(plan: ExecutionPlan) -> None:

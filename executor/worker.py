@@ -90,6 +90,7 @@ class Worker:
         self.rank = rank
         self.device = device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.staging_bytes: int | None = None  # of reallocations; None: the device's
         self.functions = functions
         self.data = data
         self.text = text
@@ -245,7 +246,9 @@ class Worker:
         target = None
         if self.rank in destination.mesh:
             target = self._buffer(role, destination, lender=source)
-        counts["num_bytes"] = execute(plan, source, target, rank=self.rank)
+        counts["num_bytes"] = execute(
+            plan, source, target, rank=self.rank, staging_bytes=self.staging_bytes
+        )
 
     def _free(self, free: Free, counts: dict[str, int]) -> None:
         del self.buffers[(free.role, free.layout)]
@@ -440,16 +443,19 @@ class Worker:
         if dp_rank == 0:
             self._show_samples(call)
 
+    def _passes(self, call: ModelFunctionCall, allocation: Allocation) -> Passes:
+        return Passes(
+            call=call, batch_size=self.problem.workload.batch_size,
+            group_size=self._group_size(call), num_micro_batches=allocation.num_micro_batches,
+            seed=self.run.config.seed, step=self.step,
+        )  # fmt: skip
+
     def _train(self, instruction: Train, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
         assert call.role is not None
         function = self.functions[call.name]
         own = self._gather(call, self._share(call, allocation, dp_rank))
-        passes = Passes(
-            call=call, batch_size=self.problem.workload.batch_size,
-            group_size=self._group_size(call), num_micro_batches=allocation.num_micro_batches,
-            seed=self.run.config.seed, step=self.step,
-        )  # fmt: skip
+        passes = self._passes(call, allocation)
         counts["num_tokens"] = own.num_tokens
         trainer = self.trainers[call.role]
         if not self.evaluating:

@@ -1,0 +1,183 @@
+"""``realexec check plan.json``: would it run, and in how much memory? Needs none of its devices."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from executor.fake import RankReport, check_plan, rank_kinds
+from executor.run import Run, configure
+from planner.cost.stage import VALUE_BYTES
+from planner.memory import RESERVE_BYTES
+from planner.plan_schema import load_plan
+from planner.program import Program, Reallocate, compile_plan
+from planner.reallocation import reallocate
+from profiles.errors import InfeasibleError, PlanError
+from profiles.units import format_bytes
+
+_DESCRIPTION = """Carry out one step of a plan's ranks on fake tensors and fake process groups, in
+this process: 70B for 128 GPUs needs a laptop. Says what each kind of rank holds at its fullest
+moment beside what the planner had said, and what crosses which links."""
+
+
+def add_parser(verbs: Any) -> None:
+    """The verb's arguments."""
+    check = verbs.add_parser(
+        "check", help="dry-run a plan's ranks without its devices", description=_DESCRIPTION
+    )
+    check.add_argument("words", nargs="+", metavar="plan.json | key=value")
+    check.add_argument(
+        "--ranks", metavar="0,5,…", help="these ranks alone (default: one of every kind)"
+    )
+    check.add_argument("--json", action="store_true", help="print the reports as JSON")
+
+
+def run_from_args(args: argparse.Namespace) -> int:
+    """Exit code 0 where every rank fits.
+
+    Raises:
+        InfeasibleError: a rank holds more than its device has.
+        PlanError: the plan cannot run at all, or has no such rank.
+    """
+    paths = [word for word in args.words if "=" not in word]
+    if len(paths) != 1:
+        raise PlanError("give one plan.json", where="realexec check")
+    overrides = [word for word in args.words if "=" in word]
+    run = configure(load_plan(paths[0]), [*overrides, "init=random"])
+    program = compile_plan(run.plan)
+    console = Console(stderr=args.json)
+    _print_program(console, run, program)
+    ranks = _ranks(args.ranks, run.plan.num_devices)
+    reports = []
+    with tempfile.TemporaryDirectory() as folder:
+        for report in _with_progress(check_plan(run, Path(folder), ranks), run, program, ranks):
+            reports.append(report)
+    if args.json:
+        print(json.dumps([_as_json(report) for report in reports], indent=2))
+    console.print(_table(reports))
+    _check_fit(run, reports)
+    return 0
+
+
+def _ranks(text: str | None, num_devices: int) -> list[int]:
+    if text is None:
+        return []
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) < num_devices for part in parts):
+        raise PlanError(
+            f"'{text}' does not name ranks", where="--ranks",
+            remedy=f"write numbers from 0 to {num_devices - 1} like 0,5",
+        )  # fmt: skip
+    return [int(part) for part in parts]
+
+
+def _with_progress(
+    reports: Iterable[RankReport], run: Run, program: Program, ranks: Sequence[int]
+) -> Iterable[RankReport]:
+    total = len(ranks) or len(rank_kinds(run.plan, program))
+    console = Console(stderr=True)
+    start_s = time.monotonic()
+    for number, report in enumerate(reports, start=1):
+        console.print(
+            f"{number}/{total} kinds of ranks, {time.monotonic() - start_s:.0f} s", highlight=False
+        )
+        yield report
+
+
+def _print_program(console: Console, run: Run, program: Program) -> None:
+    """What ``check_program`` has proven, and the bytes of the step's reallocations by link."""
+    instructions = sum(len(own) for own in program.step.values())
+    console.print(
+        f"{run.plan.problem.graph.name}: {instructions} instructions on {len(program.step)} ranks; "
+        "every send has its receive, no wait is circular, weights are there when they are read",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    for role, moved in _reallocated(run, program).items():
+        inside, between, copied = (format_bytes(moved[k]) for k in ("intra", "inter", "copied"))
+        console.print(
+            f"reallocate {role}: {inside} inside nodes, {between} between nodes, {copied} copied "
+            "or lent in place",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _reallocated(run: Run, program: Program) -> dict[str, Mapping[str, int]]:
+    """Bytes of every reallocation of a step, by the role and the two layouts."""
+    cluster = run.plan.problem.cluster
+    width = VALUE_BYTES[cluster.device.kind]
+    found: dict[str, Mapping[str, int]] = {}
+    for own in program.step.values():
+        for i in own:
+            if not isinstance(i, Reallocate):
+                continue
+            name = f"{i.role} {i.source.key} to {i.destination.key}"
+            if name in found:
+                continue
+            plan = reallocate(i.source, i.destination, devices_per_node=cluster.devices_per_node)
+            moved = dict.fromkeys(("intra", "inter", "copied"), 0)
+            for m in plan.messages:
+                near = cluster.node_of(m.src) == cluster.node_of(m.dst)
+                moved["intra" if near else "inter"] += m.slice.num_values * width
+            moved["copied"] = sum(c.slice.num_values for c in plan.copies) * width
+            found[name] = moved
+    return found
+
+
+def _table(reports: Sequence[RankReport]) -> Table:
+    table = Table(title="bytes of a rank at its fullest moment, without the framework's reserve")
+    for name in ("ranks", "fullest at", "held", "planned", "planned / held"):
+        table.add_column(name, justify="left" if name in ("ranks", "fullest at") else "right")
+    for report in reports:
+        table.add_row(
+            _ranks_text(report.ranks), report.peak_at, format_bytes(report.peak_bytes),
+            format_bytes(report.planned_bytes), f"{report.error:+.1%}",
+        )  # fmt: skip
+    return table
+
+
+def _ranks_text(ranks: Sequence[int]) -> str:
+    """``0-3, 8`` of 0, 1, 2, 3, 8.
+
+    >>> _ranks_text([0, 1, 2, 3, 8])
+    '0-3, 8'
+    """
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _as_json(report: RankReport) -> dict[str, Any]:
+    return {
+        "ranks": list(report.ranks),
+        "peak_bytes": report.peak_bytes,
+        "planned_bytes": report.planned_bytes,
+        "peak_at": report.peak_at,
+        "instructions": dict(report.by),
+    }
+
+
+def _check_fit(run: Run, reports: Sequence[RankReport]) -> None:
+    device = run.plan.problem.cluster.device
+    reserve = RESERVE_BYTES[device.kind]
+    fullest = max(reports, key=lambda report: report.peak_bytes)
+    need = fullest.peak_bytes + reserve
+    if need > device.memory_bytes:
+        raise InfeasibleError(
+            f"rank {fullest.ranks[0]} holds {format_bytes(need)} at {fullest.peak_at}, "
+            f"{format_bytes(reserve)} of it for the framework; {device.name} has "
+            f"{format_bytes(device.memory_bytes)}",
+            where=f"rank {fullest.ranks[0]}",
+            remedy=f"search with memory_limit={int(0.95 * device.memory_bytes / 2**30)}GiB or less",
+        )

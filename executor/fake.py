@@ -1,0 +1,368 @@
+"""``realexec check``: a rank's program without its devices, its peers or its numbers.
+
+Read ``check_rank``. The worker of a run is put on torch's fake process group, whose collectives
+do nothing, and given weights without values (fake tensors): shapes, types and storage are as in a
+run, so every instruction is really carried out, and what it holds is counted. What decides
+control flow (token ids, lengths) is real and at its longest, as the memory model takes it; a
+number that would come out of a model reads as 1, so no answer ends before its limit, and experts
+get equal shares of the tokens.
+
+A 70B plan for 128 GPUs runs here in one process, rank kind by rank kind: ranks whose instructions
+differ in their place in tp and dp only are one kind.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from executor.dataset import Item
+from executor.generate.kv_cache import Turn
+from executor.model.attention import PackedLengths
+from executor.model.transformer import DecoderStage
+from executor.run import Run, functions_of
+from executor.text import TextCodec
+from executor.trace import TraceWriter
+from executor.training import Passes
+from executor.transfer import Exchange
+from executor.worker import Worker, label_of
+from planner.graph import DataKey, ModelFunctionCall
+from planner.layout import Layout
+from planner.memory import RESERVE_BYTES, STAGING_BYTES, plan_memory
+from planner.plan import Allocation, ExecutionPlan
+from planner.program import (
+    Function,
+    Generate,
+    Infer,
+    Instruction,
+    Load,
+    Parcel,
+    Program,
+    Reallocate,
+    Train,
+    Transfer,
+    compile_plan,
+)
+
+_aten = torch.ops.aten
+# Turns of generation that are carried out in all layers: those that bring prompts, those after
+# which the cache has grown, and every so many of the others, which differ in nothing but lengths.
+SAMPLED_TURNS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """One kind of rank: bytes at its fullest moment, as counted and as the memory model says.
+
+    Both without the framework's reserve. ``peak_at``: the instruction at that moment; ``by``: the
+    peak of each instruction.
+    """
+
+    ranks: tuple[int, ...]
+    peak_bytes: int
+    planned_bytes: int
+    peak_at: str
+    by: Mapping[str, int]
+
+    @property
+    def error(self) -> float:
+        """(planned - counted) / counted."""
+        return self.planned_bytes / self.peak_bytes - 1.0
+
+
+def rank_kinds(plan: ExecutionPlan, program: Program) -> list[tuple[int, ...]]:
+    """Ranks that do the same in the same stages, first ranks first; without idle ranks.
+
+    Whom they exchange samples with may differ.
+    """
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for rank in range(plan.num_devices):
+        every = (*program.setup.get(rank, ()), *program.step.get(rank, ()))
+        own = [i for i in every if not isinstance(i, Transfer)]
+        if own:
+            kinds.setdefault(tuple(_place(plan, i, rank) for i in own), []).append(rank)
+    return [tuple(ranks) for ranks in kinds.values()]
+
+
+def _place(plan: ExecutionPlan, instruction: Instruction, rank: int) -> object:
+    """What of an instruction makes ranks unlike: its kind and the stages that the rank is in."""
+
+    def stage(layout: Layout) -> object:
+        return layout.key, layout.coordinates(rank)[0] if rank in layout.mesh else None
+
+    kind = type(instruction).__name__
+    if isinstance(instruction, Generate | Infer | Train | Function):
+        allocation = plan.allocations[instruction.call]
+        pp_rank, _, _ = allocation.strategy.coordinates(rank - allocation.mesh.first)
+        return kind, instruction.call, pp_rank
+    if isinstance(instruction, Reallocate):
+        return kind, instruction.role, stage(instruction.source), stage(instruction.destination)
+    if isinstance(instruction, Load):
+        return kind, instruction.role, stage(instruction.layout)
+    return kind
+
+
+def check_rank(run: Run, program: Program, ranks: Sequence[int], folder: Path) -> RankReport:
+    """Carry out setup and one step of the first of ``ranks``."""
+    plan, rank = run.plan, ranks[0]
+    watch = _Watch()
+    cuda = plan.problem.cluster.device.kind == "cuda"
+    norms = _FusedNorms() if cuda else nullcontext()
+    with _fake_world(rank, plan.num_devices), TraceWriter(folder, rank) as trace, norms, watch:
+        worker = _FakeWorker(run, program, rank=rank, watch=watch, trace=trace)
+        worker.setup()
+        worker.run_step(0)
+    label, peak = max(watch.peaks.items(), key=lambda item: item[1])
+    reserve = RESERVE_BYTES[plan.problem.cluster.device.kind]
+    return RankReport(
+        ranks=tuple(ranks), peak_bytes=peak, peak_at=label, by=dict(watch.peaks),
+        planned_bytes=plan_memory(plan)[rank].total - reserve,
+    )  # fmt: skip
+
+
+def check_plan(run: Run, folder: Path, ranks: Sequence[int] = ()) -> Iterator[RankReport]:
+    """A report for each kind of rank, or for ``ranks`` alone, as each is done."""
+    program = compile_plan(run.plan)
+    kinds = [(rank,) for rank in ranks] or rank_kinds(run.plan, program)
+    for kind in kinds:
+        yield check_rank(run, program, kind, folder)
+
+
+@contextmanager
+def _fake_world(rank: int, size: int) -> Iterator[None]:
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the bytes of all storages; makes new tensors of floats fake.
+
+    ``peaks``: most bytes at once, by what ``begin`` said was under way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.held = 0
+        self.seen: dict[int, weakref.ref[Any]] = {}
+        self.peaks: dict[str, int] = {}
+        self.label = "setup"
+
+    def begin(self, label: str) -> None:
+        self.label = label
+        self.peaks[label] = max(self.held, self.peaks.get(label, 0))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, FakeTensor):
+            if func is _aten._local_scalar_dense.default:
+                return 1.0 if first.dtype.is_floating_point else 1
+            if func is _aten.bincount.default:
+                return _even_counts(first.numel(), kwargs.get("minlength", (*args, 0, 0)[2]))
+            if func in _INDEXED:
+                args = (first, _places(args[1]), *args[2:])
+        out = func(*args, **kwargs)
+        if _makes_new(func):
+            out = self._without_values(out)
+        if isinstance(out, Tensor):
+            self._count(out)
+        elif isinstance(out, tuple | list):
+            for part in out:
+                if isinstance(part, Tensor):
+                    self._count(part)
+        return out
+
+    def _without_values(self, made: Any) -> Any:
+        """A new tensor of floats as a fake one; the system gives no memory before it is written."""
+        if isinstance(made, Tensor) and made.dtype.is_floating_point:
+            with self.fake:
+                return torch.empty(made.shape, dtype=made.dtype)
+        return made
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+
+        def gone(_: object) -> None:
+            self.seen.pop(key)
+            self.held -= num_bytes
+
+        self.seen[key] = weakref.ref(storage, gone)
+        self.held += num_bytes
+        if self.held > self.peaks.get(self.label, 0):
+            self.peaks[self.label] = self.held
+
+
+@cache
+def _makes_new(func: Any) -> bool:
+    """An operator that takes no tensor: what it gives is new."""
+    return not any("Tensor" in str(argument.type) for argument in func._schema.arguments)
+
+
+_INDEXED = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default)
+
+
+def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Masks with values as the places where they are true: how many these are must be known."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        masks = (
+            index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        )
+        found += index.nonzero().unbind(1) if masks else [index]
+    return found
+
+
+def _even_counts(total: int, parts: int) -> Tensor:
+    """``total`` in ``parts`` nearly equal counts, with values."""
+    counts = [total // parts + (part < total % parts) for part in range(parts)]
+    return torch.tensor(counts)
+
+
+class _FusedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        scale = torch.empty(x.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(x, weight, scale)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        _, weight, _ = ctx.saved_tensors
+        return torch.empty_like(grad), None if weight is None else torch.empty_like(weight)
+
+
+class _FusedNorms(TorchFunctionMode):
+    """RMS norms as CUDA's one kernel: it keeps its input, not fp32 copies as the CPU's steps do."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.rms_norm or func is torch.rms_norm:
+            x, _, weight = (*args, None)[:3]
+            return _FusedNorm.apply(x, weight)
+        return func(*args, **(kwargs or {}))
+
+
+class _FakeWorker(Worker):
+    """A worker whose weights have no values and whose peers do not answer."""
+
+    def __init__(
+        self, run: Run, program: Program, *, rank: int, watch: _Watch, trace: TraceWriter
+    ) -> None:
+        super().__init__(
+            run, program, rank=rank, device=torch.device("cpu"), functions=functions_of(run),
+            data=_Longest(run), text=TextCodec(None), store=dist.HashStore(), trace=trace,
+        )  # fmt: skip
+        kind = run.plan.problem.cluster.device.kind
+        self.dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+        self.staging_bytes = STAGING_BYTES[kind]
+        self.watch = watch
+        self.exchange = _Unanswered(self)
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        self.watch.begin(label_of(instruction))
+        super()._carry_out(instruction)
+
+    def _load(self, load: Load, counts: dict[str, int]) -> None:
+        multiple = load.layout.dp if load.trained else 1
+        buffer = self._buffer(load.role, load.layout, multiple=multiple)
+        if load.trained:
+            self.trainers[load.role] = self._trainer(load.role, load.layout, buffer)
+
+    def _stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
+        stage = super()._stage(role, layout, sequence_parallel=sequence_parallel)
+        if not isinstance(stage, _FewTurns):
+            stage = _FewTurns(stage)
+            self.stages[role, layout, sequence_parallel] = stage
+        return stage
+
+    def _passes(self, call: ModelFunctionCall, allocation: Allocation) -> Passes:
+        whole = super()._passes(call, allocation)
+        return _FirstMiniBatch(**{f.name: getattr(whole, f.name) for f in fields(whole)})
+
+    def lengths(self, key: DataKey) -> int:
+        """Values of a key for one sequence at its longest."""
+        return self.problem.workload.max_tokens if key.per == "token" else 1
+
+
+class _FirstMiniBatch(Passes):
+    """One optimizer step, which stands for all: the others hold what it holds."""
+
+    def mini_batches(self, epoch: int, dp: int) -> list[list[list[int]]]:
+        return super().mini_batches(0, dp)[:1] if epoch == 0 else []
+
+
+class _FewTurns(DecoderStage):
+    """A stage that carries out some turns of decoding only; memory is the same in the others."""
+
+    def __init__(self, stage: DecoderStage) -> None:
+        self.__dict__ = stage.__dict__
+        self.columns, self.skipped = 0, 0
+
+    def forward(self, inputs: Tensor, packed: PackedLengths, cache: Any = None) -> Tensor:
+        if isinstance(cache, Turn) and cache.prompts is None:
+            self.skipped += 1
+            if cache.cache.num_columns == self.columns and self.skipped % SAMPLED_TURNS:
+                return torch.empty(
+                    len(packed.positions), self.spec.hidden, dtype=self.buffer.flat.dtype
+                )
+            self.columns = cache.cache.num_columns
+        return super().forward(inputs, packed, cache)
+
+
+@dataclass
+class _Longest:
+    """Data at its longest: prompts of ``prompt_len`` tokens, answers of ``response_len``."""
+
+    run: Run
+    num_prompts: int | None = field(default=None, init=False)
+
+    def batch(self, step: int, batch_size: int) -> list[Item]:
+        config = self.run.config
+        each = {"prompts": 0, "answers": 1, "pairs": 2}[self.run.algorithm.data]
+        prompt = torch.ones(config.prompt_len, dtype=torch.int64)
+        answer = torch.ones(config.response_len, dtype=torch.int64)
+        item = Item(record={"id": "", "prompt": ""}, prompt=prompt, answers=(answer,) * each)
+        return [item] * batch_size
+
+
+class _Unanswered(Exchange):
+    """Transfers whose senders are not there: everything arrives at its longest."""
+
+    def __init__(self, worker: _FakeWorker) -> None:
+        super().__init__(worker.samples)
+        self.worker = worker
+
+    def _receive(self, parcel: Parcel, keys: Sequence[DataKey], number: int) -> int:
+        pieces = self.store.pieces(parcel.samples, keys)
+        size = 0
+        for key, sequence in pieces:
+            dtype = torch.int64 if key.dtype == "int64" else torch.float32
+            value = torch.full(
+                (self.worker.lengths(key),), self.worker.run.config.prompt_len, dtype=dtype
+            )
+            self.store.values.setdefault(key.name, {})[sequence] = value
+            size += value.numel() * key.bytes_per_value
+        return size
