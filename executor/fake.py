@@ -19,13 +19,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -120,7 +120,7 @@ def check_rank(run: Run, program: Program, ranks: Sequence[int], folder: Path) -
     plan, rank = run.plan, ranks[0]
     watch = _Watch()
     cuda = plan.problem.cluster.device.kind == "cuda"
-    norms = _FusedNorms() if cuda else nullcontext()
+    norms = _fused_norms() if cuda else nullcontext()
     with _fake_world(rank, plan.num_devices), TraceWriter(folder, rank) as trace, norms, watch:
         worker = _FakeWorker(run, program, rank=rank, watch=watch, trace=trace)
         worker.setup()
@@ -227,10 +227,10 @@ def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Masks with values as the places where they are true: how many these are must be known."""
     found: list[Tensor | None] = []
     for index in indices:
-        masks = (
-            index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-        )
-        found += index.nonzero().unbind(1) if masks else [index]
+        if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+            found.append(index)
+        else:
+            found += index.nonzero().unbind(1)
     return found
 
 
@@ -253,16 +253,25 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(grad), None if weight is None else torch.empty_like(weight)
 
 
-class _FusedNorms(TorchFunctionMode):
-    """RMS norms as CUDA's one kernel: it keeps its input, not fp32 copies as the CPU's steps do."""
+@contextmanager
+def _fused_norms() -> Iterator[None]:
+    """RMS norms as CUDA's one kernel: it keeps its input, not fp32 copies as the CPU's steps do.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.rms_norm or func is torch.rms_norm:
-            x, _, weight = (*args, None)[:3]
-            return _FusedNorm.apply(x, weight)
-        return func(*args, **(kwargs or {}))
+    Put in the function's place and not in a mode: backward, where blocks are run again, has none.
+    """
+
+    def fused(
+        x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        out: Tensor = _FusedNorm.apply(x, weight)
+        return out
+
+    before: Any = F.rms_norm
+    F.rms_norm = cast(Any, fused)
+    try:
+        yield
+    finally:
+        F.rms_norm = before
 
 
 class _FakeWorker(Worker):
@@ -325,9 +334,8 @@ class _FewTurns(DecoderStage):
         if isinstance(cache, Turn) and cache.prompts is None:
             self.skipped += 1
             if cache.cache.num_columns == self.columns and self.skipped % SAMPLED_TURNS:
-                return torch.empty(
-                    len(packed.positions), self.spec.hidden, dtype=self.buffer.flat.dtype
-                )
+                shape = (packed.num_tokens, self.spec.hidden)
+                return torch.empty(shape, dtype=self.buffer.flat.dtype)
             self.columns = cache.cache.num_columns
         return super().forward(inputs, packed, cache)
 

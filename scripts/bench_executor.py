@@ -116,7 +116,7 @@ def take_turns(subjects: Sequence[Callable[[], object]], repeats: int) -> list[f
 def generation(rank: int, path: Path, repeats: int) -> list[Row]:
     """Each process answers half of the prompts."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    prompts: list[list[int]] = [
+    prompts: list[Any] = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question + manner}], add_generation_prompt=True,
             return_dict=False,
@@ -126,7 +126,7 @@ def generation(rank: int, path: Path, repeats: int) -> list[Row]:
     stop = int(tokenizer.eos_token_id)
     params = SamplingParams(max_new_tokens=NEW_TOKENS, greedy=True, stop_token_ids=(stop,))
     stage = whole_stage(rank, path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     width = padded["input_ids"].shape[1]
