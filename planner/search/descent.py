@@ -107,6 +107,8 @@ def _best_of(
     meshes, rows = np.stack([here.mesh, here.mesh]), np.stack([here.row, here.row])
     while scan_call(t, known.table, scratch, meshes, rows, i, whole_role,
                     state, best, found) != DONE:  # fmt: skip
+        if record.late:
+            break
         known.add(int(scratch.missing[0]))
     record.evaluations += int(state[2])
     if state[3] < 0:

@@ -124,8 +124,13 @@ class Record:
         self.look_at_clock()
         return self.cut_by_time
 
+    @property
+    def late(self) -> bool:
+        """Is the time up?"""
+        return time.monotonic() >= self.budget.deadline_s
+
     def look_at_clock(self) -> None:
-        self.cut_by_time = time.monotonic() >= self.budget.deadline_s
+        self.cut_by_time = self.late
 
 
 Engine = Callable[[Evaluator, list[Assignment], Budget, int], Record]

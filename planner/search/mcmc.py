@@ -59,13 +59,18 @@ class _Walker:
         self.chain.numbers[:] = place.energy, 0.05, 0.0
         self.chain.counts[:] = 0
 
-    def run(self, evaluator: Evaluator, proposals: int, accept: float) -> None:
+    def run(self, record: Record, proposals: int, accept: float) -> int:
+        """Propose so many times, or until the clock is up while prices are asked; how many."""
+        evaluator, before = record.evaluator, int(self.chain.counts[1])
         self.chain.counts[0] = proposals
         known = evaluator.reallocations
         while run_chain(
             evaluator.tables, known.table, self.scratch, self.chain, accept
         ) != DONE:  # fmt: skip
+            if record.late:
+                break
             known.add(int(self.scratch.missing[0]))
+        return int(self.chain.counts[1]) - before
 
     @property
     def best(self) -> Place:
@@ -99,6 +104,8 @@ def walk(
                 for walker, place in zip(walkers, ends, strict=True):
                     walker.start(place)
                 _cycle(record, walkers, rounds, pool)
+                if record.spent:  # a chain may not even have begun
+                    break
                 ends = _polished(record, walkers, rng)
                 stale = 0 if record.best_score.step_s < before_s * (1 - 1e-6) else stale + 1
                 rounds *= 2
@@ -113,17 +120,14 @@ def _cycle(
     record: Record, walkers: Sequence[_Walker], rounds: int, pool: ThreadPoolExecutor
 ) -> None:  # fmt: skip
     """All chains from hot to cold, in rounds."""
-    evaluator = record.evaluator
     for n in range(rounds):
         left = (record.budget.max_evaluations - record.evaluations) // len(walkers)
         if record.spent or left <= 0:
             return
         accept = HOT * (COLD / HOT) ** (n / max(1, rounds - 1))
         proposals = min(ROUND, left)
-        jobs = [pool.submit(walker.run, evaluator, proposals, accept) for walker in walkers]
-        for job in jobs:
-            job.result()
-        record.evaluations += proposals * len(walkers)
+        jobs = [pool.submit(walker.run, record, proposals, accept) for walker in walkers]
+        record.evaluations += sum(job.result() for job in jobs)
         for walker in walkers:
             merge(record, walker.chain.found)
 

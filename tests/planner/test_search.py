@@ -249,3 +249,14 @@ def test_every_family_is_planned(name: str) -> None:
     check_memory(result.plan)
     timeline = simulate(result.plan, compile_plan(result.plan), model_of(problem))
     assert result.lower_bound_s <= timeline.step_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("engine", ["auto", "mcmc", "descent", "exact"])
+def test_no_time_at_all_still_gives_a_plan_that_fits(engine: str) -> None:
+    """The clock is looked at while prices are asked, too; the best baseline is left."""
+    problem = ppo(make_test_cluster(2, 4), ["batch_size=24"])
+    found = search(problem, model_of(problem), engine=engine, time_limit_s=0.0, gap=0.0)
+    check_memory(found.plan)
+    assert found.cut_by_time
+    assert found.step_s <= min(found.baselines.values()) * (1 + 1e-9)
+    assert 0 < found.lower_bound_s <= found.step_s
