@@ -180,9 +180,7 @@ class _Watch(TorchDispatchMode):
                 return _even_counts(first.numel(), kwargs.get("minlength", (*args, 0, 0)[2]))
             if func in _INDEXED:
                 args = (first, _places(args[1]), *args[2:])
-        out = func(*args, **kwargs)
-        if _makes_new(func):
-            out = self._without_values(out)
+        out = self._new(func, args, kwargs) if _makes_new(func) else func(*args, **kwargs)
         if isinstance(out, Tensor):
             self._count(out)
         elif isinstance(out, tuple | list):
@@ -191,12 +189,13 @@ class _Watch(TorchDispatchMode):
                     self._count(part)
         return out
 
-    def _without_values(self, made: Any) -> Any:
-        """A new tensor of floats as a fake one; the system gives no memory before it is written."""
+    def _new(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """What an operator makes of nothing: floats without values, all else as it is."""
+        with self.fake:
+            made = func(*args, **kwargs)
         if isinstance(made, Tensor) and made.dtype.is_floating_point:
-            with self.fake:
-                return torch.empty(made.shape, dtype=made.dtype)
-        return made
+            return made
+        return func(*args, **kwargs)
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
