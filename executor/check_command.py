@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from executor.fake import RankReport, check_plan, rank_kinds
+from executor.fake import RankReport, check_rank, rank_kinds
 from executor.run import Run, configure
 from planner.cost.stage import VALUE_BYTES
 from planner.memory import RESERVE_BYTES
@@ -56,10 +60,8 @@ def run_from_args(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
     _print_program(console, run, program)
     ranks = _ranks(args.ranks, run.plan.num_devices)
-    reports = []
-    with tempfile.TemporaryDirectory() as folder:
-        for report in _with_progress(check_plan(run, Path(folder), ranks), run, program, ranks):
-            reports.append(report)
+    kinds = [(rank,) for rank in ranks] or rank_kinds(run.plan, program)
+    reports = list(_with_progress(check_kinds(Path(paths[0]), overrides, kinds), len(kinds)))
     if args.json:
         print(json.dumps([_as_json(report) for report in reports], indent=2))
     console.print(_table(reports))
@@ -79,10 +81,29 @@ def _ranks(text: str | None, num_devices: int) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _with_progress(
-    reports: Iterable[RankReport], run: Run, program: Program, ranks: Sequence[int]
-) -> Iterable[RankReport]:
-    total = len(ranks) or len(rank_kinds(run.plan, program))
+def check_kinds(
+    path: Path, overrides: Sequence[str], kinds: Sequence[Sequence[int]]
+) -> Iterator[RankReport]:
+    """A report for each of ``kinds`` in their order, as many at once as there are cores."""
+    workers = min(len(kinds), os.cpu_count() or 1)
+    if workers <= 1:
+        yield from (_check_kind(path, overrides, kind) for kind in kinds)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            yield from pool.map(partial(_check_kind, path, overrides), kinds)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _check_kind(path: Path, overrides: Sequence[str], ranks: Sequence[int]) -> RankReport:
+    run = configure(load_plan(path), [*overrides, "init=random"])
+    with tempfile.TemporaryDirectory() as folder:
+        return check_rank(run, compile_plan(run.plan), ranks, Path(folder))
+
+
+def _with_progress(reports: Iterable[RankReport], total: int) -> Iterator[RankReport]:
     console = Console(stderr=True)
     start_s = time.monotonic()
     for number, report in enumerate(reports, start=1):

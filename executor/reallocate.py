@@ -190,11 +190,15 @@ class _Exchange:
         self.source, self.destination = source, destination
         self.num_rounds = max((len(chunks) for chunks in streams.values()), default=0)
         self.dtype = like.dtype
-        staged = {
-            pair: [_num_values(c) for c in chunks if self._in_place(pair, c) is None]
+        self.direct = {
+            pair: [self._in_place(pair, chunk) for chunk in chunks]
             for pair, chunks in streams.items()
         }
-        self.sizes = {pair: max(counts, default=0) for pair, counts in staged.items()}
+        self.sizes = {
+            pair: max((_num_values(c) for c, d in zip(chunks, self.direct[pair]) if d is None),
+                      default=0)
+            for pair, chunks in streams.items()
+        }  # fmt: skip
         self.staging = like.new_empty(min(2, self.num_rounds), sum(self.sizes.values()))
         self.under_way: dict[int, _Round] = {}
 
@@ -216,7 +220,7 @@ class _Exchange:
         for ((src, dst), chunks), segment in zip(self.streams.items(), segments):
             if index >= len(chunks):
                 continue
-            direct = self._in_place((src, dst), chunks[index])
+            direct = self.direct[src, dst][index]
             part = segment[: _num_values(chunks[index])] if direct is None else direct
             if dst == self.rank:
                 operations.append(dist.P2POp(dist.irecv, part, src))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from executor.fake import check_plan, check_rank, rank_kinds
+from executor.fake import check_rank, rank_kinds
 from executor.run import configure
 from experiments.grpo.graph import ALGORITHM as GRPO
 from experiments.ppo.graph import ALGORITHM as PPO
@@ -90,7 +90,8 @@ PLANS = {
 def test_what_a_rank_holds_is_what_the_planner_says(name: str, tmp_path: Path) -> None:
     """Within 10 %, for every kind of rank."""
     run = configure(PLANS[name], ["init=random"])
-    reports = list(check_plan(run, tmp_path))
+    program = compile_plan(run.plan)
+    reports = [check_rank(run, program, kind, tmp_path) for kind in rank_kinds(run.plan, program)]
     assert sorted(r for report in reports for r in report.ranks) == list(
         range(run.plan.num_devices)
     )
