@@ -63,7 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", default="cpu", metavar="NAME", help="with --layout: cpu (default), a100, …"
     )
     run.add_argument(
-        "--algorithm", default="ppo", metavar="NAME|FILE.py", help="with --layout (default ppo)"
+        "--algorithm",
+        "--experiment",
+        default="ppo",
+        metavar="NAME|FILE.py",
+        help="with --layout (default ppo)",
     )
     run.add_argument(
         "--resume", action="store_true",

@@ -204,7 +204,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="measured costs (realexec profile); without: shipped tables of the device",
     )
-    add("--algorithm", default="ppo", metavar="NAME|FILE.py", help="default ppo")
+    add("--algorithm", "--experiment", default="ppo", metavar="NAME|FILE.py", help="default ppo")
     add("--prompt-len", metavar="N", help="longest prompt, in tokens: prompt_len=N")
     add("--response-len", metavar="N", help="longest answer, in tokens: response_len=N")
     add("--batch-size", metavar="N", help="sequences per step: batch_size=N")
