@@ -23,7 +23,7 @@ LAYOUTS = [
 def buffer(request: pytest.FixtureRequest) -> ParameterBuffer:
     layout, rank = request.param
     found = ParameterBuffer.for_rank(layout, rank, dtype=torch.float32, device="cpu", multiple=64)
-    assert found.flat.eq(0).all()
+    assert found.flat[found.num_values :].eq(0).all()  # the padding alone: the rest has no values
     found.flat.copy_(torch.arange(found.flat.numel()))  # every value is its own address
     return found
 
@@ -80,3 +80,20 @@ def test_one_slice_of_a_parameter_on_a_rank():
     piece = ParameterSlice(name="a", offset=(0,), length=(2,))
     with pytest.raises(AssertionError, match="one slice of a parameter"):
         ParameterBuffer([piece, piece], dtype=torch.float32, device="cpu")
+
+
+def test_what_both_have_alike_is_lent_and_not_stored():
+    """One stage of two is there already; of the other tp nothing is."""
+    whole = Layout(spec=SPEC, mesh=DeviceMesh(0, 2), dp=2)
+    stages = Layout(spec=SPEC, mesh=DeviceMesh(0, 2), pp=2)
+    source = ParameterBuffer.for_rank(stages, 0, dtype=torch.float32, device="cpu")
+    source.flat.copy_(torch.arange(source.flat.numel()))
+    borrower = ParameterBuffer.for_rank(whole, 0, dtype=torch.float32, device="cpu", lender=source)
+    assert borrower.lent == set(source.by_name)
+    assert borrower.num_values + source.num_values == sum(p.num_values for p in borrower.slices)
+    names = [f"layers.0.{name}.weight" for name in ("q", "k", "v")]
+    assert borrower.fused(names).data_ptr() == source.fused(names).data_ptr()
+
+    shards = Layout(spec=SPEC, mesh=DeviceMesh(0, 2), tp=2)
+    other = ParameterBuffer.for_rank(shards, 0, dtype=torch.float32, device="cpu", lender=source)
+    assert other.lent <= {"final_norm.weight", "final_norm.bias"}

@@ -290,6 +290,7 @@ def test_submitit_without_slurm_takes_the_same_path(
 
 
 def test_a_wrong_time_is_refused(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("submitit")
     assert on_slurm.OPTIONS is None
     assert main(["run", str(plan), "--launcher", "slurm", "--dry-run", "--set", "time=1h"]) == 2
     assert "--set time: '1h' is not a positive whole number" in capsys.readouterr().err
