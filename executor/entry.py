@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
@@ -11,9 +10,6 @@ _EXTRA = frozenset({"torch", "transformers", "safetensors"})
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``executor.cli.main``, once what it needs is there."""
-    # Torch asks for huge pages: a large tensor's first touch takes a third of the time. Read when
-    # torch first allocates, here and in all workers.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         from executor.cli import main as cli_main
     except ModuleNotFoundError as error:
