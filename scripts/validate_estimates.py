@@ -37,7 +37,7 @@ from planner.simulate import StepPrices
 from planner.strategy import Recompute, legal_strategies
 from profiles.errors import InfeasibleError, UserError
 
-SIZES = ("prompt_len=64", "response_len=48", "batch_size=16", "ppo.num_mini_batches=2")
+SIZES = ("prompt_len=48", "response_len=24", "batch_size=8", "ppo.num_mini_batches=2")
 REWARD = "reward.source=experiments.rewards:share_of_even_tokens"
 LIMITS = {"call": 0.15, "step": 0.10, "correlation": 0.9, "searched": 1.05}
 
