@@ -187,8 +187,8 @@ def test_the_flags_of_search() -> None:
     assert flags == sorted(
         [
             "-h", "--help", "--model", "--critic", "--gpus", "--device", "--cluster", "--profile",
-            "--algorithm", "--prompt-len", "--response-len", "--batch-size", "--engine",
-            "--time-limit", "--seed", "-o", "--output", "--json",
+            "--algorithm", "--experiment", "--prompt-len", "--response-len", "--batch-size",
+            "--engine", "--time-limit", "--seed", "-o", "--output", "--json",
         ]
     )  # fmt: skip
 
