@@ -84,7 +84,7 @@ def run_worker(
     if rank == 0:
         boards = open_boards(run.output, run.config, first_step=first)
         metrics = MetricsWriter(run.output, store, parts, boards=boards, first_step=first)
-    with TraceWriter(run.output / "trace", rank) as trace:
+    with TraceWriter(run.output / "trace", rank, device) as trace:
         worker = Worker(
             run,
             compile_plan(run.plan),

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from executor.run import Run
-from executor.trace import measured_seconds, read_trace, step_seconds, write_json
+from executor.trace import write_json
 from planner.graph import CallKind
+from planner.trace import first_warm_step, measured_seconds, read_trace, step_seconds
 from profiles.units import format_seconds
 
 
@@ -34,10 +35,9 @@ def compare(run: Run) -> list[Comparison]:
     """Every call that runs a model, reallocations, and the step; the first step is left out
     where there are more: it holds warm-up. Nothing where a resumed run had no step left to do."""
     spans = read_trace(run.output / "trace")
-    steps = sorted({span.step for span in spans if span.kind != "load"})
-    if not steps:
+    first = first_warm_step(spans)
+    if first is None:
         return []
-    first = steps[min(1, len(steps) - 1)]
     measured = measured_seconds(spans, first_step=first)
     estimate = run.plan.estimate
     per_call = estimate.per_call_s if estimate else {}

@@ -1,52 +1,44 @@
-"""What a rank did and when: one line of JSON per instruction, read back for the comparison
-of predicted with measured seconds."""
+"""What a rank did and when: one line of JSON per instruction. ``planner/trace.py`` reads it."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from types import TracebackType
 from typing import Any
 
+import torch
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceSpan:
-    """One instruction of one rank; wall-clock seconds since the epoch."""
-
-    rank: int
-    step: int
-    index: int
-    kind: str
-    label: str
-    start_s: float
-    end_s: float
-    num_bytes: int = 0
-    num_tokens: int = 0
+from planner.trace import TraceSpan
 
 
 class TraceWriter:
-    """Appends spans to ``trace/rank{r}.jsonl`` as they end."""
+    """Appends spans to ``trace/rank{r}.jsonl`` as they end.
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    ``device``: whose peak memory the spans say; None for none.
+    """
+
+    def __init__(self, folder: Path, rank: int, device: torch.device | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.rank = rank
+        self.peak = _peak_memory(device)
         self.file = (folder / f"rank{rank}.jsonl").open("w", encoding="utf-8")
 
     @contextmanager
     def span(self, *, step: int, index: int, kind: str, label: str) -> Iterator[dict[str, int]]:
         """Time the body; it may set ``num_bytes`` and ``num_tokens`` in what is yielded."""
         counts: dict[str, int] = {}
+        self.peak()
         start_s = time.time()
         yield counts
         span = TraceSpan(
             rank=self.rank, step=step, index=index, kind=kind, label=label, start_s=start_s,
-            end_s=time.time(), **counts,
+            end_s=time.time(), peak_bytes=self.peak(), **counts,
         )  # fmt: skip
         self.file.write(json.dumps(asdict(span)) + "\n")
         self.file.flush()
@@ -63,44 +55,30 @@ class TraceWriter:
         self.file.close()
 
 
-def read_trace(folder: Path) -> list[TraceSpan]:
-    """All spans of a run, by rank; a last line cut off by a kill is left out."""
-    spans: list[TraceSpan] = []
-    for file in sorted(folder.glob("rank*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                spans.append(TraceSpan(**json.loads(line)))
-    return spans
+def _peak_memory(device: torch.device | None) -> Callable[[], int]:
+    """A function that says the most bytes held since it was last asked.
 
-
-def measured_seconds(spans: Sequence[TraceSpan], *, first_step: int = 0) -> Mapping[str, float]:
-    """Median over steps of each label's seconds, from its last rank's start to its last end.
-
-    A call starts when the last rank of its mesh reaches it: what comes before is waiting.
+    On CUDA what its allocator gave out. On a CPU the process's resident memory, where the kernel
+    forgets its peak on request (Linux: 5 written to ``/proc/self/clear_refs``, proc(5)); else 0.
     """
-    groups: dict[tuple[str, int], list[TraceSpan]] = defaultdict(list)
-    for span in spans:
-        if span.step >= first_step:
-            groups[(span.label, span.step)].append(span)
-    by_label: dict[str, list[float]] = defaultdict(list)
-    for (label, _), members in groups.items():
-        start_s = max(span.start_s for span in members)
-        by_label[label].append(max(span.end_s for span in members) - start_s)
-    return {label: median(values) for label, values in by_label.items()}
+    if device is not None and device.type == "cuda":
+        return lambda: _cuda_peak(device)
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if device is None or not os.access(clear, os.W_OK):
+        return lambda: 0
+
+    def resident() -> int:
+        lines = status.read_text(encoding="ascii").splitlines()
+        clear.write_text("5", encoding="ascii")
+        return next((1024 * int(x.split()[1]) for x in lines if x.startswith("VmHWM")), 0)
+
+    return resident
 
 
-def step_seconds(spans: Sequence[TraceSpan], *, first_step: int = 0) -> float:
-    """Mean seconds between the ends of successive steps from ``first_step`` on."""
-    ends: dict[int, float] = defaultdict(float)
-    starts: dict[int, float] = {}
-    for span in spans:
-        ends[span.step] = max(ends[span.step], span.end_s)
-        starts[span.step] = min(starts.get(span.step, span.start_s), span.start_s)
-    steps = sorted(step for step in ends if step >= first_step)
-    if not steps:
-        return 0.0
-    begin = ends[first_step - 1] if first_step - 1 in ends else starts[steps[0]]
-    return (ends[steps[-1]] - begin) / len(steps)
+def _cuda_peak(device: torch.device) -> int:
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -56,6 +56,7 @@ _EXPLAIN_EXAMPLES = """examples:
 """
 _REPORT_EXAMPLES = """examples:
   realplan report plan.json -o report.html --trace predicted.json
+  realplan report plan.json --trace both.json --run runs/ppo    # predicted above executed
 """
 _BASELINES_EXAMPLES = """examples:
   realplan baselines --model llama-13b --gpus 16
@@ -111,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("plan", metavar="plan.json")
     report.add_argument("-o", "--output", metavar="FILE", help="the page: report.html")
     report.add_argument("--trace", metavar="FILE", help="the predicted steps, for ui.perfetto.dev")
+    report.add_argument("--run", metavar="FOLDER", help="a run's: its steps in the trace as well")
     models = verbs.add_parser("models", help="models of the catalogue")
     devices = verbs.add_parser("devices", help="devices of the catalogue")
     doctor = verbs.add_parser(

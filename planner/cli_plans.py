@@ -27,6 +27,7 @@ from planner.report_trace import save_trace, write_whole
 from planner.resolve import costs_of_plan, hardware_levers, make_costs, table_of_plan
 from planner.search import estimate_plan
 from planner.simulate import StepPrices, Timeline
+from planner.trace import trace_of_run
 from profiles.catalogue import MODELS
 from profiles.clusters import DEVICES
 from profiles.errors import ConfigError
@@ -106,6 +107,11 @@ def run_explain(args: argparse.Namespace) -> int:
 def run_report(args: argparse.Namespace) -> int:
     """``realplan report``: a page, a trace for Perfetto, or both."""
     plan = load_plan(args.plan)
+    if args.run is not None and args.trace is None:
+        raise ConfigError(
+            "says where a run's trace is, but not where to write", where="--run",
+            remedy="add --trace FILE",
+        )  # fmt: skip
     if args.output is None and args.trace is None:
         raise ConfigError("nothing to write", where="report", remedy="give -o FILE or --trace FILE")
     table = table_of_plan(plan, args.profile, note)
@@ -116,7 +122,7 @@ def run_report(args: argparse.Namespace) -> int:
         found = explain(plan, costs, links=links, device=device)
         write_whole(args.output, report_page(plan, timeline, found))
     if args.trace is not None:
-        save_trace(timeline, args.trace)
+        save_trace(timeline, args.trace, [] if args.run is None else trace_of_run(args.run))
     for path in (args.output, args.trace):
         if path is not None:
             say(output_console(), f"wrote {path}")

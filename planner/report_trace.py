@@ -1,7 +1,8 @@
-"""A predicted step as a Chrome trace, for Perfetto (ui.perfetto.dev) and chrome://tracing.
+"""Predicted and executed steps as a Chrome trace, for Perfetto (ui.perfetto.dev).
 
-One process, one thread a rank, one complete event a span, in microseconds. Ranks that do the same
-are many on a large cluster, so ``most_ranks`` bounds the file: of each group the first rank.
+One process for what was predicted and one for what was executed, so that a viewer shows them one
+below the other; one thread a rank, one complete event a span, in microseconds. Ranks that do the
+same are many on a large cluster, so ``most_ranks`` bounds the file: of each group the first rank.
 Format: "Trace Event Format", Google 2016.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from planner.explain import rank_groups
 from planner.simulate import Timeline
+from planner.trace import TraceSpan, first_warm_step
 from profiles.errors import ConfigError
 from profiles.units import US
 
@@ -26,13 +28,8 @@ def trace_events(timeline: Timeline, *, most_ranks: int = 256) -> list[dict[str,
     same, up to that many, with the group in the thread's name.
     """
     names = _threads(timeline, most_ranks)
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": "predicted"}}
-    ]
-    for rank, name in names.items():
-        events.append(
-            {"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": name}}
-        )
+    events = [_named("process_name", "predicted", pid=0)]
+    events += [_named("thread_name", name, pid=0, tid=rank) for rank, name in names.items()]
     spans = sorted((s for s in timeline.spans if s.rank in names), key=lambda s: s.start_s)
     for span in spans:
         events.append(
@@ -42,6 +39,32 @@ def trace_events(timeline: Timeline, *, most_ranks: int = 256) -> list[dict[str,
             }
         )  # fmt: skip
     return events
+
+
+def executed_events(spans: Sequence[TraceSpan]) -> list[dict[str, Any]]:
+    """Events of a run's trace from its first warm step on, which begins at time zero."""
+    first = first_warm_step(spans)
+    shown = [span for span in spans if first is not None and span.step >= first]
+    ranks = sorted({span.rank for span in shown})
+    events = [_named("process_name", "executed", pid=1)]
+    events += [_named("thread_name", f"rank {rank}", pid=1, tid=rank) for rank in ranks]
+    begin_s = min((span.start_s for span in shown), default=0.0)
+    for span in sorted(shown, key=lambda span: span.start_s):
+        counts = {
+            "bytes": span.num_bytes, "tokens": span.num_tokens, "peak_bytes": span.peak_bytes,
+        }  # fmt: skip
+        events.append(
+            {
+                "ph": "X", "pid": 1, "tid": span.rank, "name": span.label, "cat": span.kind,
+                "ts": (span.start_s - begin_s) / US, "dur": (span.end_s - span.start_s) / US,
+                "args": {"step": span.step} | {k: v for k, v in counts.items() if v},
+            }
+        )  # fmt: skip
+    return events
+
+
+def _named(what: str, name: str, **where: int) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "args": {"name": name}, **where}
 
 
 def _threads(timeline: Timeline, most_ranks: int) -> dict[int, str]:
@@ -58,13 +81,13 @@ def _others(ranks: Sequence[int]) -> str:
     return f" and {len(ranks) - 1} like it" if len(ranks) > 1 else ""
 
 
-def save_trace(timeline: Timeline, path: str | Path) -> None:
-    """Write the trace so that the file is whole or absent.
+def save_trace(timeline: Timeline, path: str | Path, executed: Sequence[TraceSpan] = ()) -> None:
+    """Write the predicted steps, and what a run executed, so that the file is whole or absent.
 
     Raises:
         ConfigError: the file cannot be written.
     """
-    events = trace_events(timeline)
+    events = trace_events(timeline) + (executed_events(executed) if executed else [])
     write_whole(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 

@@ -12,6 +12,7 @@ from planner.program import compile_plan
 from planner.report_trace import save_trace, trace_events
 from planner.resolve import make_costs
 from planner.simulate import StepPrices, Timeline, run_program
+from planner.trace import TraceSpan
 from profiles.errors import ConfigError
 from tests.planner.plans import random_plan
 
@@ -45,3 +46,24 @@ def test_a_large_cluster_shows_one_rank_of_each_group() -> None:
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         save_trace(timeline(1), tmp_path / "none" / "trace.json")
+
+
+def executed(rank: int, step: int, start_s: float) -> TraceSpan:
+    return TraceSpan(
+        rank=rank, step=step, index=0, kind="train", label="actor_train", start_s=start_s,
+        end_s=start_s + 2.0, num_tokens=7,
+    )  # fmt: skip
+
+
+def test_executed_steps_stand_beside_the_predicted_ones(tmp_path: Path) -> None:
+    spans = [executed(rank, step, 100.0 + 10 * step + rank) for step in range(3) for rank in (0, 1)]
+    file = tmp_path / "trace.json"
+    save_trace(timeline(1), file, spans)
+    events = json.loads(file.read_text())["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert processes == {0: "predicted", 1: "executed"}
+    shown = [e for e in events if e["ph"] == "X" and e["pid"] == 1]
+    assert [(e["tid"], e["args"]["step"], e["ts"], e["dur"]) for e in shown] == [
+        (0, 1, 0.0, 2e6), (1, 1, 1e6, 2e6), (0, 2, 10e6, 2e6), (1, 2, 11e6, 2e6),
+    ]  # fmt: skip
+    assert shown[0]["args"]["tokens"] == 7
