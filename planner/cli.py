@@ -198,8 +198,9 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     add(
         "--cluster",
         metavar="local|NAME|FILE",
-        help="local: CPU workers of this machine, or the GPUs of --profile; NAME: as --device; "
-        "FILE: a cluster.yaml (see planner/cluster_file.py)",
+        help="local: CPU workers of this machine, or the GPUs of --profile; NAME: dgx-h100, p4d, "
+        "laptop, … (see realplan devices), or as --device; FILE: a cluster.yaml (see "
+        "planner/cluster_file.py)",
     )
     add(
         "--profile",

@@ -29,7 +29,8 @@ from planner.search import estimate_plan
 from planner.simulate import StepPrices, Timeline
 from planner.trace import trace_of_run
 from profiles.catalogue import MODELS
-from profiles.clusters import DEVICES
+from profiles.clusters import LAPTOP, SYSTEMS
+from profiles.devices import DEVICES
 from profiles.errors import ConfigError
 from profiles.units import format_bytes
 
@@ -158,10 +159,14 @@ def run_models(args: argparse.Namespace) -> int:
 
 def run_devices(args: argparse.Namespace) -> int:
     """``realplan devices``."""
+    homes = {d: [s.name for s in SYSTEMS.values() if s.device == d] for d in DEVICES}
+    homes["cpu"] = ["local", LAPTOP]
     rows = [
         {"name": d.name, "TFLOP/s": f"{d.peak_flops / 1e12:g}",
          "memory": format_bytes(d.memory_bytes), "GB/s": f"{d.memory_bytes_per_s / 1e9:g}",
-         "source": d.source}
+         "$/hour": f"{d.dollars_per_hour:g}" if d.dollars_per_hour else "-",
+         "--cluster": ", ".join(homes[d.name]),
+         "source": d.source + (f"; price: {d.price_source}" if d.price_source else "")}
         for d in DEVICES.values()
     ]  # fmt: skip
     return _print_rows(rows, rows[0], args.json)

@@ -1,11 +1,12 @@
 """A cluster of the user's own as YAML, and single fields of any cluster as overrides.
 
-    base: a100                  # optional: a server of the catalogue to start from
+    base: dgx-a100              # optional: a server of the catalogue (realplan devices), or a GPU
     name: our cluster
     num_nodes: 16               # or --gpus
     devices_per_node: 8
     device:
       memory_bytes: 40GiB       # bytes with a unit, or a plain number
+      dollars_per_hour: 1.20    # of one GPU: yours instead of the catalogue's
     inter_link:
       bytes_per_s: 12.5GB       # of one device, one direction
       latency_s: 5e-6
@@ -24,7 +25,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from profiles.clusters import PLATFORMS, make_cluster
+from profiles.clusters import PLATFORMS, SYSTEMS, make_cluster
 from profiles.errors import ConfigError, UserError, unknown_name
 from profiles.hardware import ClusterSpec, DeviceSpec, LinkSpec
 from profiles.units import parse_bytes
@@ -70,9 +71,10 @@ def cluster_from_dict(
     base = values.pop("base", None)
     start: dict[str, Any] = {}
     if base is not None:
-        if not isinstance(base, str) or base.removeprefix("dgx-") not in PLATFORMS:
-            raise unknown_name("base", str(base), PLATFORMS, where=f"{where}: base")
-        start = make_cluster(base.removeprefix("dgx-"), 8).to_dict()
+        known = {**PLATFORMS, **SYSTEMS}
+        if not isinstance(base, str) or base not in known:
+            raise unknown_name("base", str(base), known, where=f"{where}: base")
+        start = make_cluster(base, known[base].devices_per_node).to_dict()
         start["name"] = f"{file_stem(where)} ({base})"
     _update(start, values, where=where, prefix="", kind=ClusterSpec)
     if num_devices is not None:
@@ -125,6 +127,8 @@ def _update(
 ) -> None:
     """Put checked ``changes`` into plain ``values`` of a dataclass ``kind``."""
     hints = get_type_hints(kind)
+    if kind is DeviceSpec and "dollars_per_hour" in changes:
+        values["price_source"] = "given by the user"
     for key, value in changes.items():
         path = _path(where, f"{prefix}{key}")
         if key not in hints:

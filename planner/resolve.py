@@ -14,13 +14,13 @@ from planner.arguments import whole
 from planner.cluster_file import is_cluster_file, load_cluster
 from planner.cost import CostModel
 from planner.plan import ExecutionPlan
-from profiles.clusters import PLATFORMS, local_cluster, make_cluster
+from profiles.clusters import PLATFORMS, SYSTEMS, local_cluster, make_cluster
 from profiles.errors import ConfigError
 from profiles.hardware import ClusterSpec
 from profiles.shipped import shipped_costs
 from profiles.table import CostTable, TableCosts
 
-_DEFAULT_GPUS = {"local": 2}
+_DEFAULT_GPUS = {"local": 2, "laptop": 1}
 
 
 def resolve_cluster(
@@ -44,7 +44,8 @@ def resolve_cluster(
         given = None if gpus is None else whole(gpus, "--gpus", least=1)
         return load_cluster(cluster, num_devices=given)
     name = cluster or device or "a100"
-    if cluster and device and cluster != device:
+    has = SYSTEMS[name].device if name in SYSTEMS else name
+    if device and device not in (name, has):
         raise ConfigError(
             f"--cluster {cluster} and --device {device} name two devices", where="--device",
             remedy="give one of them",

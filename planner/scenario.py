@@ -21,7 +21,8 @@ from planner.plan_schema import load_plan, plan_to_dict, save_plan
 from planner.resolve import make_costs
 from planner.search import search
 from profiles.catalogue import resolve_model
-from profiles.clusters import DEVICES, make_cluster
+from profiles.clusters import make_cluster
+from profiles.devices import DEVICES
 from profiles.errors import ConfigError, InfeasibleError, UserError
 from profiles.hardware import ClusterSpec
 from profiles.table import CostTable

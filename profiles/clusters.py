@@ -1,64 +1,23 @@
-"""Names of devices and clusters: one row each, with the source of its figures.
+"""Names of clusters: how devices are wired, one row each, with the source of its figures.
 
-To add a GPU write one row in ``DEVICES`` and one in ``PLATFORMS``. The functions at the end turn
-what a user typed into a ``ClusterSpec``.
+Devices are rows of ``devices.py``. To add a server write one row in ``_SYSTEM_ROWS``; the first row
+of a device is the server that its bare name means. The functions at the end turn what a user
+typed into a ``ClusterSpec``.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from profiles.devices import DEVICES
 from profiles.errors import ConfigError, unknown_name
-from profiles.hardware import ClusterSpec, DeviceSpec, LinkSpec
-from profiles.units import GB, GIB, MIB, TFLOPS, US
+from profiles.hardware import MAX_DEVICES, ClusterSpec, DeviceSpec, LinkSpec
+from profiles.units import GB, GIB, US
 
-# ---- devices ----------------------------------------------------------------------------------
-
-# Host time of one kernel of eager PyTorch: Python, dispatcher and driver together. Commonly
-# reported as 4 to 10 us; ``realexec profile`` measures it.
-_LAUNCH_S = 5 * US
-
-# What one core does in fp32 with AVX2: 2 ports x 8 lanes x 2 (multiply, add) x 2.5 GHz.
-_CPU_CORE_FLOPS = 80e9
-
-_DEVICE_ROWS = (
-    DeviceSpec(
-        name="a100", kind="cuda", peak_flops=312 * TFLOPS, memory_bytes=80 * GIB,
-        memory_bytes_per_s=2039 * GB, launch_s=_LAUNCH_S,
-        source="NVIDIA A100 datasheet 2021: A100-SXM4-80GB, bf16 dense",
-    ),
-    DeviceSpec(
-        name="h100", kind="cuda", peak_flops=989 * TFLOPS, memory_bytes=81559 * MIB,
-        memory_bytes_per_s=3350 * GB, launch_s=_LAUNCH_S,
-        source="NVIDIA H100 datasheet: SXM5, bf16 without sparsity; memory as in nvidia-smi",
-    ),
-    DeviceSpec(
-        name="h200", kind="cuda", peak_flops=989 * TFLOPS, memory_bytes=143771 * MIB,
-        memory_bytes_per_s=4800 * GB, launch_s=_LAUNCH_S,
-        source="NVIDIA H200 datasheet: SXM, bf16 without sparsity; memory as in nvidia-smi",
-    ),
-    DeviceSpec(
-        name="b200", kind="cuda", peak_flops=2250 * TFLOPS, memory_bytes=180 * GB,
-        memory_bytes_per_s=8000 * GB, launch_s=_LAUNCH_S,
-        source="NVIDIA DGX B200 datasheet, one of eight GPUs, bf16 without sparsity",
-    ),
-    DeviceSpec(
-        name="l40s", kind="cuda", peak_flops=362 * TFLOPS, memory_bytes=46068 * MIB,
-        memory_bytes_per_s=864 * GB, launch_s=_LAUNCH_S,
-        source="NVIDIA L40S datasheet, bf16 without sparsity; memory as nvidia-smi has it",
-    ),
-    DeviceSpec(
-        name="cpu", kind="cpu", peak_flops=_CPU_CORE_FLOPS, memory_bytes=4 * GIB,
-        memory_bytes_per_s=10 * GB, launch_s=_LAUNCH_S,
-        source="one core of a server CPU with AVX2, assumed; measure with realexec profile",
-    ),
-)  # fmt: skip
-DEVICES: Mapping[str, DeviceSpec] = {device.name: device for device in _DEVICE_ROWS}
-
-# ---- platforms: how devices are wired ---------------------------------------------------------
+# ---- servers: how devices are wired -----------------------------------------------------------
 
 # Seconds of one step of a ring: NCCL's own tuning constants (graph/tuning.cc: hwLat, ring, LL128).
 _NVLINK_STEP_S, _PCIE_STEP_S, _NETWORK_STEP_S = 1.9 * US, 2.5 * US, 4.0 * US
@@ -66,13 +25,30 @@ _NVLINK_STEP_S, _PCIE_STEP_S, _NETWORK_STEP_S = 1.9 * US, 2.5 * US, 4.0 * US
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Platform:
-    """A usual server of one device kind: rates are one direction of one device's share."""
+    """A server of one device kind: rates are one direction of one device's share.
 
+    ``dollars_per_hour``: of one of its devices, where they are let in this server at another
+    price than the device's own (0: the device's).
+    """
+
+    name: str
     device: str
-    devices_per_node: int
+    devices_per_node: int = 8
     intra: LinkSpec
     inter: LinkSpec
     host: LinkSpec
+    most_devices: int = MAX_DEVICES
+    dollars_per_hour: float = 0.0
+    price_source: str = ""
+
+    def device_spec(self) -> DeviceSpec:
+        """The catalogue's device, at this server's price."""
+        device = DEVICES[self.device]
+        if self.dollars_per_hour == 0:
+            return device
+        return replace(
+            device, dollars_per_hour=self.dollars_per_hour, price_source=self.price_source
+        )
 
 
 def _nvlink(gb_per_s: float, source: str) -> LinkSpec:
@@ -91,33 +67,65 @@ def _pcie(generation: int) -> LinkSpec:
     )
 
 
-_PLATFORM_ROWS = (
+_A100_NVLINK = _nvlink(300, "NVLink 3: 600 GB/s both ways (A100 datasheet)")
+_HOPPER_NVLINK = _nvlink(450, "NVLink 4: 900 GB/s both ways (H100 and H200 datasheets)")
+_BLACKWELL_NVLINK = _nvlink(900, "NVLink 5: 1.8 TB/s both ways (DGX B200 datasheet)")
+
+_SYSTEM_ROWS = (
     Platform(
-        device="a100", devices_per_node=8,
-        intra=_nvlink(300, "NVLink 3: 600 GB/s both ways (A100 datasheet)"),
-        inter=_network(200, "DGX A100: one 200 Gb/s HDR adapter for each GPU"), host=_pcie(4),
+        name="dgx-a100", device="a100", intra=_A100_NVLINK, host=_pcie(4),
+        inter=_network(200, "DGX A100: one 200 Gb/s HDR adapter for each GPU"),
     ),
     Platform(
-        device="h100", devices_per_node=8,
-        intra=_nvlink(450, "NVLink 4: 900 GB/s both ways (H100 datasheet)"),
-        inter=_network(400, "DGX H100: one 400 Gb/s NDR adapter for each GPU"), host=_pcie(5),
+        name="p4de", device="a100", intra=_A100_NVLINK, host=_pcie(4),
+        inter=_network(50, "AWS p4de.24xlarge: 400 Gb/s EFA for eight GPUs"),
+        dollars_per_hour=3.431, price_source="AWS p4de.24xlarge / 8, us-east-1 on demand, 2026-11",
     ),
     Platform(
-        device="h200", devices_per_node=8,
-        intra=_nvlink(450, "NVLink 4: 900 GB/s both ways (H200 datasheet)"),
-        inter=_network(400, "DGX H200: one 400 Gb/s NDR adapter for each GPU"), host=_pcie(5),
+        name="p4d", device="a100-40g", intra=_A100_NVLINK, host=_pcie(4),
+        inter=_network(50, "AWS p4d.24xlarge: 400 Gb/s EFA for eight GPUs"),
+        dollars_per_hour=2.745, price_source="AWS p4d.24xlarge / 8, us-east-1 on demand, 2026-11",
     ),
     Platform(
-        device="b200", devices_per_node=8,
-        intra=_nvlink(900, "NVLink 5: 1.8 TB/s both ways (DGX B200 datasheet)"),
-        inter=_network(400, "DGX B200: one 400 Gb/s adapter for each GPU"), host=_pcie(5),
+        name="dgx-h100", device="h100", intra=_HOPPER_NVLINK, host=_pcie(5),
+        inter=_network(400, "DGX H100: one 400 Gb/s NDR adapter for each GPU"),
     ),
     Platform(
-        device="l40s", devices_per_node=8, intra=_pcie(4),
-        inter=_network(100, "assumed: two GPUs share a 200 Gb/s adapter"), host=_pcie(4),
+        name="p5", device="h100", intra=_HOPPER_NVLINK, host=_pcie(5),
+        inter=_network(400, "AWS p5.48xlarge: 3200 Gb/s EFA for eight GPUs"),
+        dollars_per_hour=6.88, price_source="AWS p5.48xlarge / 8, us-east-1 on demand, 2026-11",
+    ),
+    Platform(
+        name="dgx-h200", device="h200", intra=_HOPPER_NVLINK, host=_pcie(5),
+        inter=_network(400, "DGX H200: one 400 Gb/s NDR adapter for each GPU"),
+    ),
+    Platform(
+        name="gb200-nvl72", device="gb200", devices_per_node=4, intra=_BLACKWELL_NVLINK,
+        inter=_nvlink(900, "NVLink 5 through the rack's switches (GB200 NVL72 datasheet)"),
+        host=_pcie(5), most_devices=72,
+    ),
+    Platform(
+        name="dgx-b200", device="b200", intra=_BLACKWELL_NVLINK, host=_pcie(5),
+        inter=_network(400, "DGX B200: one 400 Gb/s adapter for each GPU"),
+    ),
+    Platform(
+        name="l40s-box", device="l40s", intra=_pcie(4), host=_pcie(4),
+        inter=_network(100, "assumed: two GPUs share a 200 Gb/s adapter"),
+    ),
+    Platform(
+        name="g6e", device="l40s", intra=_pcie(4), host=_pcie(4),
+        inter=_network(50, "AWS g6e.48xlarge: 400 Gb/s for eight GPUs"),
+    ),
+    Platform(
+        name="g5", device="a10g", intra=_pcie(4), host=_pcie(4),
+        inter=_network(12.5, "AWS g5.48xlarge: 100 Gb/s for eight GPUs"),
     ),
 )  # fmt: skip
-PLATFORMS: Mapping[str, Platform] = {row.device: row for row in _PLATFORM_ROWS}
+SYSTEMS: Mapping[str, Platform] = {row.name: row for row in _SYSTEM_ROWS}
+# The server that a device's bare name means: the first of its rows.
+PLATFORMS: Mapping[str, Platform] = {row.device: row for row in reversed(_SYSTEM_ROWS)}
+LAPTOP = "laptop"
+CLUSTER_NAMES = (*SYSTEMS, LAPTOP)
 
 # Workers of one machine talk over gloo on the loopback device; modest figures, not measured.
 _LOOPBACK = LinkSpec(bytes_per_s=1 * GB, latency_s=50 * US, source="gloo over loopback, assumed")
@@ -134,24 +142,36 @@ def _check_count(num_devices: int, *, where: str) -> None:
         )  # fmt: skip
 
 
-def make_cluster(device: str, num_devices: int) -> ClusterSpec:
-    """``num_devices`` of a catalogue device in its usual servers; ``cpu`` is this machine.
+def make_cluster(name: str, num_devices: int) -> ClusterSpec:
+    """``num_devices`` of a catalogue device in its usual servers, or in the servers of a name.
 
-    Fewer devices than a server has make one node of that many.
+    ``cpu`` is this machine, ``laptop`` a usual one. Fewer devices than a server has make one node
+    of that many.
 
     >>> make_cluster("a100", 16).num_nodes
     2
+    >>> make_cluster("p5", 16).device.name
+    'h100'
 
     Raises:
-        ConfigError: an unknown device, a count that is not a positive whole number, or one that
-            does not fill its nodes.
+        ConfigError: an unknown name, a count that is not a positive whole number, that does not
+            fill its nodes, or that is more than the servers' network joins.
     """
-    if device not in DEVICES:
-        raise unknown_name("device", device, DEVICES, where="--device")
+    if name not in DEVICES and name not in CLUSTER_NAMES:
+        raise unknown_name("device or cluster", name, [*DEVICES, *CLUSTER_NAMES], where="--device")
     _check_count(num_devices, where="--devices")
-    if device == "cpu":
+    if name == "cpu":
         return local_cluster(num_devices)
-    platform = PLATFORMS[device]
+    if name == LAPTOP:
+        return laptop_cluster(num_devices)
+    platform = SYSTEMS.get(name) or PLATFORMS[name]
+    if num_devices > platform.most_devices:
+        raise ConfigError(
+            f"{num_devices} devices, but one {platform.name} has {platform.most_devices}",
+            where="--devices",
+            remedy="describe the network between several in a cluster file",
+        )
+    device = platform.device
     per_node = min(platform.devices_per_node, num_devices)
     if num_devices % per_node:
         low = num_devices // per_node * per_node
@@ -160,9 +180,10 @@ def make_cluster(device: str, num_devices: int) -> ClusterSpec:
             remedy=f"use {low} or {low + per_node}",
         )  # fmt: skip
     return ClusterSpec(
-        name=f"{num_devices} x {device}", device=DEVICES[device],
-        num_nodes=num_devices // per_node, devices_per_node=per_node, intra_link=platform.intra,
-        inter_link=platform.inter, host_link=platform.host,
+        name=f"{num_devices} x {device}" if name == device else f"{name}, {num_devices} x {device}",
+        device=platform.device_spec(), num_nodes=num_devices // per_node,
+        devices_per_node=per_node, intra_link=platform.intra, inter_link=platform.inter,
+        host_link=platform.host,
     )  # fmt: skip
 
 
@@ -187,15 +208,37 @@ def local_cluster(num_workers: int) -> ClusterSpec:
     """
     _check_count(num_workers, where="--workers")
     cores = max(1.0, (os.cpu_count() or 1) / num_workers)
-    row = DEVICES["cpu"]
-    device = DeviceSpec(
-        name="cpu", kind="cpu", peak_flops=row.peak_flops * cores,
+    return _cpu_cluster(
+        f"{num_workers} CPU workers", num_workers, cores=cores,
         memory_bytes=machine_memory_bytes() // num_workers,
-        memory_bytes_per_s=row.memory_bytes_per_s, launch_s=row.launch_s,
-        source=f"{row.source}; {cores:g} cores a worker",
+        memory_bytes_per_s=DEVICES["cpu"].memory_bytes_per_s, source=DEVICES["cpu"].source,
     )  # fmt: skip
-    host = LinkSpec(bytes_per_s=row.memory_bytes_per_s, latency_s=0.0, source=row.source)
+
+
+def laptop_cluster(num_workers: int) -> ClusterSpec:
+    """The CPU of a usual laptop cut into ``num_workers``: 8 cores, 16 GiB, two channels of DDR5.
+
+    A machine to plan for without having it; ``local`` is the one at hand.
+    """
+    return _cpu_cluster(
+        f"a laptop's CPU, {num_workers} workers", num_workers, cores=8 / num_workers,
+        memory_bytes=16 * GIB // num_workers, memory_bytes_per_s=76.8 * GB / num_workers,
+        source="assumed: 8 cores with AVX2, 16 GiB, DDR5-4800 in two channels",
+    )  # fmt: skip
+
+
+def _cpu_cluster(
+    name: str, num_workers: int, *, cores: float, memory_bytes: int, memory_bytes_per_s: float,
+    source: str,
+) -> ClusterSpec:  # fmt: skip
+    """One node of workers with ``cores`` cores, ``memory_bytes`` and their share of a rate each."""
+    row = DEVICES["cpu"]
+    device = replace(
+        row, peak_flops=row.peak_flops * cores, memory_bytes=memory_bytes,
+        memory_bytes_per_s=memory_bytes_per_s, source=f"{source}; {cores:g} cores a worker",
+    )  # fmt: skip
+    host = LinkSpec(bytes_per_s=memory_bytes_per_s, latency_s=0.0, source=source)
     return ClusterSpec(
-        name=f"{num_workers} CPU workers", device=device, num_nodes=1,
-        devices_per_node=num_workers, intra_link=_LOOPBACK, inter_link=_LOOPBACK, host_link=host,
+        name=name, device=device, num_nodes=1, devices_per_node=num_workers,
+        intra_link=_LOOPBACK, inter_link=_LOOPBACK, host_link=host,
     )  # fmt: skip

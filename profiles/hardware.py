@@ -20,7 +20,11 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSpec:
-    """One accelerator, or the share of a CPU that one worker has."""
+    """One accelerator, or the share of a CPU that one worker has.
+
+    ``dollars_per_hour`` is a default to be replaced by what a user pays; ``price_source`` says
+    who asked for so much, for what, and when.
+    """
 
     name: str
     kind: DeviceKind
@@ -29,9 +33,11 @@ class DeviceSpec:
     memory_bytes_per_s: float
     launch_s: float  # host time to start one kernel
     source: str = ""
+    dollars_per_hour: float = 0.0  # 0 where no price is known
+    price_source: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("name", "source"):
+        for field in ("name", "source", "price_source"):
             if not isinstance(getattr(self, field), str):
                 raise ConfigError("must be text", where=f"device.{field}")
         if self.kind not in get_args(DeviceKind):
@@ -40,6 +46,12 @@ class DeviceSpec:
             value = getattr(self, field)
             if not _is_number(value) or not (value > 0 or (value == 0 and field == "launch_s")):
                 raise ConfigError("must be above zero", where=f"device {self.name}.{field}")
+        if not _is_number(self.dollars_per_hour) or self.dollars_per_hour < 0:
+            raise ConfigError(
+                f"{self.dollars_per_hour!r} is no price",
+                where=f"device {self.name}.dollars_per_hour",
+                remedy="give dollars, or 0 where it is unknown",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

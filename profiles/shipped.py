@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from profiles.clusters import DEVICES, PLATFORMS
+from profiles.clusters import PLATFORMS
 from profiles.collectives import Collectives
 from profiles.costs import LayerCosts
+from profiles.devices import DEVICES
 from profiles.hardware import ClusterSpec
 from profiles.kernel_costs import KernelCosts
 from profiles.kernel_tables import shipped_devices, shipped_table

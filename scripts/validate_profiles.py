@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from profiles.catalogue import MODELS
-from profiles.clusters import DEVICES, make_cluster
+from profiles.clusters import make_cluster
 from profiles.costs import Cost, Operation, Provenance
+from profiles.devices import DEVICES
 from profiles.kernel_tables import DATA_FOLDER, shipped_devices, shipped_table
 from profiles.kernels import (
     KernelSurfaces,

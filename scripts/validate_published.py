@@ -31,8 +31,9 @@ from planner.memory import held_memory
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, Workload
 from planner.strategy import ParallelStrategy, Recompute
-from profiles.clusters import DEVICES, make_cluster
+from profiles.clusters import make_cluster
 from profiles.collectives import Collectives
+from profiles.devices import DEVICES
 from profiles.kernel_costs import KernelCosts
 from profiles.kernels import KernelSurfaces
 from profiles.models import ModelSpec

@@ -111,6 +111,10 @@ def same_kind(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
+# Where a number is from, and what a device costs.
+OPTIONAL = {"source", "dollars_per_hour", "price_source"}
+
+
 def is_broken(sound: Any, found: Any, *, free: Callable[[Path], bool], at: Path = ()) -> bool:
     """Whether ``found`` lacks a field of ``sound``, has one more, or one of another type.
 
@@ -121,7 +125,7 @@ def is_broken(sound: Any, found: Any, *, free: Callable[[Path], bool], at: Path 
     if not same_kind(sound, found):
         return True
     if isinstance(sound, dict):
-        if set(sound) - {"source"} != set(found) - {"source"}:  # where a number is from is optional
+        if set(sound) - OPTIONAL != set(found) - OPTIONAL:
             return True
         common = [k for k in sound if k in found]
         return any(is_broken(sound[k], found[k], free=free, at=(*at, k)) for k in common)

@@ -218,7 +218,7 @@ def test_help_has_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) 
         (["search", "--model", "tiny", "--gpus", "0"], "--gpus: 0 is below 1"),
         (["search", "--model", "tiny", "--gpus", "3.5"], "--gpus: '3.5' is not a whole number"),
         (["search", "--model", "tiny", "--gpus", "12"], "--gpus: 12 devices .*use 8 or 16"),
-        (["search", "--model", "tiny", "--device", "z9"], "--device: unknown device 'z9'"),
+        (["search", "--model", "tiny", "--device", "z9"], "unknown device or cluster 'z9'"),
         (["search", "--model", "tiny", "--device", "a100", "--cluster", "local"], "two devices"),
         (["search", "--model", "tiny", "--batch-size", "0"], "--batch-size: 0 is below 1"),
         (["search", "--model", "tiny", "--time-limit", "-1"], "--time-limit: '-1' is not a number"),

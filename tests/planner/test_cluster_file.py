@@ -41,6 +41,26 @@ def test_a_base_with_changes(tmp_path: Path) -> None:
     assert cluster.intra_link == make_cluster("a100", 8).intra_link
 
 
+def test_a_price_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "ours.yaml"
+    file.write_text("base: p4d\ndevice: {dollars_per_hour: 1.2}\n")
+    device = load_cluster(file).device
+    assert (device.name, device.dollars_per_hour) == ("a100-40g", 1.2)
+    assert device.price_source == "given by the user"
+    changed = override_cluster(make_cluster("h100", 8), {"device.dollars_per_hour": 2})
+    assert changed.device.dollars_per_hour == 2
+    with pytest.raises(ConfigError, match=r"dollars_per_hour: -2\.0 is no price"):
+        override_cluster(make_cluster("h100", 8), {"device.dollars_per_hour": -2})
+
+
+def test_a_named_cluster_of_so_many_gpus() -> None:
+    cluster = resolve_cluster("dgx-h100", None, "32", None)
+    assert (cluster.num_nodes, cluster.devices_per_node, cluster.device.name) == (4, 8, "h100")
+    assert resolve_cluster("dgx-h100", "h100", "32", None) == cluster
+    with pytest.raises(ConfigError, match="name two devices"):
+        resolve_cluster("dgx-h100", "a100", "32", None)
+
+
 def test_gpus_fill_the_nodes_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("base: h100\n")

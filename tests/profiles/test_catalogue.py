@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -10,7 +12,15 @@ import pytest
 
 from planner.layout import parameters
 from profiles.catalogue import MODELS, resolve_model
-from profiles.clusters import DEVICES, PLATFORMS, local_cluster, machine_memory_bytes, make_cluster
+from profiles.clusters import (
+    CLUSTER_NAMES,
+    PLATFORMS,
+    SYSTEMS,
+    local_cluster,
+    machine_memory_bytes,
+    make_cluster,
+)
+from profiles.devices import DEVICES
 from profiles.errors import ConfigError
 from profiles.hf_config import hf_config, spec_from_hf
 from profiles.units import GIB
@@ -172,8 +182,54 @@ def test_devices_that_do_not_fill_their_nodes_are_refused() -> None:
 
 
 def test_an_unknown_device_lists_near_names() -> None:
-    with pytest.raises(ConfigError, match=r"unknown device 'A10O'; did you mean a100"):
+    with pytest.raises(
+        ConfigError, match=r"'A10O'; did you mean a10g or a100"
+    ):
         make_cluster("A10O", 8)
+
+
+def test_every_gpu_has_a_price_that_says_whose_and_when() -> None:
+    for device in [*DEVICES.values(), *(system.device_spec() for system in SYSTEMS.values())]:
+        assert (device.dollars_per_hour > 0) == (device.kind == "cuda"), device.name
+        assert bool(re.search(r"20\d\d-\d\d", device.price_source)) == (device.kind == "cuda")
+
+
+@pytest.mark.parametrize("name", CLUSTER_NAMES)
+def test_a_named_cluster_is_whole_and_says_where_its_figures_are_from(name: str) -> None:
+    cluster = make_cluster(name, 8)
+    assert cluster.num_devices == 8
+    for link in (cluster.intra_link, cluster.inter_link, cluster.host_link):
+        assert link.source
+        assert 1e9 <= link.bytes_per_s <= 1e12, "bytes of one direction in a second"
+    if name in SYSTEMS:
+        assert cluster.device.name == SYSTEMS[name].device
+        assert cluster.inter_link.bytes_per_s <= cluster.intra_link.bytes_per_s
+
+
+def test_a_bare_device_is_in_its_makers_server() -> None:
+    assert PLATFORMS["a100"].name == "dgx-a100"
+    assert PLATFORMS["h100"].name == "dgx-h100"
+    assert make_cluster("p5", 16).device.dollars_per_hour == pytest.approx(55.04 / 8)
+    assert make_cluster("h100", 16).device.dollars_per_hour < 55.04 / 8
+    # AWS: 400 Gb/s for eight GPUs is 6.25 GB/s for each.
+    assert make_cluster("p4d", 16).inter_link.bytes_per_s == pytest.approx(6.25e9)
+
+
+def test_more_than_a_rack_is_refused() -> None:
+    assert make_cluster("gb200-nvl72", 72).num_nodes == 18
+    with pytest.raises(ConfigError, match="80 devices, but one gb200-nvl72 has 72"):
+        make_cluster("gb200", 80)
+
+
+def test_a_price_below_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"device h100\.dollars_per_hour: -1 is no price"):
+        replace(DEVICES["h100"], dollars_per_hour=-1)
+
+
+def test_a_laptop_is_shared_by_its_workers() -> None:
+    one, four = make_cluster("laptop", 1), make_cluster("laptop", 4)
+    assert one.device.memory_bytes == 16 * GIB == 4 * four.device.memory_bytes
+    assert one.device.peak_flops == pytest.approx(4 * four.device.peak_flops)
 
 
 def test_local_workers_share_the_machine() -> None:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.clusters import DEVICES, make_cluster
+from profiles.clusters import make_cluster
 from profiles.collectives import Collectives, ring_all_reduce_s, ring_gather_s
 from profiles.costs import Provenance
+from profiles.devices import DEVICES
 from profiles.hardware import ClusterSpec, LinkSpec
 from profiles.table import CostRow, CostTable
 

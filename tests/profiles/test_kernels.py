@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from profiles.catalogue import MODELS
-from profiles.clusters import DEVICES, make_cluster
+from profiles.clusters import make_cluster
+from profiles.devices import DEVICES
 from profiles.errors import ProfileError
 from profiles.kernel_tables import DATA_FOLDER, LATENCY, load_table, shipped_table
 from profiles.kernels import KernelSurfaces

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.catalogue import MODELS
-from profiles.clusters import DEVICES, make_cluster
+from profiles.clusters import make_cluster
 from profiles.collectives import Collectives
 from profiles.costs import Component, Operation
+from profiles.devices import DEVICES
 from profiles.hardware import DeviceSpec
 from profiles.roofline import RooflineCosts, block_products
 

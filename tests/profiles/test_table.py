@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from profiles.catalogue import MODELS
-from profiles.clusters import DEVICES
 from profiles.costs import Provenance
+from profiles.devices import DEVICES
 from profiles.errors import ProfileError
 from profiles.roofline import RooflineCosts
 from profiles.table import CostRow, CostTable, TableCosts, shape_key, spec_of_shape
