@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from executor.labels import label_of
+from planner.labels import label_of
 from planner.memory import REMEDIES, call_memory, plan_memory
 from planner.plan import ExecutionPlan
 from planner.program import Function, Generate, Infer, Instruction, Train

@@ -22,7 +22,6 @@ from executor.buffers import ParameterBuffer
 from executor.context import RankContext, build_contexts
 from executor.dataset import Item, Prompts
 from executor.generate.engine import generate
-from executor.labels import label_of
 from executor.metrics import REWARDS, evaluation_moment, post, post_samples, shows_samples
 from executor.model import hf_weights
 from executor.model.transformer import DecoderStage
@@ -36,6 +35,7 @@ from executor.trace import TraceWriter
 from executor.training import Passes, Trainer, evaluate, sum_over_dp, train
 from executor.transfer import Exchange, SampleStore
 from planner.graph import CallKind, ModelFunctionCall
+from planner.labels import label_of
 from planner.layout import Layout
 from planner.plan import Allocation
 from planner.program import (

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from planner.arguments import parse_with_words
+from planner.cli_calibrate import run_calibrate
 from planner.cli_plans import (
     run_compare,
     run_devices,
@@ -57,6 +58,10 @@ _EXPLAIN_EXAMPLES = """examples:
 _REPORT_EXAMPLES = """examples:
   realplan report plan.json -o report.html --trace predicted.json
   realplan report plan.json --trace both.json --run runs/ppo    # predicted above executed
+"""
+_CALIBRATE_EXAMPLES = """examples:
+  realplan calibrate profile.json runs/ppo runs/ppo2 -o calibrated.json
+  realplan search --model models/sft --cluster local --gpus 2 --profile calibrated.json
 """
 _BASELINES_EXAMPLES = """examples:
   realplan baselines --model llama-13b --gpus 16
@@ -113,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("-o", "--output", metavar="FILE", help="the page: report.html")
     report.add_argument("--trace", metavar="FILE", help="the predicted steps, for ui.perfetto.dev")
     report.add_argument("--run", metavar="FOLDER", help="a run's: its steps in the trace as well")
+    _add_calibrate(verbs)
     models = verbs.add_parser("models", help="models of the catalogue")
     devices = verbs.add_parser("devices", help="devices of the catalogue")
     doctor = verbs.add_parser(
@@ -124,6 +130,19 @@ def build_parser() -> argparse.ArgumentParser:
     for verb in (show, estimate, compare, explain, models, devices, doctor):
         verb.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_calibrate(verbs: Any) -> None:
+    calibrate = _verb(
+        verbs, "calibrate", "correct a profile by what runs have measured", _CALIBRATE_EXAMPLES,
+        "Compare traces of runs with their estimates, fit a factor for each phase of a step with "
+        "its interval, and write a profile that has them.",
+    )  # fmt: skip
+    add = calibrate.add_argument
+    add("profile", metavar="profile.json", help="that the runs' plans are priced with")
+    add("runs", nargs="+", metavar="FOLDER", help="output folders of realexec run")
+    add("-o", "--output", default="calibrated.json", metavar="FILE", help="calibrated.json")
+    add("--json", action="store_true", help="print JSON")
 
 
 def _verb(
@@ -215,8 +234,8 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
 
 _VERBS = {
     "search": run_search, "baselines": run_baselines, "show": run_show, "estimate": run_estimate,
-    "compare": run_compare, "explain": run_explain, "report": run_report, "models": run_models,
-    "devices": run_devices, "doctor": run_doctor,
+    "compare": run_compare, "explain": run_explain, "report": run_report,
+    "calibrate": run_calibrate, "models": run_models, "devices": run_devices, "doctor": run_doctor,
 }  # fmt: skip
 
 

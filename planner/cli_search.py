@@ -24,14 +24,15 @@ from rich.table import Table
 
 from planner.algorithm import find_algorithm, make_config, make_problem, role_paths
 from planner.arguments import seconds, whole
+from planner.confidence import confidence
 from planner.console import note, output_console, say
 from planner.cost import CostModel
 from planner.overrides import Overrides, parse_overrides
 from planner.plan import ExecutionPlan, Problem
 from planner.plan_schema import plan_to_dict, save_plan
-from planner.report import BASELINE_NAMES, print_plan
+from planner.report import BASELINE_NAMES, confidence_text, print_plan
 from planner.resolve import load_table, make_costs, resolve_cluster
-from planner.search import estimate_plan, search
+from planner.search import SearchResult, estimate_plan, search
 from planner.search.baselines import baselines
 from planner.search.bounds import lower_bound_s
 from planner.search.engine import News
@@ -122,9 +123,21 @@ def run_search(args: argparse.Namespace) -> int:
         print(json.dumps(plan_to_dict(plan)))
         return 0
     print_plan(plan, result.timeline, output_console())
+    for line in _sureness(result, costs):
+        say(output_console(), line)
     say(output_console(), f"\n{result.evaluations:,} plans looked at in {result.wall_s:.1f} s by "
         f"{result.engine}, seed {result.seed}; the best is in {args.output}")  # fmt: skip
     return 0
+
+
+def _sureness(result: SearchResult, costs: CostModel) -> list[str]:
+    """What a calibrated profile's intervals say of the plan beside each baseline."""
+    prices = StepPrices(result.plan.problem, costs)
+    return [
+        confidence_text(found, BASELINE_NAMES.get(name, name))
+        for name, other in result.baseline_plans.items()
+        if (found := confidence(result.plan, other, prices)) is not None
+    ]
 
 
 @contextmanager

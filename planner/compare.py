@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from planner.confidence import Confidence, confidence
 from planner.cost import CostModel
 from planner.explain import CriticalCycle, Fullest, fullest_device, steady_cycle
 from planner.plan import Allocation, ExecutionPlan, Problem, allocation_problem
@@ -53,13 +54,14 @@ class Comparison:
     """``a`` and ``b``; ``clusters_differ``: fields of the cluster with both values.
 
     ``swaps``: of each call that is allocated otherwise, on plans of one cluster; the largest gain
-    first.
+    first. ``confidence``: that the faster is faster, where a calibration knows.
     """
 
     a: Side
     b: Side
     clusters_differ: Mapping[str, tuple[Any, Any]]
     swaps: tuple[Swap, ...]
+    confidence: Confidence | None = None
 
     @property
     def faster(self) -> Side:
@@ -91,10 +93,12 @@ def compare(
     side_a, side_b = _side(names[0], a, costs_a), _side(names[1], b, costs_b)
     clusters = _differences(a.problem.cluster.to_dict(), b.problem.cluster.to_dict())
     swaps: tuple[Swap, ...] = ()
+    sure: Confidence | None = None
     if not clusters:
         slow, fast = (a, b) if side_b.step_s < side_a.step_s else (b, a)
         swaps = swap_each(slow, fast, costs_a)
-    return Comparison(a=side_a, b=side_b, clusters_differ=clusters, swaps=swaps)
+        sure = confidence(fast, slow, StepPrices(a.problem, costs_a))
+    return Comparison(a=side_a, b=side_b, clusters_differ=clusters, swaps=swaps, confidence=sure)
 
 
 def _side(name: str, plan: ExecutionPlan, costs: CostModel) -> Side:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from planner.confidence import Confidence
 from planner.layout import Layout
 from planner.memory import MemoryBreakdown, memory_over_time, plan_memory
 from planner.plan import Allocation, Estimate, ExecutionPlan
@@ -123,6 +124,14 @@ def estimate_lines(plan: ExecutionPlan) -> list[str]:
         f"({estimate.peak_bytes / had:.0%})"
     )
     return lines
+
+
+def confidence_text(found: Confidence, other: str) -> str:
+    """How sure it is that a plan beats ``other``, after what calibration saw of its estimates."""
+    return (
+        f"{found.faster:.0%} sure to beat {other}: {found.ratio_low:.2f}x to "
+        f"{found.ratio_high:.2f}x as fast (90% interval)"
+    )
 
 
 BASELINE_NAMES = {

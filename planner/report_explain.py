@@ -15,7 +15,7 @@ from planner.console import say
 from planner.cost.pipeline import PARTS
 from planner.explain import CriticalCycle, CycleStep, Explanation, RankGroup
 from planner.plan import ExecutionPlan
-from planner.report import ranges_text, strategy_text
+from planner.report import confidence_text, ranges_text, strategy_text
 from profiles.units import format_bytes, format_seconds
 
 _SHORT_PARTS = {
@@ -183,6 +183,8 @@ def comparison_lines(found: Comparison) -> list[str]:
         f"{fast.name} is faster: {format_seconds(fast.step_s)} instead of "
         f"{format_seconds(slow.step_s)} a step, {1 - fast.step_s / slow.step_s:.1%} less"
     )
+    if found.confidence is not None:
+        lines.append(f"{fast.name} is {confidence_text(found.confidence, slow.name)}")
     for side in (fast, slow):
         if side.fullest.headroom_bytes < 0:
             lacks = format_bytes(-side.fullest.headroom_bytes)
@@ -228,7 +230,11 @@ def comparison_to_dict(found: Comparison) -> dict[str, Any]:
         for s in found.swaps
     ]  # fmt: skip
     clusters = {field: list(values) for field, values in found.clusters_differ.items()}
-    return {**sides, "faster": found.faster.name, "clusters_differ": clusters, "swaps": swaps}
+    sure = None if found.confidence is None else asdict(found.confidence)
+    return {
+        **sides, "faster": found.faster.name, "clusters_differ": clusters, "swaps": swaps,
+        "confidence": sure,
+    }  # fmt: skip
 
 
 def _table(title: str) -> Table:

@@ -96,7 +96,8 @@ def make_costs(cluster: ClusterSpec, table: CostTable | None) -> CostModel:
             where="--profile",
             remedy="measure that device with realexec profile",
         )
-    return CostModel(cluster, TableCosts(table, layers), collectives)
+    measured = TableCosts(table, layers)
+    return CostModel(cluster, measured, collectives, calibration=table.calibration)
 
 
 def load_table(path: str | None) -> CostTable | None:

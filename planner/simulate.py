@@ -29,6 +29,7 @@ from planner.cost import CallCost, CostModel, call_cost
 from planner.cost.stage import VALUE_BYTES
 from planner.cost.transfer import reallocation_seconds, transfer_seconds
 from planner.graph import CallKind, ModelFunctionCall
+from planner.labels import label_of
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem
@@ -276,15 +277,10 @@ def play_step(events: Sequence[StepEvent], clock_s: dict[int, float], draw: Draw
                 draw(event, f"receive {producer}", start_s, now_s)
         end_s = now_s + event.seconds
         if draw is not None:
-            draw(event, _label(event), now_s, end_s)
+            draw(event, label_of(event.instruction), now_s, end_s)
         for rank in event.ranks:
             clock_s[rank] = end_s
         ended_s[event.call] = end_s
-
-
-def _label(event: StepEvent) -> str:
-    instruction = event.instruction
-    return f"reallocate {instruction.role}" if isinstance(instruction, Reallocate) else event.call
 
 
 def steady_step_s(events: Sequence[StepEvent]) -> float:

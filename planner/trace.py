@@ -96,16 +96,20 @@ def _span(line: str, where: str) -> TraceSpan:
 def measured_seconds(spans: Sequence[TraceSpan], *, first_step: int = 0) -> Mapping[str, float]:
     """Median over steps of each label's seconds, from its last rank's start to its last end.
 
-    A call starts when the last rank of its mesh reaches it: what comes before is waiting.
+    A call starts when the last rank of its mesh reaches it: what comes before is waiting. What has
+    one label twice in a step (a role moved twice) counts as the sum.
     """
-    groups: dict[tuple[str, int], list[TraceSpan]] = defaultdict(list)
+    groups: dict[tuple[str, int, int], list[TraceSpan]] = defaultdict(list)
     for span in spans:
         if span.step >= first_step:
-            groups[(span.label, span.step)].append(span)
-    by_label: dict[str, list[float]] = defaultdict(list)
-    for (label, _), members in groups.items():
+            groups[(span.label, span.step, span.index)].append(span)
+    by_step: dict[tuple[str, int], float] = defaultdict(float)
+    for (label, step, _), members in groups.items():
         start_s = max(span.start_s for span in members)
-        by_label[label].append(max(span.end_s for span in members) - start_s)
+        by_step[label, step] += max(span.end_s for span in members) - start_s
+    by_label: dict[str, list[float]] = defaultdict(list)
+    for (label, _), seconds in by_step.items():
+        by_label[label].append(seconds)
     return {label: median(values) for label, values in by_label.items()}
 
 

@@ -15,10 +15,11 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from profiles.calibration import Calibration
 from profiles.costs import Component, Cost, LayerCosts, Operation, Provenance
 from profiles.errors import ConfigError, ProfileError
 from profiles.hardware import DeviceSpec
@@ -206,6 +207,7 @@ class CostTable:
     """Rows and what they were measured on.
 
     ``versions``: of the libraries, by name. ``date``: ISO 8601. ``dtype``: bf16 or fp32.
+    ``calibration``: what runs have taught of the rows, which stay as they were measured.
 
     Raises:
         ProfileError: a row is impossible (see ``check_rows``).
@@ -217,9 +219,15 @@ class CostTable:
     date: str
     source: str
     versions: Mapping[str, str] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.rows)
+
+    @property
+    def uncorrected(self) -> CostTable:
+        """The rows without what runs have taught of them."""
+        return replace(self, calibration=None)
 
     # ---- files --------------------------------------------------------------------------------
 
@@ -229,6 +237,8 @@ class CostTable:
             "dtype": self.dtype, "date": self.date, "source": self.source,
             "versions": dict(self.versions),
         }  # fmt: skip
+        if self.calibration is not None:
+            header["calibration"] = self.calibration.to_dict()
         return {
             "header": header,
             "columns": list(COLUMNS),
@@ -275,6 +285,9 @@ class CostTable:
             date=header["date"],
             source=header["source"],
             versions=_object(header, "versions", where="header."),
+            calibration=(
+                Calibration.from_dict(header["calibration"]) if "calibration" in header else None
+            ),
         )
 
     @classmethod

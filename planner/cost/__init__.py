@@ -51,7 +51,7 @@ def call_cost(
         )  # fmt: skip
     else:
         parts = infer_parts(spec, workload, allocation, model)
-    cost = CallCost.of(parts)
+    cost = CallCost.of(parts, model.corrections.get(call.kind.value, 1.0))
     model.known_calls[question] = cost
     return cost
 

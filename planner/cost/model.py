@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 
 from planner.cost.stage import ZERO, Priced, StageCosts
 from planner.plan import Allocation
+from profiles.calibration import Calibration
 from profiles.collectives import Collectives
 from profiles.costs import LayerCosts, Provenance
 from profiles.hardware import ClusterSpec
@@ -32,8 +33,10 @@ class CallCost:
     provenance: Mapping[Provenance, float]
 
     @classmethod
-    def of(cls, parts: Mapping[str, Priced]) -> CallCost:
+    def of(cls, parts: Mapping[str, Priced], factor: float = 1.0) -> CallCost:
+        """The sum of ``parts``, each ``factor`` times as long."""
         total = ZERO
+        parts = {name: priced * factor for name, priced in parts.items()}
         for priced in parts.values():
             total = total + priced
         return cls(
@@ -51,6 +54,7 @@ class CostModel:
     ``kernels``: prices what recomputation and sequence parallelism change of a block.
     ``stops_early``: full recomputation of a block stops at the last thing that backward needs, as
     the executor's does (torch's non-reentrant checkpointing); else it runs the block to its end.
+    ``calibration``: its factors correct each kind of call, and reallocations.
     """
 
     def __init__(
@@ -62,11 +66,14 @@ class CostModel:
         function_s: float = 1e-4,
         kernels: RooflineCosts | None = None,
         stops_early: bool = True,
+        calibration: Calibration | None = None,
     ) -> None:
         self.cluster = cluster
         self.layer_costs = layer_costs
         self.collectives = collectives
         self.function_s = function_s
+        self.calibration = calibration
+        self.corrections = {} if calibration is None else calibration.factors
         self.stages = StageCosts(
             cluster.device, layer_costs, collectives, kernels, stops_early=stops_early
         )

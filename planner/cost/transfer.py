@@ -31,6 +31,7 @@ def reallocation_seconds(
     seconds = model.known_reallocations.get(question)
     if seconds is None:
         seconds = _reallocation_s(src, dst, bytes_per_value, model)
+        seconds *= model.corrections.get("reallocate", 1.0)
         model.known_reallocations[question] = seconds
     return seconds
 

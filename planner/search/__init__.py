@@ -37,13 +37,15 @@ __all__ = ["ENGINES", "SearchResult", "estimate_plan", "search"]
 class SearchResult:
     """``plan`` carries its estimate: seconds per step, lower bound, gap, provenance.
 
-    ``baselines``: seconds per step by name. ``timeline``: of the plan. ``evaluations``:
-    assignments looked at. ``wall_s``: seconds from pricing the options to the end.
+    ``baselines``: seconds per step by name, ``baseline_plans`` what takes them. ``timeline``: of
+    the plan. ``evaluations``: assignments looked at. ``wall_s``: seconds from pricing the options
+    to the end.
     ``cut_by_time``: the time limit ended it, so that the same ``seed`` may give another plan.
     """
 
     plan: ExecutionPlan
     baselines: Mapping[str, float]
+    baseline_plans: Mapping[str, ExecutionPlan]
     timeline: Timeline
     evaluations: int
     seed: int
@@ -126,7 +128,9 @@ def search(
         lower_bound=record.lower_bound_s,
     )
     return SearchResult(
-        plan=plan, baselines=seconds, timeline=timeline, evaluations=record.evaluations, seed=seed,
+        plan=plan, baselines=seconds,
+        baseline_plans={name: evaluator.plan(b.assignment) for name, b in found.items()},
+        timeline=timeline, evaluations=record.evaluations, seed=seed,
         engine=engine, wall_s=time.monotonic() - began_s, cut_by_time=record.cut_by_time,
     )  # fmt: skip
 
@@ -159,9 +163,9 @@ def estimate_plan(
         per_call_s[call.name] = cost.seconds
         for provenance, seconds in cost.provenance.items():
             origin[provenance] += seconds
-    for span in timeline.last_step:
-        if span.kind == "reallocate":
-            per_call_s[span.label] = span.seconds
+    moves = {(s.label, s.start_s, s.end_s) for s in timeline.last_step if s.kind == "reallocate"}
+    for label, start_s, end_s in sorted(moves, key=lambda move: move[1]):
+        per_call_s[label] = per_call_s.get(label, 0.0) + end_s - start_s
     total = sum(origin.values())
     if lower_bound is None:
         lower_bound = plan.estimate.lower_bound_s if plan.estimate else 0.0
