@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from executor.optional import optional_package
 from planner.algorithm import config_to_dict
-from profiles.errors import ConfigError
 
 Row = Mapping[str, Any]  # of a table of answers
 
@@ -72,14 +72,9 @@ def import_wandb() -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            "the package wandb is not installed", where="wandb_project",
-            remedy="pip install wandb, or leave wandb_project empty",
-        ) from None  # fmt: skip
-    return wandb
+    return optional_package(
+        "wandb", where="wandb_project", remedy="pip install wandb, or leave wandb_project empty"
+    )
 
 
 def open_boards(folder: Path, config: Any, *, first_step: int) -> list[Board]:

@@ -24,6 +24,7 @@ from planner.memory import RESERVE_BYTES
 from planner.plan_schema import load_plan
 from planner.program import Program, Reallocate, compile_plan
 from planner.reallocation import reallocate
+from planner.report import ranges_text
 from profiles.errors import InfeasibleError, PlanError
 from profiles.units import format_bytes
 
@@ -158,25 +159,10 @@ def _table(reports: Sequence[RankReport]) -> Table:
         table.add_column(name, justify="left" if name in ("ranks", "fullest at") else "right")
     for report in reports:
         table.add_row(
-            _ranks_text(report.ranks), report.peak_at, format_bytes(report.peak_bytes),
+            ranges_text(report.ranks, most=8), report.peak_at, format_bytes(report.peak_bytes),
             format_bytes(report.planned_bytes), f"{report.error:+.1%}",
         )  # fmt: skip
     return table
-
-
-def _ranks_text(ranks: Sequence[int]) -> str:
-    """``0-3, 8`` of 0, 1, 2, 3, 8.
-
-    >>> _ranks_text([0, 1, 2, 3, 8])
-    '0-3, 8'
-    """
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _as_json(report: RankReport) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from executor.optional import optional_package
 from profiles.errors import ConfigError
 
 Record = Mapping[str, Any]
@@ -75,13 +76,10 @@ def _objects(path: Path, kind: DataKind) -> Iterator[tuple[str, dict[str, Any]]]
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(folder:row, fields) of a data set saved by ``save_to_disk``, rows counted from 0."""
     where = str(path)
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            "is a folder, and the package datasets is not installed", where=where,
-            remedy="pip install 'realplan[data]', or give a JSONL file",
-        ) from None  # fmt: skip
+    datasets = optional_package(
+        "datasets", where=f"{where} is a folder",
+        remedy="pip install 'realplan[data]', or give a JSONL file",
+    )  # fmt: skip
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         raise ConfigError(

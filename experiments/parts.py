@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from experiments.options import PassesConfig, PolicyConfig
-from planner.graph import CallKind, DataKey, ModelFunctionCall, ParameterAverage
+from collections.abc import Mapping
+from typing import Protocol
+
+from experiments.options import PassesConfig, PolicyConfig, RewardConfig
+from planner.algorithm import RoleSpec
+from planner.graph import CallKind, DataflowGraph, DataKey, ModelFunctionCall, ParameterAverage
 from planner.plan import Workload
 from planner.run_config import RunConfig
+
+
+class SampledConfig(Protocol):
+    """What a configuration of an algorithm on rewarded answers has."""
+
+    reward: RewardConfig
+
 
 PROMPTS = DataKey(name="prompts", per="token", dtype="int64", once=True)
 SEQUENCES = (
@@ -87,6 +98,35 @@ def averages(policy: PolicyConfig) -> tuple[ParameterAverage, ...]:
     if not policy.ref_average:
         return ()
     return (ParameterAverage(role="ref", of="actor", rate=policy.ref_average),)
+
+
+def graph_without_critic(name: str, config: SampledConfig, policy: PolicyConfig) -> DataflowGraph:
+    """PPO's graph without a critic, and without a reference where no KL term asks for it.
+
+    prompts -> actor_gen -> sequences -> { rew_inf, ref_inf } -> actor_train
+    """
+    with_ref = policy.kl_coef > 0
+    experience = (*SAMPLED, *(("ref_log_probs",) if with_ref else ()), "rewards")
+    return DataflowGraph(
+        name=name,
+        keys=SAMPLED_KEYS,
+        source_keys=frozenset({"prompts"}),
+        averages=averages(policy),
+        calls=(
+            actor_gen(),
+            *reward_calls(config.reward.source),
+            *((ref_inf(),) if with_ref else ()),
+            train("actor", experience, policy),
+        ),
+    )
+
+
+# The reward model is ``--critic``'s.
+ROLES_WITHOUT_CRITIC: Mapping[str, RoleSpec] = {
+    "actor": RoleSpec(source="model", head="lm"),
+    "ref": RoleSpec(source="model", head="lm"),
+    "reward": RoleSpec(source="critic", head="scalar"),
+}
 
 
 def workload_of(config: RunConfig, *, group_size: int = 1) -> Workload:

@@ -17,7 +17,7 @@ from executor.calls import Head, Sum
 from executor.context import RankContext
 from executor.parallel.tensor import vocab_parallel_entropy, vocab_parallel_log_probs
 from experiments.advantages import to_tokens
-from experiments.answers import answer_logits
+from experiments.answers import answer_logits, sampling_functions
 from experiments.experience import Experience
 from experiments.losses import answer_lengths, kl_estimates, kl_penalty, policy_loss
 from experiments.options import PolicyConfig
@@ -99,6 +99,19 @@ class TrainPolicy:
         """A mini-batch of these statistics is beyond ``max_ratio`` or ``max_kl``."""
         limits = {"mean_ratio": self.options.max_ratio, "approx_kl": self.options.max_kl}
         return any(limit > 0 and statistics[name] > limit for name, limit in limits.items())
+
+
+def policy_functions(config: Any, options: PolicyConfig, experience: Experience) -> dict[str, Any]:
+    """The calls of an algorithm on rewarded answers: theirs, and the actor's training.
+
+    Raises:
+        ConfigError: a reward function of ``reward.source`` cannot be found.
+    """
+    train = TrainPolicy(
+        experience, options=options, temperature=config.generation.temperature,
+        response_len=config.response_len,
+    )  # fmt: skip
+    return {**sampling_functions(config), "actor_train": train}
 
 
 def _kept(batch: SequenceBatch, lengths: Tensor) -> Tensor:

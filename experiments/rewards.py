@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from executor.optional import optional_package
 from planner.algorithm import import_file
 from profiles.errors import ConfigError
 
@@ -76,14 +77,11 @@ def vader() -> RewardFunction:
     Raises:
         ConfigError: the package vaderSentiment is not installed.
     """
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError:
-        raise ConfigError(
-            "the package vaderSentiment is not installed", where="reward.source=vader",
-            remedy="pip install vaderSentiment",
-        ) from None  # fmt: skip
-    analyzer = SentimentIntensityAnalyzer()
+    package = optional_package(
+        "vaderSentiment.vaderSentiment", where="reward.source=vader",
+        remedy="pip install vaderSentiment",
+    )  # fmt: skip
+    analyzer = package.SentimentIntensityAnalyzer()
 
     def reward(prompt: str, answer: str, record: Record) -> float:
         return float(analyzer.polarity_scores(answer)["compound"])

@@ -15,6 +15,7 @@ from typing import Any
 
 from executor.launch.agent import POLL_S, run_node, stops_by_signal
 from executor.launch.job import Job, load_job
+from executor.optional import optional_package
 from executor.run import Run
 from profiles.errors import ConfigError
 
@@ -24,14 +25,7 @@ PLACEMENT_TIMEOUT_S = 600.0
 
 
 def import_ray() -> Any:
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise ConfigError(
-            "ray is not installed", where="--launcher ray",
-            remedy="pip install 'realplan[ray]'",
-        ) from None  # fmt: skip
-    return ray
+    return optional_package("ray", where="--launcher ray", remedy="pip install 'realplan[ray]'")
 
 
 def _check_reachable(address: str) -> None:

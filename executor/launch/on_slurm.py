@@ -20,6 +20,7 @@ from typing import Any
 
 from executor.launch.agent import POLL_S, run_node, stops_by_signal
 from executor.launch.job import Job, load_job
+from executor.optional import optional_package
 from executor.run import Run
 from profiles.errors import ConfigError
 
@@ -31,14 +32,9 @@ _LATE_S = 30.0
 
 
 def import_submitit() -> Any:
-    try:
-        import submitit
-    except ModuleNotFoundError:
-        raise ConfigError(
-            "submitit is not installed", where="--launcher slurm",
-            remedy="pip install 'realplan[slurm]'",
-        ) from None  # fmt: skip
-    return submitit
+    return optional_package(
+        "submitit", where="--launcher slurm", remedy="pip install 'realplan[slurm]'"
+    )
 
 
 def parameters(job: Job, run: Run, options: Mapping[str, str]) -> dict[str, Any]:

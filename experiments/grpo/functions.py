@@ -16,21 +16,14 @@ from experiments.advantages import (
     penalized,
     to_tokens,
 )
-from experiments.answers import sampling_functions
 from experiments.experience import Experience
 from experiments.grpo.config import GRPOExperiment
 from experiments.losses import answer_lengths
-from experiments.policy import TrainPolicy
+from experiments.policy import policy_functions
 
 
 def make_functions(config: GRPOExperiment) -> dict[str, Any]:
-    train = TrainPolicy(
-        Experience(Estimate(config), config.grpo),
-        options=config.grpo,
-        temperature=config.generation.temperature,
-        response_len=config.response_len,
-    )
-    return {**sampling_functions(config), "actor_train": train}
+    return policy_functions(config, config.grpo, Experience(Estimate(config), config.grpo))
 
 
 class Estimate:

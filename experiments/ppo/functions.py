@@ -11,24 +11,17 @@ from executor.batch import SequenceBatch
 from executor.calls import Head, Sum
 from executor.context import RankContext
 from experiments.advantages import normalized
-from experiments.answers import sampling_functions
 from experiments.experience import Experience, RunningMoments
 from experiments.losses import gae, response_mask, token_rewards, value_loss
-from experiments.policy import TrainPolicy
+from experiments.policy import policy_functions
 from experiments.ppo.config import PPOConfig, PPOExperiment
 
 
 def make_functions(config: PPOExperiment) -> dict[str, Any]:
     """One object for each call; see ``executor.calls``."""
     return {
-        **sampling_functions(config),
+        **policy_functions(config, config.ppo, experience_of(config.ppo)),
         "critic_inf": Values(),
-        "actor_train": TrainPolicy(
-            experience_of(config.ppo),
-            options=config.ppo,
-            temperature=config.generation.temperature,
-            response_len=config.response_len,
-        ),
         "critic_train": TrainCritic(config.ppo),
     }
 

@@ -14,21 +14,16 @@ from experiments.advantages import (
     rewards_to_go,
     to_tokens,
 )
-from experiments.answers import sampling_functions
 from experiments.experience import Experience
 from experiments.losses import response_mask
-from experiments.policy import TrainPolicy
+from experiments.policy import policy_functions
 from experiments.reinforce.config import ReinforceExperiment
 
 
 def make_functions(config: ReinforceExperiment) -> dict[str, Any]:
-    train = TrainPolicy(
-        Experience(Estimate(config), config.reinforce),
-        options=config.reinforce,
-        temperature=config.generation.temperature,
-        response_len=config.response_len,
+    return policy_functions(
+        config, config.reinforce, Experience(Estimate(config), config.reinforce)
     )
-    return {**sampling_functions(config), "actor_train": train}
 
 
 class Estimate:

@@ -86,7 +86,7 @@ def test_bad_data_is_named_before_any_process(
         ([REWARD, "eval_every=2", "eval_data.path={toy}/prompts.jsonl", "batch_size=13"],
          "prompts.jsonl: has 12 examples, fewer than batch_size=13"),
         ([REWARD, "init=random"], "random weights have no tokenizer to read it with"),
-        ([REWARD, "wandb_project=mine"], "wandb_project: the package wandb is not installed"),
+        ([REWARD, "wandb_project=mine"], "wandb_project: wandb is not installed"),
     ],
 )  # fmt: skip
 def test_other_mistakes_are_named_before_any_process(

@@ -182,9 +182,7 @@ def test_devices_that_do_not_fill_their_nodes_are_refused() -> None:
 
 
 def test_an_unknown_device_lists_near_names() -> None:
-    with pytest.raises(
-        ConfigError, match=r"'A10O'; did you mean a10g or a100"
-    ):
+    with pytest.raises(ConfigError, match=r"'A10O'; did you mean a10g or a100"):
         make_cluster("A10O", 8)
 
 
