@@ -41,20 +41,21 @@ from executor.transfer import Exchange
 from executor.worker import Worker, label_of
 from planner.graph import DataKey, ModelFunctionCall
 from planner.layout import Layout
-from planner.memory import RESERVE_BYTES, STAGING_BYTES, plan_memory
+from planner.memory import RESERVE_BYTES, STAGING_BYTES
 from planner.plan import Allocation, ExecutionPlan
+from planner.plan_memory import plan_memory
 from planner.program import (
     Function,
     Generate,
     Infer,
     Instruction,
     Load,
-    Parcel,
     Program,
     Reallocate,
     Train,
     Transfer,
 )
+from planner.transfers import Parcel
 
 _aten = torch.ops.aten
 # Turns of generation that are carried out in all layers: those that bring prompts, the first of the

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from planner.labels import label_of
-from planner.memory import REMEDIES, call_memory, plan_memory
+from planner.memory import call_memory
 from planner.plan import ExecutionPlan
+from planner.plan_memory import REMEDIES, plan_memory
 from planner.program import Function, Generate, Infer, Instruction, Train
 from profiles.errors import InfeasibleError
 from profiles.units import format_bytes

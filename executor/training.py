@@ -22,7 +22,7 @@ from executor.model.transformer import DecoderStage
 from executor.parallel.optimizer import Adam
 from executor.parallel.pipeline import forward_only, train_1f1b
 from planner.graph import ModelFunctionCall
-from planner.program import split_evenly
+from planner.transfers import split_evenly
 
 Statistics = dict[str, float]
 

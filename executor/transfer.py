@@ -15,7 +15,8 @@ from torch import Tensor
 
 from executor.batch import SequenceBatch
 from planner.graph import DataflowGraph, DataKey, ModelFunctionCall
-from planner.program import Parcel, Transfer
+from planner.program import Transfer
+from planner.transfers import Parcel
 
 _DTYPES = {"int64": torch.int64, "float32": torch.float32}
 

@@ -29,8 +29,10 @@ from planner.program import (
     Function,
     Instruction,
     Load,
+    Offload,
     Program,
     Reallocate,
+    Reload,
     Transfer,
 )
 from planner.reallocation import reallocate
@@ -144,7 +146,7 @@ def read_position(file: Path) -> Position | None:
 
 def partners(plan: ExecutionPlan, instruction: Instruction, rank: int) -> frozenset[int]:
     """The ranks that ``rank`` may wait for in an instruction."""
-    if isinstance(instruction, Load | Free | Function | Average):
+    if isinstance(instruction, Load | Free | Function | Average | Offload | Reload):
         return frozenset()
     if isinstance(instruction, Transfer):
         return frozenset(parcel.peer for parcel in instruction.receives)

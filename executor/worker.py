@@ -51,10 +51,9 @@ from planner.program import (
     Train,
     Transfer,
     call_layout,
-    producing_ranks,
-    samples_of,
 )
 from planner.reallocation import reallocate
+from planner.transfers import producing_ranks, samples_of
 from profiles.errors import ConfigError, UserError
 
 # Beyond the steps of any run: the noise of an evaluation's answers is its own.

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planner.cost import CallCost, CostModel
+from planner.cost.offload import SwapCost
 from planner.layout import Layout
-from planner.memory import MemoryBreakdown, plan_memory
+from planner.memory import MemoryBreakdown
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan
+from planner.plan_memory import plan_memory
 from planner.program import Program, compile_plan
 from planner.simulate import Prices, Span, StepPrices, Timeline, run_program
 from profiles.hardware import ClusterSpec
@@ -299,14 +301,22 @@ class _Scaled:
     parts: Mapping[str, float]  # part of a call -> factor, in all calls
     reallocation: float = 1.0
     transfer: float = 1.0
+    host: float = 1.0
 
     def call(self, name: str, allocation: Allocation) -> CallCost:
         cost = self.prices.call(name, allocation)
         saved = sum(s * (1.0 - self.parts.get(part, 1.0)) for part, s in cost.parts.items())
         return replace(cost, seconds=(cost.seconds - saved) * self.calls.get(name, 1.0))
 
+    def swap(self, name: str, allocation: Allocation) -> SwapCost:
+        cost = self.prices.swap(name, allocation)
+        return SwapCost(cost.reload_s * self.host, cost.offload_s * self.host)
+
     def reallocation_s(self, source: Layout, destination: Layout) -> float:
         return self.prices.reallocation_s(source, destination) * self.reallocation
+
+    def average_s(self, layout: Layout) -> float:
+        return self.prices.average_s(layout)
 
     def transfer_s(self, num_bytes: float, source: DeviceMesh, destination: DeviceMesh) -> float:
         return self.prices.transfer_s(num_bytes, source, destination) * self.transfer
@@ -330,6 +340,8 @@ def _faster(
         _Scaled(prices=prices, calls={}, parts={}, reallocation=0.5),
     )
     yield "transfers take half", _Scaled(prices=prices, calls={}, parts={}, transfer=0.5)
+    if any(allocation.offload for allocation in plan.allocations.values()):
+        yield "host links 2x", _Scaled(prices=prices, calls={}, parts={}, host=0.5)
 
 
 def _faster_links(plan: ExecutionPlan, links: Reprice | None) -> Iterator[tuple[str, CostModel]]:

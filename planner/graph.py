@@ -89,13 +89,15 @@ class DataflowGraph:
     """Calls in an order in which they may run, and the keys that they exchange.
 
     ``source_keys`` are read from the data set: every rank can produce them from (seed, step).
-    ``averages`` are taken at the step's end.
+    ``averages`` are taken at the step's end. ``max_staleness`` 1: generation makes the answers of
+    the next step while this step trains, with weights that lack one step's update; 0: it waits for
+    the newest.
 
     Raises:
         PlanError: two calls of one name, a key that nothing produces or that two calls produce,
             a call before its producer, two TRAIN calls of one role, a FUNCTION with a role,
-            one call on tokens of whole groups and of single sequences, or an average that is not
-            of a frozen role over a trained one.
+            one call on tokens of whole groups and of single sequences, an average that is not
+            of a frozen role over a trained one, or a staleness other than 0 and 1.
     """
 
     name: str
@@ -103,9 +105,15 @@ class DataflowGraph:
     keys: tuple[DataKey, ...]
     source_keys: frozenset[str] = field(default_factory=frozenset)
     averages: tuple[ParameterAverage, ...] = ()
+    max_staleness: int = 0
 
     def __post_init__(self) -> None:
         self._check_names()
+        if self.max_staleness not in (0, 1):
+            raise PlanError(
+                f"{self.max_staleness!r} steps are not supported", where="graph.max_staleness",
+                remedy="use 0 or 1",
+            )  # fmt: skip
         produced = set(self.source_keys)
         for call in self.calls:
             for key in call.inputs:

@@ -19,6 +19,7 @@ class Lock:
     mesh: DeviceMesh | None = None
     strategy: ParallelStrategy | None = None
     num_micro_batches: int | None = None
+    offload: bool | None = None
     allocation: Allocation | None = None
 
     def allows(self, allocation: Allocation) -> bool:
@@ -29,5 +30,6 @@ class Lock:
             return False
         if self.strategy is not None and allocation.strategy.short != self.strategy.short:
             return False
-        counts = (None, allocation.num_micro_batches)
-        return self.num_micro_batches in counts
+        if self.offload not in (None, allocation.offload):
+            return False
+        return self.num_micro_batches in (None, allocation.num_micro_batches)

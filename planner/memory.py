@@ -1,7 +1,7 @@
-"""Bytes on each device: what stays over the step, and what a call needs while it runs.
+"""Bytes on a device: what stays over the step, and what a call needs while it runs.
 
-Read ``MemoryBreakdown``, then ``call_memory`` (one call alone) and ``memory_over_time`` (every
-device of a plan). Sequences are taken at their longest: a plan that fits here fits for every batch.
+Read ``MemoryBreakdown``, then ``call_memory``; a whole plan is ``plan_memory.py``'s. Sequences are
+taken at their longest: a plan that fits here fits for every batch.
 
 Bytes of a value: weights 2 on CUDA (bf16) and 4 on CPU (fp32); gradients 4; Adam's moments 8, and
 on CUDA 4 more for the fp32 master.
@@ -9,11 +9,10 @@ on CUDA 4 more for the fp32 master.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
-from typing import NamedTuple
 
 from planner.activations import kept_bytes, working_values
 from planner.cost.stage import (
@@ -25,13 +24,11 @@ from planner.cost.stage import (
     stage_values,
 )
 from planner.graph import CallKind, ModelFunctionCall
-from planner.layout import Layout
-from planner.plan import Allocation, ExecutionPlan, Problem
+from planner.plan import Allocation, Problem
 from planner.strategy import ParallelStrategy
-from profiles.errors import InfeasibleError
 from profiles.hardware import DeviceKind
 from profiles.models import ModelSpec
-from profiles.units import GIB, MIB, format_bytes
+from profiles.units import GIB, MIB
 
 OPTIMIZER_BYTES: Mapping[DeviceKind, int] = {"cuda": 12, "cpu": 8}
 
@@ -71,15 +68,21 @@ class MemoryBreakdown:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def __add__(self, other: MemoryBreakdown) -> MemoryBreakdown:
+        return self._with(other, 1)
+
+    def __sub__(self, other: MemoryBreakdown) -> MemoryBreakdown:
+        return self._with(other, -1)
+
+    def _with(self, other: MemoryBreakdown, times: int) -> MemoryBreakdown:
         return MemoryBreakdown(
-            weights=self.weights + other.weights,
-            gradients=self.gradients + other.gradients,
-            optimizer=self.optimizer + other.optimizer,
-            activations=self.activations + other.activations,
-            logits=self.logits + other.logits,
-            kv_cache=self.kv_cache + other.kv_cache,
-            buffers=self.buffers + other.buffers,
-            reserve=self.reserve + other.reserve,
+            weights=self.weights + times * other.weights,
+            gradients=self.gradients + times * other.gradients,
+            optimizer=self.optimizer + times * other.optimizer,
+            activations=self.activations + times * other.activations,
+            logits=self.logits + times * other.logits,
+            kv_cache=self.kv_cache + times * other.kv_cache,
+            buffers=self.buffers + times * other.buffers,
+            reserve=self.reserve + times * other.reserve,
         )
 
     @property
@@ -132,6 +135,18 @@ def held_memory(
         gradients=values * GRADIENT_BYTES,
         optimizer=own * OPTIMIZER_BYTES[kind],
     )
+
+
+def offloaded_memory(held: MemoryBreakdown, *, trained: bool) -> MemoryBreakdown:
+    """Of ``held_memory`` what is in the host's memory while an offloaded call does not run."""
+    if trained:
+        return MemoryBreakdown(gradients=held.gradients, optimizer=held.optimizer)
+    return MemoryBreakdown(weights=held.weights)
+
+
+def leaves_device(allocation: Allocation, kind: DeviceKind) -> bool:
+    """Is there less on the device while the call does not run? A CPU's memory is the host's."""
+    return allocation.offload and kind != "cpu"
 
 
 def average_bytes(weights_bytes: int, kind: DeviceKind) -> int:
@@ -246,171 +261,3 @@ def _running_generate(
         buffers=rows_bytes // 2
         + (2 * tokens * spec.hidden * value_bytes if s.pp > 1 else 0),
     )  # fmt: skip
-
-
-# ---- a whole plan -----------------------------------------------------------------------------
-
-
-def home_strategies(plan: ExecutionPlan) -> dict[str, dict[Layout, ParallelStrategy]]:
-    """The layouts in which each role's weights stay over steps, with the strategy of each.
-
-    A trained role lives where it is trained, a frozen one in every layout that reads it: as
-    ``planner.program.home_layouts``.
-    """
-    homes: dict[str, dict[Layout, ParallelStrategy]] = {}
-    for role in plan.problem.graph.roles:
-        train = plan.problem.graph.train_call(role)
-        calls = (train,) if train else plan.problem.graph.calls_of(role)
-        found = homes.setdefault(role, {})
-        for call in calls:
-            allocation = plan.allocations[call.name]
-            layout = Layout.of(plan.problem.models[role], allocation.mesh, allocation.strategy)
-            found.setdefault(layout, allocation.strategy)
-    return homes
-
-
-class MemoryMoment(NamedTuple):
-    """A device's bytes while ``call`` runs on it, or ``after`` it; "" between calls."""
-
-    call: str
-    need: MemoryBreakdown
-    after: str = ""
-
-
-def memory_over_time(plan: ExecutionPlan) -> Mapping[int, tuple[MemoryMoment, ...]]:
-    """Every device's bytes over a step: between calls, then in each of its calls in their order.
-
-    What stays, what the call needs while it runs, and weights that are borrowed for it, or for
-    calls before and after it.
-    """
-    problem = plan.problem
-    homes = home_strategies(plan)
-    resident = _resident(plan, homes)
-    borrowed = _borrowed(plan, homes)
-    found = {device: [MemoryMoment("", need)] for device, need in resident.items()}
-    for position, call in enumerate(problem.graph.calls):
-        allocation = plan.allocations[call.name]
-        spec = problem.spec_of(call.name)
-        stages: list[MemoryBreakdown] = [MemoryBreakdown()]
-        if spec is not None:
-            pp = allocation.strategy.pp
-            stages = [running_memory(problem, call, allocation, spec, stage) for stage in range(pp)]
-        width = allocation.mesh.num_devices // len(stages)
-        there = [layout for (_, layout), (a, b) in borrowed.items() if a <= position <= b]
-        for device in allocation.mesh.devices:
-            need = resident[device] + stages[(device - allocation.mesh.first) // width]
-            for layout in there:
-                if device in layout.mesh:
-                    need += _borrowed_memory(layout, device, problem.cluster.device.kind)
-            found[device].append(MemoryMoment(call.name, need))
-    for average in problem.graph.averages:
-        train = problem.graph.train_call(average.of)
-        assert train is not None, average
-        for layout in homes[average.role]:
-            for device in layout.mesh.devices:
-                need = resident[device]
-                if layout not in homes[average.of]:  # the trained weights are brought here
-                    need += _borrowed_memory(layout, device, problem.cluster.device.kind)
-                found[device].append(MemoryMoment(train.name, need, f"average {average.role}"))
-    return {device: tuple(moments) for device, moments in found.items()}
-
-
-def _borrowed_memory(layout: Layout, device: int, kind: DeviceKind) -> MemoryBreakdown:
-    """Weights of a layout that is no home, and what was under way to bring them."""
-    strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp)
-    stage = layout.coordinates(device)[0]
-    held = held_memory(layout.spec, strategy, stage, kind, trained=False)
-    return held + MemoryBreakdown(buffers=STAGING_BYTES[kind])
-
-
-def fullest(moments: Sequence[MemoryMoment]) -> MemoryMoment:
-    """The moment with the most bytes, the first of several."""
-    return max(moments, key=lambda moment: moment.need.total)
-
-
-def plan_memory(plan: ExecutionPlan) -> Mapping[int, MemoryBreakdown]:
-    """The fullest moment of every device of the cluster: what stays, and the worst call."""
-    return {device: fullest(moments).need for device, moments in memory_over_time(plan).items()}
-
-
-def check_memory(plan: ExecutionPlan) -> None:
-    """Raise unless every device of the plan has the memory that it needs.
-
-    Raises:
-        InfeasibleError: names the fullest device, the call, the roles, the bytes and the item
-            that takes most.
-    """
-    had = plan.problem.cluster.device.memory_bytes
-    peaks = {device: fullest(moments) for device, moments in memory_over_time(plan).items()}
-    device, (call_name, need, _) = max(peaks.items(), key=lambda item: item[1].need.total)
-    call_name = call_name or plan.problem.graph.calls[0].name  # too full before any call
-    if need.total <= had:
-        return
-    item, num_bytes = need.biggest
-    roles = [
-        role
-        for role, layouts in home_strategies(plan).items()
-        if any(device in layout.mesh for layout in layouts)
-    ]
-    raise InfeasibleError(
-        f"device {device} needs {format_bytes(need.total)} while {call_name} runs and has "
-        f"{format_bytes(had)}, {format_bytes(need.total - had)} too little; most is {item} with "
-        f"{format_bytes(num_bytes)} "
-        f"(roles that stay there: {', '.join(roles) or 'none'})",
-        where=f"allocations.{call_name}",
-        remedy=REMEDIES[item],
-    )
-
-
-REMEDIES: Mapping[str, str] = {
-    "weights": "raise tp or pp, or place roles on different devices",
-    "gradients": "raise tp or pp of the trained roles, or train them on different devices",
-    "optimizer": "use ZeRO 1, or raise tp or pp of the trained roles",
-    "activations": "use more micro-batches, recompute, or raise tp or dp",
-    "logits": "use more micro-batches, or raise tp or dp",
-    "kv_cache": "lower the call's generation_batch, or raise its dp, tp or pp",
-    "buffers": "use more micro-batches, or raise tp",
-    "reserve": "use devices with more memory",
-}
-
-
-def _resident(
-    plan: ExecutionPlan, homes: Mapping[str, Mapping[Layout, ParallelStrategy]]
-) -> dict[int, MemoryBreakdown]:
-    """What every device holds at all times."""
-    kind = plan.problem.cluster.device.kind
-    found = {
-        device: MemoryBreakdown(reserve=RESERVE_BYTES[kind])
-        for device in range(plan.problem.cluster.num_devices)
-    }
-    for role, layouts in homes.items():
-        trained = plan.problem.graph.train_call(role) is not None
-        averaged = any(average.role == role for average in plan.problem.graph.averages)
-        for layout, strategy in layouts.items():
-            held = [
-                held_memory(layout.spec, strategy, stage, kind, trained=trained)
-                for stage in range(layout.pp)
-            ]
-            for device in layout.mesh.devices:
-                own = held[layout.coordinates(device)[0]]
-                found[device] += own
-                if averaged:
-                    more = average_bytes(own.weights, kind) - own.weights
-                    found[device] += MemoryBreakdown(weights=more)
-    return found
-
-
-def _borrowed(
-    plan: ExecutionPlan, homes: Mapping[str, Mapping[Layout, ParallelStrategy]]
-) -> dict[tuple[str, Layout], tuple[int, int]]:
-    """Layouts that exist for a part of the step: positions of their first and last call."""
-    found: dict[tuple[str, Layout], tuple[int, int]] = {}
-    for position, call in enumerate(plan.problem.graph.calls):
-        if call.role is None:
-            continue
-        allocation = plan.allocations[call.name]
-        layout = Layout.of(plan.problem.models[call.role], allocation.mesh, allocation.strategy)
-        if layout not in homes[call.role]:
-            first, _ = found.get((call.role, layout), (position, position))
-            found[(call.role, layout)] = (first, position)
-    return found

@@ -6,6 +6,7 @@
 | ``lock.CALL.mesh=[0,8]`` | first device, number of devices |
 | ``lock.CALL.strategy=d4p1m2`` | dp, pp, tp |
 | ``lock.CALL.num_micro_batches=4`` | as in a plan |
+| ``lock.CALL.offload=true`` | as in a plan |
 | ``memory_limit=70GiB`` | of each device, at most what it has |
 | ``max_staleness=0`` | generation always runs on the newest weights: nothing else is planned |
 | ``gap=0.02`` | stop when at most this share of a step can be saved |
@@ -35,7 +36,7 @@ from profiles.units import format_bytes, parse_bytes
 
 DEFAULT_GAP = 0.01  # as search's
 _PLANNER_WORDS = ("lock", "memory_limit", "max_staleness", "gap", "cluster")
-_LOCK_FIELDS = ("mesh", "strategy", "num_micro_batches")
+_LOCK_FIELDS = ("mesh", "strategy", "num_micro_batches", "offload")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +167,10 @@ def _locked(lock: Lock, name: str, part: str, value: Any) -> Lock:
         if type(value) is not int or value < 1:
             raise ConfigError(f"{value!r} is not a positive whole number", where=where)
         return replace(lock, num_micro_batches=value)
+    if part == "offload":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{value!r} is not true or false", where=where)
+        return replace(lock, offload=value)
     raise unknown_name("part", part, _LOCK_FIELDS, where=where)
 
 

@@ -19,7 +19,7 @@ from profiles.models import ModelSpec
 
 # Sequences are dealt one by one; a larger number is a slip of the pen.
 MAX_SEQUENCES = 2**20
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +109,16 @@ class Allocation:
     mini-batch for TRAIN, of the rank's whole share for INFER, and for GENERATE the groups of
     sequences that are in flight between pipeline stages. ``generation_batch`` is the most
     sequences of a data-parallel rank that GENERATE decodes at once, 0 for all of them: the others
-    enter as rows become free.
+    enter as rows become free. ``offload``: what only this call needs of its role is in the host's
+    memory while it does not run: of a frozen role the weights in this layout, of a TRAIN call the
+    optimizer's state and the gradients.
     """
 
     mesh: DeviceMesh
     strategy: ParallelStrategy
     num_micro_batches: int = 1
     generation_batch: int = 0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.num_micro_batches < 1:
@@ -125,7 +128,8 @@ class Allocation:
 
     def __str__(self) -> str:
         batch = f" of {self.generation_batch}" if self.generation_batch else ""
-        return f"{self.mesh} {self.strategy.short} x{self.num_micro_batches}{batch}"
+        host = " offloaded" if self.offload else ""
+        return f"{self.mesh} {self.strategy.short} x{self.num_micro_batches}{batch}{host}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +245,18 @@ def allocation_problem(problem: Problem, call_name: str, allocation: Allocation)
             f"generation_batch {allocation.generation_batch} is less than one sequence for each of "
             f"{allocation.num_micro_batches} micro-batches"
         )
+    return offload_problem(problem, call_name) if allocation.offload else None
+
+
+def offload_problem(problem: Problem, call_name: str) -> str | None:
+    """Why nothing of a call's role can be in the host's memory between calls, or None."""
+    call = problem.graph.call(call_name)
+    if call.role is None:
+        return "offload applies to calls with a model only"
+    if call.kind is not CallKind.TRAIN and problem.graph.train_call(call.role) is not None:
+        return f"offload of {call.role}, which is trained, applies to its TRAIN call only"
+    if any(average.role == call.role for average in problem.graph.averages):
+        return f"{call.role} is an average over steps, which cannot be offloaded"
     return None
 
 
@@ -263,3 +279,21 @@ def validate_plan(plan: ExecutionPlan) -> None:
         reason = allocation_problem(problem, call.name, allocation)
         if reason is not None:
             raise PlanError(reason, where=where)
+    _check_shared_weights(plan)
+
+
+def _check_shared_weights(plan: ExecutionPlan) -> None:
+    """Calls that read one copy of a frozen role's weights all offload it, or none does."""
+    seen: dict[tuple[object, ...], str] = {}
+    for call in plan.problem.graph.calls:
+        if call.role is None or plan.problem.graph.train_call(call.role) is not None:
+            continue
+        allocation = plan.allocations[call.name]
+        s = allocation.strategy
+        other = seen.setdefault((call.role, allocation.mesh, s.pp, s.tp, s.dp), call.name)
+        if plan.allocations[other].offload != allocation.offload:
+            raise PlanError(
+                f"is {str(allocation.offload).lower()}, but {other} reads the same weights of "
+                f"{call.role} and has {str(not allocation.offload).lower()}",
+                where=f"allocations.{call.name}.offload", remedy="set both alike",
+            )  # fmt: skip

@@ -34,6 +34,7 @@ from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 
 SCHEMA_NAME = "realplan-plan"
+READABLE_VERSIONS = (4, SCHEMA_VERSION)
 
 # The file's sections in order: what people edit first. Every one is a field of the plan or of
 # its problem, with this type.
@@ -178,22 +179,49 @@ def plan_from_dict(data: Any, *, where: str = "plan") -> ExecutionPlan:
             remedy=f'a plan has "schema": "{SCHEMA_NAME}"',
         )
     version = data.get("version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if version not in READABLE_VERSIONS or isinstance(version, bool):
         raise PlanError(
             f"version is {version!r}",
             where=f"{where}: version",
-            remedy=f"this realplan reads version {SCHEMA_VERSION}",
+            remedy=f"this realplan reads versions {' and '.join(map(str, READABLE_VERSIONS))}",
         )
     try:
+        if version == 4:
+            data = _from_version_4(data)
         _check_fields({"schema", "version", *_SECTIONS}, data, "")
         values = {name: _read(hint, data[name], name) for name, hint in _SECTIONS.items()}
         problem = Problem(**{name: values.pop(name) for name in _PROBLEM_FIELDS})
-        plan = ExecutionPlan(problem=problem, schema_version=version, **values)
+        plan = ExecutionPlan(problem=problem, **values)
         validate_plan(plan)
     except UserError as error:
         inner = f"{where}: {error.where}" if error.where else where
         raise PlanError(error.problem, where=inner, remedy=error.remedy) from None
     return plan
+
+
+def _from_version_4(data: Mapping[str, Any]) -> dict[str, Any]:
+    """As version 5: nothing was offloaded and nothing generated ahead; all else is alike."""
+
+    def with_field(value: Any, name: str, default: Any, where: str) -> Any:
+        if not isinstance(value, Mapping):
+            return value  # not what it must be: refused where it is read
+        if name in value:
+            raise PlanError(
+                f"is a field of version {SCHEMA_VERSION}", where=f"{where}.{name}",
+                remedy=f'set "version": {SCHEMA_VERSION} at the top',
+            )  # fmt: skip
+        return {**value, name: default}
+
+    found = dict(data)
+    calls = found.get("allocations")
+    if isinstance(calls, Mapping):
+        found["allocations"] = {
+            call: with_field(allocation, "offload", False, f"allocations.{call}")
+            for call, allocation in calls.items()
+        }
+    if "graph" in found:
+        found["graph"] = with_field(found["graph"], "max_staleness", 0, "graph")
+    return found
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Literal
 
 from planner.graph import CallKind, ModelFunctionCall, ParameterAverage
 from planner.layout import Layout
-from planner.plan import ExecutionPlan, Problem, validate_plan
-from planner.strategy import ParallelStrategy
+from planner.plan import ExecutionPlan, validate_plan
+from planner.transfers import Arrivals, Parcel, plan_transfers, readers_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +52,6 @@ class Function:
 
     index: int
     call: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parcel:
-    """Samples (numbers of whole groups) that go to, or come from, rank ``peer``."""
-
-    peer: int
-    samples: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +112,38 @@ class Average:
     rate: float
 
 
-Instruction = Generate | Infer | Train | Function | Transfer | Reallocate | Load | Free | Average
+# What leaves a device: a frozen role's weights, or of a trained role the optimizer's state and the
+# gradients, which nothing reads but the training. Its weights stay: others read them.
+Offloaded = Literal["weights", "optimizer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offload:
+    """``what`` of the role in ``layout`` leaves the device for the host's memory.
+
+    Weights of a frozen role are there already: they are only dropped. Gradients are not kept.
+    """
+
+    index: int
+    role: str
+    layout: Layout
+    what: Offloaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reload:
+    """``what`` of the role in ``layout`` comes back from the host; gradients are zero."""
+
+    index: int
+    role: str
+    layout: Layout
+    what: Offloaded
+
+
+Instruction = (
+    Generate | Infer | Train | Function | Transfer | Reallocate | Load | Free | Average
+    | Offload | Reload
+)  # fmt: skip
 CALL_INSTRUCTIONS: Mapping[CallKind, type[Generate | Infer | Train | Function]] = {
     CallKind.GENERATE: Generate,
     CallKind.INFER: Infer,
@@ -152,44 +175,6 @@ class Program:
         return tuple(found)
 
 
-# ---- who computes which samples ---------------------------------------------------------------
-
-
-def split_evenly(count: int, parts: int) -> list[range]:
-    """``range(count)`` in ``parts`` runs whose lengths differ by at most one.
-
-    >>> [list(r) for r in split_evenly(5, 2)]
-    [[0, 1, 2], [3, 4]]
-    """
-    base, extra = divmod(count, parts)
-    bounds = [part * base + min(part, extra) for part in range(parts + 1)]
-    return [range(a, b) for a, b in pairwise(bounds)]
-
-
-def assign_samples(batch_size: int, dp: int, num_mini_batches: int = 1) -> list[list[range]]:
-    """Samples of each data-parallel rank, by mini-batch: ``[dp_rank][mini_batch]``.
-
-    A sample is a group of sequences that stays together (``plan.Workload``). Mini-batches are
-    runs of the batch, whatever dp is, and each is split evenly over dp; so the optimizer takes
-    the same steps under every plan.
-
-    >>> assign_samples(8, 2, 2)
-    [[range(0, 2), range(4, 6)], [range(2, 4), range(6, 8)]]
-    """
-    mini_batches = split_evenly(batch_size, num_mini_batches)
-    return [
-        [range(m.start + part.start, m.start + part.stop) for m, part in zip(mini_batches, row)]
-        for row in zip(*(split_evenly(len(m), dp) for m in mini_batches), strict=True)
-    ]
-
-
-def samples_of(problem: Problem, call: ModelFunctionCall, dp: int) -> list[tuple[int, ...]]:
-    """All samples that each data-parallel rank of ``call`` works on."""
-    mini = call.num_mini_batches if call.kind is CallKind.TRAIN else 1
-    parts = assign_samples(problem.workload.batch_size, dp, mini)
-    return [tuple(s for run in runs for s in run) for runs in parts]
-
-
 # ---- compilation ------------------------------------------------------------------------------
 
 
@@ -214,19 +199,9 @@ def home_layouts(plan: ExecutionPlan) -> dict[str, tuple[Layout, ...]]:
     return homes
 
 
-def producing_ranks(
-    call: ModelFunctionCall, strategy: ParallelStrategy, first: int
-) -> list[list[int]]:
-    """Ranks that hold the outputs of each data-parallel rank's samples.
-
-    Generation tells every rank of the replica; inference ends on the last stage.
-    """
-    s = strategy
-    stages = range(s.pp) if call.kind is not CallKind.INFER else range(s.pp - 1, s.pp)
-    return [
-        [first + s.rank(stage, dp_rank, tp_rank) for stage in stages for tp_rank in range(s.tp)]
-        for dp_rank in range(s.dp)
-    ]
+def what_leaves(call: ModelFunctionCall) -> Offloaded:
+    """Of the role of a call that is offloaded."""
+    return "optimizer" if call.kind is CallKind.TRAIN else "weights"
 
 
 class _Compiler:
@@ -237,10 +212,8 @@ class _Compiler:
         self.problem = plan.problem
         self.graph = plan.problem.graph
         self.homes = home_layouts(plan)
-        self.per_node = plan.problem.cluster.devices_per_node
         self.step: dict[int, list[Instruction]] = defaultdict(list)
         self.next_index = 0
-        self.held: dict[tuple[int, str], set[int]] = defaultdict(set)  # (rank, key) -> samples
         self.position = {call.name: i for i, call in enumerate(self.graph.calls)}
 
     def index(self) -> int:
@@ -253,12 +226,21 @@ class _Compiler:
 
     def setup(self) -> dict[int, tuple[Instruction, ...]]:
         loads: dict[int, list[Instruction]] = defaultdict(list)
+        offloaded = {
+            (call.role, call_layout(self.plan, call.name)): what_leaves(call)
+            for call in self.graph.calls
+            if self.plan.allocations[call.name].offload
+        }
         for role, layouts in self.homes.items():
             trained = self.graph.train_call(role) is not None
             for layout in layouts:
                 load = Load(index=self.index(), role=role, layout=layout, trained=trained)
+                found: list[Instruction] = [load]
+                if (role, layout) in offloaded:
+                    what = offloaded[role, layout]
+                    found.append(Offload(index=self.index(), role=role, layout=layout, what=what))
                 for rank in layout.mesh.devices:
-                    loads[rank].append(load)
+                    loads[rank].extend(found)
         return {rank: tuple(instructions) for rank, instructions in loads.items()}
 
     def last_use(self) -> dict[tuple[str, Layout], str]:
@@ -272,27 +254,38 @@ class _Compiler:
         return last
 
     def compile_step(self) -> dict[int, tuple[Instruction, ...]]:
-        transfers = self.plan_transfers()
+        transfers = plan_transfers(self.plan)
         last_use, present = self.last_use(), set[tuple[str, Layout]]()
         received: dict[int, int] = defaultdict(int)  # rank -> receives emitted of its queue
         for call in self.graph.calls:
             mesh = self.plan.allocations[call.name].mesh
             layout = call_layout(self.plan, call.name)
-            borrowed = (call.role, layout) if call.role and layout else None
-            if borrowed in last_use and borrowed not in present and call.role and layout:
-                present.add((call.role, layout))
-                self.emit_reallocation(call.role, layout)
+            held = (call.role, layout) if call.role and layout else None
+            if held is not None and held in last_use and held not in present:
+                present.add(held)
+                self.emit_reallocation(*held)
+            self.emit_swap(Reload, call)
             self.emit_receives(call, transfers, received)
             self.emit(
                 mesh.devices, CALL_INSTRUCTIONS[call.kind](index=self.index(), call=call.name)
             )
+            self.emit_swap(Offload, call)
             self.emit_sends(call, transfers)
-            if borrowed in last_use and last_use[borrowed] == call.name and call.role and layout:
-                free = Free(index=self.index(), role=call.role, layout=layout)
-                self.emit(mesh.devices, free)
+            if held is not None and last_use.get(held) == call.name:
+                role, layout = held
+                self.emit(mesh.devices, Free(index=self.index(), role=role, layout=layout))
         for average in self.graph.averages:
             self.emit_average(average)
         return {rank: tuple(instructions) for rank, instructions in self.step.items()}
+
+    def emit_swap(self, kind: type[Offload | Reload], call: ModelFunctionCall) -> None:
+        """What the call's allocation keeps in the host's memory comes, or goes."""
+        allocation, layout = self.plan.allocations[call.name], call_layout(self.plan, call.name)
+        if allocation.offload and call.role is not None and layout is not None:
+            self.emit(
+                allocation.mesh.devices,
+                kind(index=self.index(), role=call.role, layout=layout, what=what_leaves(call)),
+            )
 
     def emit_reallocation(self, role: str, layout: Layout) -> None:
         (home,) = self.homes[role]
@@ -317,73 +310,10 @@ class _Compiler:
                 free = Free(index=self.index(), role=average.of, layout=layout)
                 self.emit(layout.mesh.devices, free)
 
-    # ---- transfers ----
-
-    def plan_transfers(self) -> dict[tuple[str, str], dict[int, list[Parcel]]]:
-        """(producer, consumer) -> receiving rank -> parcels, each naming its source rank."""
-        found: dict[tuple[str, str], dict[int, list[Parcel]]] = {}
-        for call in self.graph.calls:
-            for producer, keys in self.inputs_by_producer(call).items():
-                parcels = self.parcels(self.graph.call(producer), call, keys)
-                if parcels:
-                    found[(producer, call.name)] = parcels
-            self.record_outputs(call)
-        return found
-
-    def inputs_by_producer(self, call: ModelFunctionCall) -> dict[str, tuple[str, ...]]:
-        grouped: dict[str, list[str]] = defaultdict(list)
-        for key in call.inputs:
-            producer = self.graph.producer(key)
-            if producer is not None:
-                grouped[producer.name].append(key)
-        return {name: tuple(keys) for name, keys in grouped.items()}
-
-    def record_outputs(self, call: ModelFunctionCall) -> None:
-        allocation = self.plan.allocations[call.name]
-        ranks = producing_ranks(call, allocation.strategy, allocation.mesh.first)
-        samples = samples_of(self.problem, call, allocation.strategy.dp)
-        for holders, owned in zip(ranks, samples, strict=True):
-            for rank in holders:
-                for key in call.outputs:
-                    self.held[(rank, key)].update(owned)
-
-    def parcels(
-        self, producer: ModelFunctionCall, consumer: ModelFunctionCall, keys: tuple[str, ...]
-    ) -> dict[int, list[Parcel]]:
-        source, target = (self.plan.allocations[c.name] for c in (producer, consumer))
-        holders = producing_ranks(producer, source.strategy, source.mesh.first)
-        replica_of = {
-            sample: dp_rank
-            for dp_rank, owned in enumerate(samples_of(self.problem, producer, source.strategy.dp))
-            for sample in owned
-        }
-        needed = samples_of(self.problem, consumer, target.strategy.dp)
-        found: dict[int, list[Parcel]] = {}
-        for rank in target.mesh.devices:
-            _, dp_rank, _ = target.strategy.coordinates(rank - target.mesh.first)
-            # A rank that lacks one key of a sample is sent all keys of that producer.
-            have = set.intersection(*(self.held[(rank, key)] for key in keys))
-            missing: dict[int, list[int]] = defaultdict(list)
-            for sample in needed[dp_rank]:
-                if sample not in have:
-                    missing[replica_of[sample]].append(sample)
-            for replica, samples in missing.items():
-                giver = self.nearest(holders[replica], rank)
-                found.setdefault(rank, []).append(Parcel(peer=giver, samples=tuple(samples)))
-                for key in keys:
-                    self.held[(rank, key)].update(samples)
-        return found
-
-    def nearest(self, holders: list[int], rank: int) -> int:
-        """A holder on the rank's own node, else any; spread over the holders by rank."""
-        near = [h for h in holders if h // self.per_node == rank // self.per_node]
-        candidates = near or holders
-        return candidates[rank % len(candidates)]
-
     def emit_sends(
         self,
         producer: ModelFunctionCall,
-        transfers: Mapping[tuple[str, str], Mapping[int, list[Parcel]]],
+        transfers: Mapping[tuple[str, str], Arrivals],
     ) -> None:
         """Right after the producer, to all its consumers in graph order."""
         for consumer in self.graph.calls:
@@ -403,7 +333,7 @@ class _Compiler:
     def emit_receives(
         self,
         consumer: ModelFunctionCall,
-        transfers: Mapping[tuple[str, str], Mapping[int, list[Parcel]]],
+        transfers: Mapping[tuple[str, str], Arrivals],
         received: dict[int, int],
     ) -> None:
         """Before the consumer, in the order in which sources send.
@@ -436,7 +366,7 @@ class _Compiler:
         receives: tuple[Parcel, ...] = (),
     ) -> Transfer:
         number = self.position[producer] * len(self.position) + self.position[consumer]
-        keys = self.inputs_by_producer(self.graph.call(consumer))[producer]
+        keys = readers_of(self.problem, consumer)[producer]
         return Transfer(
             index=index, transfer=number, producer=producer, consumer=consumer, keys=keys,
             sends=sends, receives=receives,

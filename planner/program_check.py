@@ -20,8 +20,10 @@ from planner.program import (
     Infer,
     Instruction,
     Load,
+    Offload,
     Program,
     Reallocate,
+    Reload,
     Train,
     Transfer,
 )
@@ -120,9 +122,14 @@ def _check_weights(plan: ExecutionPlan, program: Program, rank: int) -> None:
     present: set[tuple[str, Layout]] = {
         (i.role, i.layout) for i in program.setup.get(rank, ()) if isinstance(i, Load)
     }
+    away: set[tuple[str, Layout]] = set()  # offloaded
     calls_run: list[str] = []
-    for instruction in program.step[rank]:
-        if isinstance(instruction, Reallocate) and rank in instruction.destination.mesh:
+    for instruction in (*program.setup.get(rank, ()), *program.step[rank]):
+        if isinstance(instruction, Offload):
+            away.add((instruction.role, instruction.layout))
+        elif isinstance(instruction, Reload):
+            away.remove((instruction.role, instruction.layout))
+        elif isinstance(instruction, Reallocate) and rank in instruction.destination.mesh:
             present.add((instruction.role, instruction.destination))
         elif isinstance(instruction, Free):
             present.discard((instruction.role, instruction.layout))
@@ -143,6 +150,11 @@ def _check_weights(plan: ExecutionPlan, program: Program, rank: int) -> None:
             if (call.role, layout) not in present:
                 raise PlanError(
                     f"{call.name} reads {call.role} in {layout.key}, which is not there",
+                    where=f"rank {rank}",
+                )
+            if (call.role, layout) in away:
+                raise PlanError(
+                    f"{call.name} needs what {call.role} has offloaded from {layout.key}",
                     where=f"rank {rank}",
                 )
             others = [held for role, held in present if role == call.role and held != layout]

@@ -16,14 +16,17 @@ from rich.text import Text
 
 from planner.confidence import Confidence
 from planner.layout import Layout
-from planner.memory import MemoryBreakdown, memory_over_time, plan_memory
+from planner.memory import MemoryBreakdown
 from planner.plan import Allocation, Estimate, ExecutionPlan
+from planner.plan_memory import memory_over_time, plan_memory
 from planner.program import (
     Average,
     Free,
     Instruction,
     Load,
+    Offload,
     Reallocate,
+    Reload,
     Transfer,
     compile_plan,
     home_layouts,
@@ -206,8 +209,9 @@ def _bar(
         room = last - first
         if room <= 0:
             continue
-        fill = "░" if span.kind == "reallocate" else "█"
-        name = span.label if span.kind != "reallocate" else ""
+        moves = span.kind in ("reallocate", "reload", "offload", "average")
+        fill = "░" if moves else "█"
+        name = "" if moves else span.label
         shown = f"▌{name[: room - 2]} " if room > 3 else "▌"
         for offset in range(room):
             cells[first + offset] = shown[offset] if offset < len(shown) else fill
@@ -302,6 +306,10 @@ def _describe(plan: ExecutionPlan, rank: int, instruction: Instruction) -> tuple
     name = type(instruction).__name__
     if isinstance(instruction, Load | Free):
         return name, f"{instruction.role} in {instruction.layout.key}"
+    if isinstance(instruction, Offload | Reload):
+        way = "to" if isinstance(instruction, Offload) else "from"
+        place = f"{instruction.role} in {instruction.layout.key}"
+        return name, f"{instruction.what} of {place} {way} the host's memory"
     if isinstance(instruction, Average):
         moved = f"{instruction.rate:g} of the way to {instruction.of}"
         return name, f"{instruction.role} in {instruction.layout.key} moves {moved}"

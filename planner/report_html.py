@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from planner.explain import Explanation, RankGroup
-from planner.memory import MemoryBreakdown, memory_over_time, plan_memory
+from planner.memory import MemoryBreakdown
 from planner.plan import ExecutionPlan
+from planner.plan_memory import memory_over_time, plan_memory
 from planner.report import estimate_lines, ranges_text, strategy_text
 from planner.simulate import Span, Timeline
 from profiles.units import GIB, MIB, format_bytes, format_seconds

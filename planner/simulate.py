@@ -6,7 +6,8 @@ ranks is free and ends on all of them together. Before a call its ranks together
 producers have made, one producer after another in the graph's order, each as soon as it has ended
 and for the seconds of all that it brings (``transfer_bytes``). The executor's ranks take their
 messages each for itself, and no more than that; what a rank waits less it waits at the call. A
-send, Load, Free and Average take no time.
+send, Load and Free take no time; an Average is each rank's own, as long on all; Reload and Offload
+take theirs right before and after their call, which waits for its data while weights come.
 
 A step is a max-plus linear map of the ranks' clocks; seconds per step in steady state are its
 eigenvalue (``steady_step_s``), not those of the few steps that are drawn.
@@ -26,14 +27,16 @@ from typing import Protocol
 import numpy as np
 
 from planner.cost import CallCost, CostModel, call_cost
+from planner.cost.offload import NO_SWAP, SwapCost, swap_cost
 from planner.cost.stage import VALUE_BYTES
-from planner.cost.transfer import reallocation_seconds, transfer_seconds
+from planner.cost.transfer import average_seconds, reallocation_seconds, transfer_seconds
 from planner.graph import CallKind, ModelFunctionCall
 from planner.labels import label_of
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem
 from planner.program import (
+    Average,
     Function,
     Generate,
     Infer,
@@ -43,6 +46,7 @@ from planner.program import (
     Train,
 )
 from planner.strategy import ParallelStrategy
+from planner.transfers import readers_of
 
 
 def sample_bytes(problem: Problem, keys: Iterable[str]) -> float:
@@ -57,17 +61,6 @@ def sample_bytes(problem: Problem, keys: Iterable[str]) -> float:
         sequences = 1 if key.once else problem.workload.group_size
         total += sequences * tokens * key.bytes_per_value
     return total
-
-
-def readers_of(problem: Problem, consumer: str) -> dict[str, tuple[str, ...]]:
-    """Keys that a call reads, by the call that produces them, in the graph's order."""
-    graph = problem.graph
-    found: dict[str, tuple[str, ...]] = {}
-    for call in graph.calls:
-        keys = tuple(key for key in graph.call(consumer).inputs if key in call.outputs)
-        if keys:
-            found[call.name] = keys
-    return found
 
 
 def transfer_bytes(
@@ -109,11 +102,15 @@ def _placement(
 
 
 class Prices(Protocol):
-    """What the simulator asks for: seconds of a call, of a reallocation, of a transfer."""
+    """What the simulator asks for: seconds of a call, of its offload, of what moves."""
 
     def call(self, name: str, allocation: Allocation) -> CallCost: ...
 
+    def swap(self, name: str, allocation: Allocation) -> SwapCost: ...
+
     def reallocation_s(self, source: Layout, destination: Layout) -> float: ...
+
+    def average_s(self, layout: Layout) -> float: ...
 
     def transfer_s(
         self, num_bytes: float, source: DeviceMesh, destination: DeviceMesh
@@ -136,6 +133,10 @@ class StepPrices:
             self._calls[key] = call_cost(self.problem, name, allocation, self.model)
         return self._calls[key]
 
+    def swap(self, name: str, allocation: Allocation) -> SwapCost:
+        """Seconds of the Reload before a call and the Offload after it."""
+        return swap_cost(self.problem, name, allocation, self.model)
+
     def reallocation_s(self, source: Layout, destination: Layout) -> float:
         """Seconds of one ``Reallocate``; equal for both layouts moved by whole nodes."""
         key = self._reallocation_key(source, destination)
@@ -146,6 +147,10 @@ class StepPrices:
                 model=self.model,
             )
         return self._reallocations[key]
+
+    def average_s(self, layout: Layout) -> float:
+        """Seconds of one ``Average``."""
+        return average_seconds(layout, model=self.model)
 
     def known_reallocation_s(self, source: Layout, destination: Layout) -> float:
         """``reallocation_s`` where it was asked before, else 0: never more than the answer."""
@@ -178,7 +183,7 @@ class Span:
 
     rank: int
     label: str
-    kind: str  # the instruction: generate, infer, train, function, transfer, reallocate
+    kind: str  # the instruction's: generate, infer, train, function, transfer, reallocate, …
     step: int
     start_s: float
     end_s: float
@@ -219,9 +224,10 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """A call or a reallocation: its ranks, its seconds, and what it waits for.
+    """A call, a reallocation or an average: its ranks, its seconds, and what it waits for.
 
     ``arrivals``: (producer, seconds of its transfer) in the order in which they are taken.
+    ``swap``: of a call that is offloaded.
     """
 
     instruction: Instruction
@@ -229,6 +235,8 @@ class StepEvent:
     seconds: float
     call: str = ""
     arrivals: Sequence[tuple[str, float]] = ()
+    swap: SwapCost = NO_SWAP
+    role: str = ""
 
 
 def list_events(plan: ExecutionPlan, program: Program, prices: Prices) -> list[StepEvent]:
@@ -244,7 +252,10 @@ def list_events(plan: ExecutionPlan, program: Program, prices: Prices) -> list[S
         instruction = instructions[index]
         if isinstance(instruction, Reallocate):
             seconds = prices.reallocation_s(instruction.source, instruction.destination)
-            found.append(StepEvent(instruction, ranks, seconds))
+            found.append(StepEvent(instruction, ranks, seconds, role=instruction.role))
+        elif isinstance(instruction, Average):
+            seconds = prices.average_s(instruction.layout)
+            found.append(StepEvent(instruction, ranks, seconds, role=instruction.role))
         elif isinstance(instruction, Generate | Infer | Train | Function):
             name = instruction.call
             arrivals = [
@@ -252,7 +263,9 @@ def list_events(plan: ExecutionPlan, program: Program, prices: Prices) -> list[S
                 for producer in readers_of(plan.problem, name)
             ]
             seconds = prices.call(name, plan.allocations[name]).seconds
-            found.append(StepEvent(instruction, ranks, seconds, name, arrivals))
+            swap = prices.swap(name, plan.allocations[name])
+            role = plan.problem.graph.call(name).role or ""
+            found.append(StepEvent(instruction, ranks, seconds, name, arrivals, swap, role))
     return found
 
 
@@ -262,7 +275,7 @@ def _transfer_s(plan: ExecutionPlan, producer: str, consumer: str, prices: Price
     return prices.transfer_s(num_bytes, source, target)
 
 
-Draw = Callable[[StepEvent, str, float, float], None]  # (event, label, start_s, end_s)
+Draw = Callable[[StepEvent, str, str, float, float], None]  # (event, kind, label, start_s, end_s)
 
 
 def play_step(events: Sequence[StepEvent], clock_s: dict[int, float], draw: Draw | None) -> None:
@@ -270,14 +283,23 @@ def play_step(events: Sequence[StepEvent], clock_s: dict[int, float], draw: Draw
     ended_s: dict[str, float] = {}
     for event in events:
         now_s = max(clock_s[rank] for rank in event.ranks)
+        if event.swap.reload_s > 0:
+            start_s, now_s = now_s, now_s + event.swap.reload_s
+            if draw is not None:
+                draw(event, "reload", f"reload {event.role}", start_s, now_s)
         for producer, seconds in event.arrivals:
             start_s = max(now_s, ended_s[producer])
             now_s = start_s + seconds
             if draw is not None and seconds > 0:
-                draw(event, f"receive {producer}", start_s, now_s)
+                draw(event, "transfer", f"receive {producer}", start_s, now_s)
         end_s = now_s + event.seconds
         if draw is not None:
-            draw(event, label_of(event.instruction), now_s, end_s)
+            kind = type(event.instruction).__name__.lower()
+            draw(event, kind, label_of(event.instruction), now_s, end_s)
+        if event.swap.offload_s > 0:
+            start_s, end_s = end_s, end_s + event.swap.offload_s
+            if draw is not None:
+                draw(event, "offload", f"offload {event.role}", start_s, end_s)
         for rank in event.ranks:
             clock_s[rank] = end_s
         ended_s[event.call] = end_s
@@ -319,9 +341,7 @@ def run_program(
     spans: list[Span] = []
     ends_s: list[float] = []
 
-    def draw(event: StepEvent, label: str, start_s: float, end_s: float) -> None:
-        kind = type(event.instruction).__name__.lower()
-        kind = "transfer" if label.startswith("receive ") else kind
+    def draw(event: StepEvent, kind: str, label: str, start_s: float, end_s: float) -> None:
         step = len(ends_s)
         spans.extend(
             Span(rank=rank, label=label, kind=kind, step=step, start_s=start_s, end_s=end_s)

@@ -27,9 +27,9 @@ from typing import get_args
 import pandas as pd
 
 from planner.graph import CallKind
-from planner.memory import check_memory
 from planner.mesh import enumerate_meshes
 from planner.plan import Allocation, ExecutionPlan, largest_dp, validate_plan
+from planner.plan_memory import check_memory
 from planner.plan_schema import load_plan, save_plan
 from planner.resolve import costs_of_plan
 from planner.search import estimate_plan

@@ -1,7 +1,8 @@
 """Seconds of one call under one allocation: ``call_cost`` is the entry, ``CostModel`` what prices.
 
 ``stage.py`` prices a stage, ``pipeline.py`` puts micro-batches through stages, ``train.py`` and
-``generate.py`` build calls from them, ``transfer.py`` prices what moves between calls.
+``generate.py`` build calls from them; ``transfer.py`` prices what moves between calls, and
+``offload.py`` what moves between a device and its host.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def call_cost(
     problem: Problem, call_name: str, allocation: Allocation, model: CostModel
 ) -> CallCost:
     """Seconds of a call alone on its mesh, every sequence at the workload's mean length.
+
+    What is offloaded is there: bringing it is priced by ``offload.swap_cost``.
 
     The busiest data-parallel rank counts. Answers are kept in ``model``. The allocation must be
     legal (``plan.allocation_problem``). Nodes are equal, so a mesh costs the same wherever it is.
@@ -57,10 +60,10 @@ def call_cost(
 
 
 def _at_the_start(allocation: Allocation, model: CostModel) -> Allocation:
-    """The same allocation on the first devices that are wired like its own."""
+    """The same allocation on the first devices that are wired like its own, not offloaded."""
     mesh, per_node = allocation.mesh, model.cluster.devices_per_node
     first = mesh.first % per_node
     first = 0 if first + mesh.num_devices <= per_node else first
-    if first == mesh.first:
+    if first == mesh.first and not allocation.offload:
         return allocation
-    return replace(allocation, mesh=DeviceMesh(first, mesh.num_devices))
+    return replace(allocation, mesh=DeviceMesh(first, mesh.num_devices), offload=False)

@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from planner.cost.lanes import Ints, lane_loads
 from planner.cost.model import CostModel
+from planner.cost.stage import stage_shapes, stage_values
 from planner.layout import Layout
+from planner.memory import AVERAGE_BYTES
 from planner.mesh import DeviceMesh
 from profiles.hardware import ClusterSpec
 
@@ -56,6 +58,18 @@ def _reallocation_s(src: Layout, dst: Layout, bytes_per_value: int, model: CostM
     )
     passes_bytes = int(loads.passes.max()) * bytes_per_value
     return slowest_s + passes_bytes / model.cluster.device.memory_bytes_per_s
+
+
+def average_seconds(layout: Layout, *, model: CostModel) -> float:
+    """Seconds of moving an average over steps in ``layout`` towards weights that are there.
+
+    Passes over memory on the fullest device: the average, in fp32, is read and written, the other
+    weights are read, and the average's own weights written.
+    """
+    shapes = set(stage_shapes(layout.spec, layout.pp))
+    num_values = max(stage_values(layout.spec, shape, layout.tp) for shape in shapes)
+    passes_bytes = num_values * (2 * AVERAGE_BYTES + 2 * model.value_bytes)
+    return passes_bytes / model.cluster.device.memory_bytes_per_s
 
 
 def _slowest_lane_s(

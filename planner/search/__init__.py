@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from planner.cost import CostModel
 from planner.lock import Lock
-from planner.memory import check_memory, plan_memory
 from planner.plan import Estimate, ExecutionPlan, Problem
+from planner.plan_memory import check_memory, plan_memory
 from planner.program import compile_plan
 from planner.search.baselines import baselines
 from planner.search.bounds import lower_bound_s
@@ -153,8 +153,9 @@ def estimate_plan(
 ) -> tuple[ExecutionPlan, Timeline]:
     """``plan`` with the estimate of the simulator and the memory model, and its timeline.
 
-    ``per_call_s`` also has ``reallocate ROLE`` for weights that move. Without ``lower_bound`` the
-    bound of the plan's earlier estimate stays, or 0 where there is none.
+    ``per_call_s`` also has ``reallocate ROLE`` for weights that move, and so of averages, reloads
+    and offloads. Without ``lower_bound`` the bound of the plan's earlier estimate stays, or 0 where
+    there is none.
     """
     timeline = run_program(plan, compile_plan(plan), prices)
     per_call_s, origin = dict[str, float](), dict.fromkeys(Provenance, 0.0)
@@ -163,7 +164,8 @@ def estimate_plan(
         per_call_s[call.name] = cost.seconds
         for provenance, seconds in cost.provenance.items():
             origin[provenance] += seconds
-    moves = {(s.label, s.start_s, s.end_s) for s in timeline.last_step if s.kind == "reallocate"}
+    moved = ("reallocate", "average", "reload", "offload")
+    moves = {(s.label, s.start_s, s.end_s) for s in timeline.last_step if s.kind in moved}
     for label, start_s, end_s in sorted(moves, key=lambda move: move[1]):
         per_call_s[label] = per_call_s.get(label, 0.0) + end_s - start_s
     total = sum(origin.values())

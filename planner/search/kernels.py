@@ -5,10 +5,11 @@ An assignment is two vectors over calls: ``mesh`` (an index of ``Tables.mesh_fir
 model give for the compiled plan, to rounding (``tests/planner/test_kernels.py``).
 
 Seconds per step. Every call is a rendezvous of its mesh, and so is the reallocation before it, of
-both meshes, at the step's end also to a role that is an average over steps; ranks take these
-*events* in one order. So with e_v the end of event v in a step
+both meshes, at the step's end also to a role that is an average over steps, and then the average;
+ranks take these *events* in one order. So with e_v the end of event v in a step
 
     e_v >= e_u + d_v                 u before v, on a common device; d_v with all its transfers
+                                     and with what comes from the host's memory and goes back
     e_v >= e_p + d_v - (transfers before p's)        p makes data that v reads
     e_v + T >= e_u + d_v             u not before v, on a common device: v is the next step's
 
@@ -90,12 +91,9 @@ def find_transfers(t: Tables, mesh: Ints, row: Ints, transfer_s: Floats) -> None
 
 
 @compiled
-def takes_average(t: Tables, mesh: Ints, row: Ints, n: int, i: int) -> bool:
-    """Are weights brought to the layout of call i for average n, at the end of a step?
-
-    Once to every layout of its role but the one in which these weights live.
-    """
-    if t.calls[i].average != n or same_layout(t.rows, mesh, row, i, t.average_of[n]):
+def averages(t: Tables, mesh: Ints, row: Ints, n: int, i: int) -> bool:
+    """Is average n taken in the layout of call i at the end of a step? Once in each layout."""
+    if t.calls[i].average != n:
         return False
     for j in range(i):
         if t.calls[j].average == n and same_layout(t.rows, mesh, row, i, j):
@@ -146,14 +144,19 @@ def list_events(
             after_s[k] = total
         events[count].call = i
         events[count].home = -1
-        events[count].busy_s = total
+        events[count].busy_s = total + rows[row[i]].reload_s
         uses[i].event = count
         count += 1
     for n in range(len(t.average_of)):
         for i in range(len(mesh)):
-            if takes_average(t, mesh, row, n, i):
+            if averages(t, mesh, row, n, i):
                 h = t.average_of[n]
-                add_reallocation(t, prices, mesh, row, h, i, s, count)
+                if not same_layout(rows, mesh, row, i, h):
+                    add_reallocation(t, prices, mesh, row, h, i, s, count)
+                    count += 1
+                events[count].call = i
+                events[count].home = -1
+                events[count].busy_s = rows[row[i]].average_s
                 count += 1
     return count
 
@@ -270,8 +273,12 @@ def largest_cycle(
 
 
 @compiled
-def find_residents(rows: Records, calls: Records, mesh: Ints, row: Ints, uses: Records) -> None:
-    """Fill ``uses.stays``: which calls' layouts are homes, each counted once."""
+def find_residents(rows: Records, calls: Records, mesh: Ints, row: Ints, uses: Records) -> bool:
+    """Fill ``uses.stays``: which calls' layouts are homes, each counted once.
+
+    False where one call has weights offloaded that another one keeps: that is no plan.
+    """
+    agree = True
     for j in range(len(mesh)):
         uses[j].stays = 0
         if calls[j].home >= 0:
@@ -281,6 +288,9 @@ def find_residents(rows: Records, calls: Records, mesh: Ints, row: Ints, uses: R
             for k in range(j):
                 if calls[k].role == calls[j].role and same_layout(rows, mesh, row, j, k):
                     uses[j].stays = 0
+                    if (rows[row[j]].reload_s > 0.0) != (rows[row[k]].reload_s > 0.0):
+                        agree = False
+    return agree
 
 
 @inlined
@@ -332,7 +342,8 @@ def overshoot_of(t: Tables, mesh: Ints, row: Ints, uses: Records) -> float:
     Device by device only where the sum of the fullest stages is too much.
     """
     meshes, most_bytes, free_bytes = t.meshes, t.most_bytes, t.memory_bytes - t.reserve_bytes
-    find_residents(t.rows, t.calls, mesh, row, uses)
+    if not find_residents(t.rows, t.calls, mesh, row, uses):
+        return 1.0
     peak = 0.0
     for i in range(len(mesh)):
         most = most_bytes[2, row[i]]
@@ -344,7 +355,9 @@ def overshoot_of(t: Tables, mesh: Ints, row: Ints, uses: Records) -> float:
             peak = max(peak, peak_of(t, mesh, row, uses, i, i))
     for n in range(len(t.average_of)):
         for i in range(len(mesh)):
-            if takes_average(t, mesh, row, n, i):
+            if averages(t, mesh, row, n, i) and not same_layout(
+                t.rows, mesh, row, i, t.average_of[n]
+            ):
                 peak = max(peak, peak_of(t, mesh, row, uses, i, len(mesh)))
     return max(0.0, (peak + t.reserve_bytes) / t.memory_bytes - 1.0)
 

@@ -1,4 +1,4 @@
-"""What each call may choose: legal (mesh, strategy, micro-batches), costed, then pruned.
+"""What each call may choose: what ``variants.py`` lists, costed, then pruned.
 
 Seconds and bytes of a call do not change when its mesh moves by whole nodes, or within a node, so
 a ``Choice`` is priced once for each size of mesh; an ``Option`` is a choice on one mesh. Read
@@ -12,11 +12,9 @@ layout, so every plan keeps an equal that is at least as good.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import ceil
-from operator import add
+from dataclasses import dataclass
+from operator import add, sub
 
-from planner.cost.stage import VALUE_BYTES
 from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
 from planner.lock import Lock
@@ -27,35 +25,44 @@ from planner.memory import (
     average_bytes,
     call_memory,
     held_memory,
+    leaves_device,
     running_bytes,
 )
-from planner.mesh import DeviceMesh, enumerate_meshes
-from planner.plan import Allocation, Problem, largest_dp
+from planner.mesh import DeviceMesh
+from planner.plan import Allocation, Problem, offload_problem
+from planner.search.variants import considered_meshes, variants
 from planner.simulate import StepPrices
-from planner.strategy import ParallelStrategy, Recompute, legal_strategies
+from planner.strategy import ParallelStrategy
 from profiles.errors import ConfigError, InfeasibleError
-from profiles.hardware import ClusterSpec
 from profiles.models import ModelSpec
 from profiles.units import format_bytes
-
-RECOMPUTE: Sequence[Recompute] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Choice:
     """A strategy with micro-batches on any mesh of its size.
 
-    Bytes by pipeline stage: ``held`` what stays on a device if the call's layout is a home of
-    its role, ``borrowed`` if the weights come for this call, ``running`` while it runs.
+    ``seconds``: of the call and of what leaves the device after it, ``reload_s`` of what comes from
+    the host before it, ``average_s`` of the average in its layout, where its role is one. Bytes by
+    pipeline stage: ``held`` what stays on a device if the call's layout is a home of its role,
+    ``borrowed`` if the weights come for this call, ``running`` while it runs.
     """
 
     strategy: ParallelStrategy
     num_micro_batches: int
     generation_batch: int = 0
+    offload: bool = False
     seconds: float
+    reload_s: float = 0.0
+    average_s: float = 0.0
     held: tuple[int, ...]
     borrowed: tuple[int, ...]
     running: tuple[int, ...]
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of its devices, whatever it waits for."""
+        return self.reload_s + self.seconds
 
     @property
     def axes(self) -> tuple[int, int, int]:
@@ -83,114 +90,11 @@ class Option:
             strategy=self.choice.strategy,
             num_micro_batches=self.choice.num_micro_batches,
             generation_batch=self.choice.generation_batch,
+            offload=self.choice.offload,
         )
 
 
 Assignment = tuple[Option, ...]  # one option for each call, in the graph's order
-
-
-def micro_batch_counts(strategy: ParallelStrategy, num_sequences: int) -> list[int]:
-    """Counts worth trying for ``num_sequences`` of a data-parallel rank.
-
-    Without a pipeline powers of two: they only save memory. With one of ``pp`` stages, one
-    micro-batch and multiples of ``pp`` by powers of two; fewer than ``pp`` only where there are
-    no more sequences.
-
-    >>> micro_batch_counts(ParallelStrategy(), 9)
-    [1, 2, 4, 8]
-    >>> micro_batch_counts(ParallelStrategy(pp=3), 16)
-    [1, 3, 6, 12]
-    >>> micro_batch_counts(ParallelStrategy(pp=8), 5)
-    [1, 5]
-    """
-    pp = strategy.pp
-    found = {1, min(pp, num_sequences)}
-    count = pp
-    while count <= num_sequences:
-        found.add(count)
-        count *= 2
-    return sorted(found)
-
-
-def generation_batches(num_sequences: int, num_micro_batches: int, *, enough: int) -> list[int]:
-    """Counts worth trying for the sequences of a data-parallel rank: all (0), a half, a quarter, …
-
-    At least one sequence for each group in flight, and no less than ``enough``, below which
-    memory that keys and values leave free is of no use to anybody.
-
-    >>> generation_batches(32, 2, enough=4)
-    [0, 16, 8, 4]
-    """
-    found, rows = [0], num_sequences
-    while rows % 2 == 0 and rows // 2 >= max(num_micro_batches, enough):
-        rows //= 2
-        found.append(rows)
-    return found
-
-
-# Keys and values that take less than this share of a device are not worth waves.
-SMALL_CACHE = 1 / 16
-
-
-def _enough_rows(problem: Problem, spec: ModelSpec, strategy: ParallelStrategy) -> int:
-    """Sequences whose keys and values take ``SMALL_CACHE`` of a device's memory."""
-    device = problem.cluster.device
-    row_bytes = problem.workload.max_tokens * spec.kv_bytes_per_token(
-        bytes_per_value=VALUE_BYTES[device.kind]
-    )
-    return ceil(SMALL_CACHE * device.memory_bytes * strategy.pp * strategy.tp / row_bytes)
-
-
-def variants(problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh) -> Iterator[Allocation]:
-    """Every way to run a call on a mesh that is worth pricing."""
-    most, spec = largest_dp(problem, call.name), problem.spec_of(call.name)
-    for legal in legal_strategies(spec, mesh, problem.cluster, max_dp=most):
-        groups = ceil(problem.workload.batch_size / legal.dp)
-        share = groups * problem.workload_of(call.name).group_size
-        for count in micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]:
-            if call.kind is CallKind.GENERATE and spec is not None:
-                enough = _enough_rows(problem, spec, legal)
-                batches, strategies = generation_batches(share, count, enough=enough), [legal]
-            else:
-                batches, strategies = [0], _strategies(call, legal)
-            for strategy in strategies:
-                for rows in batches:
-                    yield Allocation(
-                        mesh=mesh, strategy=strategy, num_micro_batches=count,
-                        generation_batch=rows,
-                    )  # fmt: skip
-
-
-def _strategies(call: ModelFunctionCall, legal: ParallelStrategy) -> list[ParallelStrategy]:
-    """A split with sequence parallelism, and with ZeRO and recomputation where the call trains."""
-    split_tokens = (False, True) if legal.tp > 1 else (False,)
-    if call.kind is not CallKind.TRAIN:
-        return [replace(legal, sequence_parallel=split) for split in split_tokens]
-    return [
-        replace(legal, zero=zero, recompute=recompute, sequence_parallel=split)
-        for zero in ((0, 1) if legal.dp > 1 else (0,))
-        for recompute in RECOMPUTE
-        for split in split_tokens
-    ]
-
-
-def considered_meshes(cluster: ClusterSpec, *, most_runs: int = 16) -> Iterator[DeviceMesh]:
-    """Every legal mesh where there are at most ``most_runs`` nodes; a coarser set on more.
-
-    With ``step = ceil(nodes / most_runs)``: slices of a node, runs of a power of two of nodes
-    below ``step`` at multiples of their length, runs of multiples of ``step`` nodes at multiples
-    of ``step``, and the whole cluster. So the space does not grow with large clusters; a lower
-    bound is over plans with these meshes.
-    """
-    per_node = cluster.devices_per_node
-    step = ceil(cluster.num_nodes / most_runs)
-    for mesh in enumerate_meshes(cluster):
-        nodes, first = mesh.num_devices // per_node, mesh.first // per_node
-        slice_or_whole = mesh.num_devices % per_node or mesh.num_devices == cluster.num_devices
-        long_run = nodes % step == 0 and first % step == 0
-        short_run = nodes < step and nodes & (nodes - 1) == 0 and first % max(1, nodes) == 0
-        if slice_or_whole or long_run or short_run:
-            yield mesh
 
 
 def undominated(choices: Sequence[Choice]) -> list[Choice]:
@@ -210,8 +114,10 @@ def undominated(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def _no_larger(a: Choice, b: Choice) -> bool:
-    return all(x <= y for x, y in zip(a.held, b.held)) and all(
-        x <= y for x, y in zip(a.running, b.running)
+    return (
+        a.reload_s <= b.reload_s
+        and all(x <= y for x, y in zip(a.held, b.held))
+        and all(x <= y for x, y in zip(a.running, b.running))
     )
 
 
@@ -224,9 +130,12 @@ class OptionSpace:
     """
 
     def __init__(
-        self, problem: Problem, prices: StepPrices, locks: Mapping[str, Lock] | None = None
-    ) -> None:
+        self, problem: Problem, prices: StepPrices, locks: Mapping[str, Lock] | None = None, *,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
         self.problem = problem
+        # On a CPU the host's memory is the device's.
+        self.offload = offload and problem.cluster.device.kind != "cpu"
         self.locks = dict(locks or {})
         self.prices = prices
         self.calls = problem.graph.calls
@@ -295,6 +204,7 @@ class OptionSpace:
             self.locks.get(call.name),
             call.kind,
             self._is_average(call),
+            offload_problem(self.problem, call.name) is None,
             (call.num_mini_batches, call.num_epochs),
             self.problem.spec_of(call.name),
             workload,
@@ -308,7 +218,7 @@ class OptionSpace:
                 groups.setdefault(choice.axes, []).append(choice)
             kept = [choice for group in groups.values() for choice in undominated(group)]
             if kept:
-                found[size] = tuple(sorted(kept, key=lambda c: c.seconds))
+                found[size] = tuple(sorted(kept, key=lambda c: c.busy_s))
         if not found:
             raise self._locked_out(call) if call.name in self.locks else self._infeasible(call)
         self._known[key] = found
@@ -320,7 +230,9 @@ class OptionSpace:
         if lock.allocation is not None and meshes:
             candidates: Iterable[Allocation] = [lock.allocation]
         else:
-            candidates = variants(self.problem, call, meshes[0]) if meshes else ()
+            candidates = (
+                variants(self.problem, call, meshes[0], offload=self.offload) if meshes else ()
+            )
         device = self.problem.cluster.device
         free_bytes = device.memory_bytes - RESERVE_BYTES[device.kind]
         known: dict[tuple[object, ...], tuple[int, ...]] = {}
@@ -345,6 +257,7 @@ class OptionSpace:
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:  # fmt: skip
         """Held and running, by stage; the latter does not depend on ZeRO: kept in ``known``."""
         spec, s = self.problem.spec_of(call.name), allocation.strategy
+        kind = self.problem.cluster.device.kind
         if spec is None:
             return (0,), (0,)
         counts = (allocation.num_micro_batches, allocation.generation_batch)
@@ -353,9 +266,16 @@ class OptionSpace:
             known[key] = running_bytes(self.problem, call, allocation, spec)
         held = self._held(spec, s, call.kind is CallKind.TRAIN)
         if self._is_average(call):
-            kind = self.problem.cluster.device.kind
             held = tuple(average_bytes(weights, kind) for weights in held)
-        return held, known[key]
+        if not leaves_device(allocation, kind):
+            return held, known[key]
+        leaving = self._leaving(spec, s, call.kind is CallKind.TRAIN)
+        return tuple(map(sub, held, leaving)), tuple(map(add, known[key], leaving))
+
+    def _leaving(self, spec: ModelSpec, s: ParallelStrategy, trained: bool) -> tuple[int, ...]:
+        """Of ``_held`` what is on the host while an offloaded call does not run."""
+        weights = self._held(spec, s, False)
+        return tuple(map(sub, self._held(spec, s, True), weights)) if trained else weights
 
     def _is_average(self, call: ModelFunctionCall) -> bool:
         return any(average.role == call.role for average in self.problem.graph.averages)
@@ -369,11 +289,18 @@ class OptionSpace:
         if spec is not None:
             staging = STAGING_BYTES[self.problem.cluster.device.kind]
             borrowed = tuple(weights + staging for weights in self._held(spec, s, False))
+        average_s = 0.0
+        if spec is not None and self._is_average(call):
+            average_s = self.prices.average_s(Layout.of(spec, allocation.mesh, s))
+        swap = self.prices.swap(call.name, allocation)
         return Choice(
             strategy=s,
             num_micro_batches=allocation.num_micro_batches,
             generation_batch=allocation.generation_batch,
-            seconds=self.prices.call(call.name, allocation).seconds,
+            offload=allocation.offload,
+            seconds=self.prices.call(call.name, allocation).seconds + swap.offload_s,
+            reload_s=swap.reload_s,
+            average_s=average_s,
             held=held,
             borrowed=borrowed,
             running=running,

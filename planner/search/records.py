@@ -34,7 +34,9 @@ CALL = np.dtype(
 )
 ROW = np.dtype(
     [
-        ("seconds", "f8"),
+        ("seconds", "f8"),  # of the call and of what leaves the device after it
+        ("reload_s", "f8"),  # of what comes from the host before it; above 0: it is offloaded
+        ("average_s", "f8"),  # of the average in its layout, where its role is one
         ("axes", "i8"),  # index of (pp, tp, dp)
         ("stages", "i8"),  # pp
         ("split", "i8"),  # equal where equal dp means equal samples on equal ranks
@@ -104,7 +106,7 @@ class Prices(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Room for one evaluation; ``E = 3 C`` events at most."""
+    """Room for one evaluation; ``E = 4 C`` events at most."""
 
     events: Records  # [E] of EVENT
     uses: Records  # [C] of USE

@@ -7,7 +7,9 @@ assignment. ``bounds.py`` and ``exact.py`` branch on boxes, this file bounds the
 Let T be the steady seconds per step of any assignment of the box that fits, N the devices, and
 for each call c ``s_c`` seconds on ``n_c`` devices. Minima below are over the options of a pool.
 
-1. *Work.* A device does one thing at a time: ``T >= sum of s_c n_c / N``.
+1. *Work.* A device does one thing at a time: ``T >= sum of s_c n_c / N``. In work, here and in 4,
+   ``s_c`` is with what comes from the host before c, which may come while c's data are made;
+   elsewhere it is without.
 2. *Cycle.* Between events of one step there are edges "starts after the end of": from the
    producer of data to its reader, and, between two calls that surely share a device, in the
    graph's order, which is every rank's order. To the next step's events there are such edges
@@ -184,9 +186,10 @@ class Relaxation:
 
         seconds = np.array([c.seconds for _, c in rows])
         size = np.array([n for n, _ in rows])
-        work = seconds * size / num_devices
+        share = size / num_devices
+        busy = np.array([c.busy_s for _, c in rows])
         terms = [
-            (1 - u) * (seconds * (i in path) + work * (i in window)) + u * work
+            (1 - u) * seconds * ((i in path) + share * (i in window)) + u * busy * share
             for path, window, _, _ in self.cycles
             for u in self.weights
         ]

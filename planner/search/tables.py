@@ -32,7 +32,8 @@ from planner.search.records import (
     Scratch,
     Tables,
 )  # fmt: skip
-from planner.simulate import StepPrices, num_splits, readers_of, sample_bytes
+from planner.simulate import StepPrices, num_splits, sample_bytes
+from planner.transfers import readers_of
 from profiles.models import ModelSpec
 
 Axes = tuple[int, int, int]  # (pp, tp, dp)
@@ -166,8 +167,8 @@ def _rows(index: Index, segments: Sequence[Sequence[object]], copies: Sequence[i
     spans = _spans([len(found) for found in segments])
     calls = index.space.calls
     return _records(ROW, [
-        (c.seconds, place[c.axes], c.strategy.pp, num_splits(calls[i], c.strategy),
-         copies.index(c.strategy.pp * c.strategy.tp), *span)
+        (c.seconds, c.reload_s, c.average_s, place[c.axes], c.strategy.pp,
+         num_splits(calls[i], c.strategy), copies.index(c.strategy.pp * c.strategy.tp), *span)
         for (i, c), span in zip(index.rows, spans, strict=True)
     ])  # fmt: skip
 
@@ -175,7 +176,7 @@ def _rows(index: Index, segments: Sequence[Sequence[object]], copies: Sequence[i
 def make_scratch(tables: Tables) -> Scratch:
     """Room for the evaluations of one thread."""
     num_calls = len(tables.calls)
-    num_events = 3 * num_calls  # with reallocations before calls, and to averages at the end
+    num_events = 4 * num_calls  # reallocations before calls, averages and those to them at the end
     return Scratch(
         events=np.zeros(num_events, dtype=EVENT),
         uses=np.zeros(num_calls, dtype=USE),

@@ -13,8 +13,8 @@ from executor.training import Passes, _Means, gather_over_dp
 from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
-from planner.program import assign_samples
 from planner.strategy import ParallelStrategy
+from planner.transfers import assign_samples
 from tests.runs import SMALL
 from tests.spawn import spawn
 

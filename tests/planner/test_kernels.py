@@ -13,8 +13,9 @@ import pytest
 
 from planner.algorithm import find_algorithm, make_config, make_problem
 from planner.cost import lanes
-from planner.memory import RESERVE_BYTES, plan_memory
+from planner.memory import RESERVE_BYTES
 from planner.plan import Problem
+from planner.plan_memory import plan_memory
 from planner.program import compile_plan
 from planner.search import chain, kernels, search
 from planner.search.evaluate import Evaluator

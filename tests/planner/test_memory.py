@@ -18,15 +18,12 @@ from planner.memory import (
     STAGING_BYTES,
     MemoryBreakdown,
     call_memory,
-    check_memory,
-    home_strategies,
-    memory_over_time,
-    plan_memory,
     running_bytes,
     running_memory,
 )
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem
+from planner.plan_memory import check_memory, home_strategies, memory_over_time, plan_memory
 from planner.program import home_layouts
 from planner.strategy import ParallelStrategy
 from profiles.catalogue import MODELS, resolve_model

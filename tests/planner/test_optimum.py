@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from planner.memory import check_memory
 from planner.plan import validate_plan
+from planner.plan_memory import check_memory
 from planner.program import compile_plan
 from planner.program_check import check_program
 from planner.search import search

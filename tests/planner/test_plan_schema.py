@@ -75,7 +75,7 @@ def _edit(data: Any, path: list[Any], value: Any) -> None:
     ("path", "value", "message"),
     [
         (["schema"], "other", r"schema: schema is 'other'; a plan has"),
-        (["version"], 1, "version is 1; this realplan reads version 4"),
+        (["version"], 1, "version is 1; this realplan reads versions 4 and 5"),
         (["version"], KeyError, "version is None"),
         (["workload"], KeyError, "workload: missing field"),
         (["extra"], 1, "extra: unknown field; known: .*allocations"),

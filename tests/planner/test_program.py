@@ -24,14 +24,12 @@ from planner.program import (
     Reallocate,
     Train,
     Transfer,
-    assign_samples,
     compile_plan,
     home_layouts,
-    producing_ranks,
-    samples_of,
 )
 from planner.program_check import check_program
 from planner.strategy import ParallelStrategy
+from planner.transfers import assign_samples, producing_ranks, samples_of
 from profiles.errors import PlanError
 from tests.planner.plans import make_test_cluster, ppo, random_plan
 

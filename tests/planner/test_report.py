@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from planner.cost import CostModel
-from planner.memory import plan_memory
 from planner.plan import ExecutionPlan
+from planner.plan_memory import plan_memory
 from planner.program import compile_plan
 from planner.report import (
     estimate_lines,

@@ -12,22 +12,18 @@ import pytest
 from numba import njit
 
 from planner.cost import CostModel
-from planner.memory import RESERVE_BYTES, call_memory, check_memory, plan_memory
+from planner.memory import RESERVE_BYTES, call_memory
 from planner.mesh import DeviceMesh, enumerate_meshes
 from planner.plan import Problem, validate_plan
+from planner.plan_memory import check_memory, plan_memory
 from planner.program import compile_plan
 from planner.search import search
 from planner.search.engine import News
 from planner.search.evaluate import Evaluator
 from planner.search.moves import MOVES, State, move
-from planner.search.options import (
-    Assignment,
-    Option,
-    OptionSpace,
-    considered_meshes,
-    variants,
-)
+from planner.search.options import Assignment, Option, OptionSpace
 from planner.search.records import Ints, Tables
+from planner.search.variants import considered_meshes, variants
 from planner.simulate import StepPrices, run_program, simulate
 from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster

@@ -1,0 +1,215 @@
+"""Bytes on every device of a plan over a step: ``memory_over_time``, and whether it fits.
+
+One call's bytes are ``memory.py``'s; here is what stays between calls, what is borrowed for some
+of them, and what comes from the host's memory for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from planner.graph import CallKind
+from planner.layout import Layout
+from planner.memory import (
+    RESERVE_BYTES,
+    STAGING_BYTES,
+    MemoryBreakdown,
+    average_bytes,
+    held_memory,
+    leaves_device,
+    offloaded_memory,
+    running_memory,
+)
+from planner.plan import ExecutionPlan
+from planner.strategy import ParallelStrategy
+from profiles.errors import InfeasibleError
+from profiles.hardware import DeviceKind
+from profiles.units import format_bytes
+
+
+def home_strategies(plan: ExecutionPlan) -> dict[str, dict[Layout, ParallelStrategy]]:
+    """The layouts in which each role's weights stay over steps, with the strategy of each.
+
+    A trained role lives where it is trained, a frozen one in every layout that reads it: as
+    ``planner.program.home_layouts``.
+    """
+    homes: dict[str, dict[Layout, ParallelStrategy]] = {}
+    for role in plan.problem.graph.roles:
+        train = plan.problem.graph.train_call(role)
+        calls = (train,) if train else plan.problem.graph.calls_of(role)
+        found = homes.setdefault(role, {})
+        for call in calls:
+            allocation = plan.allocations[call.name]
+            layout = Layout.of(plan.problem.models[role], allocation.mesh, allocation.strategy)
+            found.setdefault(layout, allocation.strategy)
+    return homes
+
+
+class MemoryMoment(NamedTuple):
+    """A device's bytes while ``call`` runs on it, or ``after`` it; "" between calls."""
+
+    call: str
+    need: MemoryBreakdown
+    after: str = ""
+
+
+def memory_over_time(plan: ExecutionPlan) -> Mapping[int, tuple[MemoryMoment, ...]]:
+    """Every device's bytes over a step: between calls, then in each of its calls in their order.
+
+    What stays, what the call needs while it runs, and weights that are borrowed for it, or for
+    calls before and after it.
+    """
+    problem, kind = plan.problem, plan.problem.cluster.device.kind
+    homes = home_strategies(plan)
+    resident = _resident(plan, homes)
+    borrowed = _borrowed(plan, homes)
+    found = {device: [MemoryMoment("", need)] for device, need in resident.items()}
+    for position, call in enumerate(problem.graph.calls):
+        allocation = plan.allocations[call.name]
+        spec = problem.spec_of(call.name)
+        stages: list[MemoryBreakdown] = [MemoryBreakdown()]
+        if spec is not None:
+            pp = allocation.strategy.pp
+            stages = [running_memory(problem, call, allocation, spec, stage) for stage in range(pp)]
+            if leaves_device(allocation, kind):
+                trained = call.kind is CallKind.TRAIN
+                held = [
+                    held_memory(spec, allocation.strategy, stage, kind, trained=trained)
+                    for stage in range(pp)
+                ]
+                stages = [
+                    need + offloaded_memory(own, trained=trained)
+                    for need, own in zip(stages, held, strict=True)
+                ]
+        width = allocation.mesh.num_devices // len(stages)
+        there = [layout for (_, layout), (a, b) in borrowed.items() if a <= position <= b]
+        for device in allocation.mesh.devices:
+            need = resident[device] + stages[(device - allocation.mesh.first) // width]
+            for layout in there:
+                if device in layout.mesh:
+                    need += _borrowed_memory(layout, device, kind)
+            found[device].append(MemoryMoment(call.name, need))
+    for average in problem.graph.averages:
+        train = problem.graph.train_call(average.of)
+        assert train is not None, average
+        for layout in homes[average.role]:
+            for device in layout.mesh.devices:
+                need = resident[device]
+                if layout not in homes[average.of]:  # the trained weights are brought here
+                    need += _borrowed_memory(layout, device, kind)
+                found[device].append(MemoryMoment(train.name, need, f"average {average.role}"))
+    return {device: tuple(moments) for device, moments in found.items()}
+
+
+def _borrowed_memory(layout: Layout, device: int, kind: DeviceKind) -> MemoryBreakdown:
+    """Weights of a layout that is no home, and what was under way to bring them."""
+    strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp)
+    stage = layout.coordinates(device)[0]
+    held = held_memory(layout.spec, strategy, stage, kind, trained=False)
+    return held + MemoryBreakdown(buffers=STAGING_BYTES[kind])
+
+
+def fullest(moments: Sequence[MemoryMoment]) -> MemoryMoment:
+    """The moment with the most bytes, the first of several."""
+    return max(moments, key=lambda moment: moment.need.total)
+
+
+def plan_memory(plan: ExecutionPlan) -> Mapping[int, MemoryBreakdown]:
+    """The fullest moment of every device of the cluster: what stays, and the worst call."""
+    return {device: fullest(moments).need for device, moments in memory_over_time(plan).items()}
+
+
+def check_memory(plan: ExecutionPlan) -> None:
+    """Raise unless every device of the plan has the memory that it needs.
+
+    Raises:
+        InfeasibleError: names the fullest device, the call, the roles, the bytes and the item
+            that takes most.
+    """
+    had = plan.problem.cluster.device.memory_bytes
+    peaks = {device: fullest(moments) for device, moments in memory_over_time(plan).items()}
+    device, (call_name, need, _) = max(peaks.items(), key=lambda item: item[1].need.total)
+    call_name = call_name or plan.problem.graph.calls[0].name  # too full before any call
+    if need.total <= had:
+        return
+    item, num_bytes = need.biggest
+    roles = [
+        role
+        for role, layouts in home_strategies(plan).items()
+        if any(device in layout.mesh for layout in layouts)
+    ]
+    raise InfeasibleError(
+        f"device {device} needs {format_bytes(need.total)} while {call_name} runs and has "
+        f"{format_bytes(had)}, {format_bytes(need.total - had)} too little; most is {item} with "
+        f"{format_bytes(num_bytes)} "
+        f"(roles that stay there: {', '.join(roles) or 'none'})",
+        where=f"allocations.{call_name}",
+        remedy=REMEDIES[item],
+    )
+
+
+REMEDIES: Mapping[str, str] = {
+    "weights": "raise tp or pp, place roles on different devices, or offload frozen roles",
+    "gradients": "raise tp or pp of the trained roles, or train them on different devices",
+    "optimizer": "use ZeRO 1 or offload, or raise tp or pp of the trained roles",
+    "activations": "use more micro-batches, recompute, or raise tp or dp",
+    "logits": "use more micro-batches, or raise tp or dp",
+    "kv_cache": "lower the call's generation_batch, or raise its dp, tp or pp",
+    "buffers": "use more micro-batches, or raise tp",
+    "reserve": "use devices with more memory",
+}
+
+
+def _resident(
+    plan: ExecutionPlan, homes: Mapping[str, Mapping[Layout, ParallelStrategy]]
+) -> dict[int, MemoryBreakdown]:
+    """What every device holds at all times."""
+    kind = plan.problem.cluster.device.kind
+    found = {
+        device: MemoryBreakdown(reserve=RESERVE_BYTES[kind])
+        for device in range(plan.problem.cluster.num_devices)
+    }
+    for role, layouts in homes.items():
+        trained = plan.problem.graph.train_call(role) is not None
+        averaged = any(average.role == role for average in plan.problem.graph.averages)
+        for layout, strategy in layouts.items():
+            held = [
+                held_memory(layout.spec, strategy, stage, kind, trained=trained)
+                for stage in range(layout.pp)
+            ]
+            if layout in _offloaded(plan, role):
+                held = [own - offloaded_memory(own, trained=trained) for own in held]
+            for device in layout.mesh.devices:
+                own = held[layout.coordinates(device)[0]]
+                found[device] += own
+                if averaged:
+                    more = average_bytes(own.weights, kind) - own.weights
+                    found[device] += MemoryBreakdown(weights=more)
+    return found
+
+
+def _offloaded(plan: ExecutionPlan, role: str) -> set[Layout]:
+    """Homes of a role of which a part is in the host's memory between calls."""
+    kind = plan.problem.cluster.device.kind
+    return {
+        Layout.of(plan.problem.models[role], allocation.mesh, allocation.strategy)
+        for call in plan.problem.graph.calls_of(role)
+        if leaves_device(allocation := plan.allocations[call.name], kind)
+    }
+
+
+def _borrowed(
+    plan: ExecutionPlan, homes: Mapping[str, Mapping[Layout, ParallelStrategy]]
+) -> dict[tuple[str, Layout], tuple[int, int]]:
+    """Layouts that exist for a part of the step: positions of their first and last call."""
+    found: dict[tuple[str, Layout], tuple[int, int]] = {}
+    for position, call in enumerate(plan.problem.graph.calls):
+        if call.role is None:
+            continue
+        allocation = plan.allocations[call.name]
+        layout = Layout.of(plan.problem.models[call.role], allocation.mesh, allocation.strategy)
+        if layout not in homes[call.role]:
+            first, _ = found.get((call.role, layout), (position, position))
+            found[(call.role, layout)] = (first, position)
+    return found

@@ -1,0 +1,133 @@
+"""What is worth trying for a call: meshes, strategies, micro-batches, waves, offload.
+
+``options.py`` prices it. Read ``variants``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from math import ceil
+
+from planner.cost.stage import VALUE_BYTES
+from planner.graph import CallKind, ModelFunctionCall
+from planner.mesh import DeviceMesh, enumerate_meshes
+from planner.plan import Allocation, Problem, largest_dp, offload_problem
+from planner.strategy import ParallelStrategy, Recompute, legal_strategies
+from profiles.hardware import ClusterSpec
+from profiles.models import ModelSpec
+
+RECOMPUTE: Sequence[Recompute] = ("none", "selective", "full")
+
+
+def micro_batch_counts(strategy: ParallelStrategy, num_sequences: int) -> list[int]:
+    """Counts worth trying for ``num_sequences`` of a data-parallel rank.
+
+    Without a pipeline powers of two: they only save memory. With one of ``pp`` stages, one
+    micro-batch and multiples of ``pp`` by powers of two; fewer than ``pp`` only where there are
+    no more sequences.
+
+    >>> micro_batch_counts(ParallelStrategy(), 9)
+    [1, 2, 4, 8]
+    >>> micro_batch_counts(ParallelStrategy(pp=3), 16)
+    [1, 3, 6, 12]
+    >>> micro_batch_counts(ParallelStrategy(pp=8), 5)
+    [1, 5]
+    """
+    pp = strategy.pp
+    found = {1, min(pp, num_sequences)}
+    count = pp
+    while count <= num_sequences:
+        found.add(count)
+        count *= 2
+    return sorted(found)
+
+
+def generation_batches(num_sequences: int, num_micro_batches: int, *, enough: int) -> list[int]:
+    """Counts worth trying for the sequences of a data-parallel rank: all (0), a half, a quarter, …
+
+    At least one sequence for each group in flight, and no less than ``enough``, below which
+    memory that keys and values leave free is of no use to anybody.
+
+    >>> generation_batches(32, 2, enough=4)
+    [0, 16, 8, 4]
+    """
+    found, rows = [0], num_sequences
+    while rows % 2 == 0 and rows // 2 >= max(num_micro_batches, enough):
+        rows //= 2
+        found.append(rows)
+    return found
+
+
+# Keys and values that take less than this share of a device are not worth waves.
+SMALL_CACHE = 1 / 16
+
+
+def _enough_rows(problem: Problem, spec: ModelSpec, strategy: ParallelStrategy) -> int:
+    """Sequences whose keys and values take ``SMALL_CACHE`` of a device's memory."""
+    device = problem.cluster.device
+    row_bytes = problem.workload.max_tokens * spec.kv_bytes_per_token(
+        bytes_per_value=VALUE_BYTES[device.kind]
+    )
+    return ceil(SMALL_CACHE * device.memory_bytes * strategy.pp * strategy.tp / row_bytes)
+
+
+def variants(
+    problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh, *, offload: bool = False
+) -> Iterator[Allocation]:
+    """Every way to run a call on a mesh that is worth pricing; with ``offload`` also those where
+
+    a part of its role is in the host's memory meanwhile.
+    """
+    most, spec = largest_dp(problem, call.name), problem.spec_of(call.name)
+    offloads = (
+        (False, True) if offload and offload_problem(problem, call.name) is None else (False,)
+    )
+    for legal in legal_strategies(spec, mesh, problem.cluster, max_dp=most):
+        groups = ceil(problem.workload.batch_size / legal.dp)
+        share = groups * problem.workload_of(call.name).group_size
+        for count in micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]:
+            if call.kind is CallKind.GENERATE and spec is not None:
+                enough = _enough_rows(problem, spec, legal)
+                batches, strategies = generation_batches(share, count, enough=enough), [legal]
+            else:
+                batches, strategies = [0], _strategies(call, legal)
+            for strategy in strategies:
+                for rows, offload in product(batches, offloads):
+                    yield Allocation(
+                        mesh=mesh, strategy=strategy, num_micro_batches=count,
+                        generation_batch=rows, offload=offload,
+                    )  # fmt: skip
+
+
+def _strategies(call: ModelFunctionCall, legal: ParallelStrategy) -> list[ParallelStrategy]:
+    """A split with sequence parallelism, and with ZeRO and recomputation where the call trains."""
+    split_tokens = (False, True) if legal.tp > 1 else (False,)
+    if call.kind is not CallKind.TRAIN:
+        return [replace(legal, sequence_parallel=split) for split in split_tokens]
+    return [
+        replace(legal, zero=zero, recompute=recompute, sequence_parallel=split)
+        for zero in ((0, 1) if legal.dp > 1 else (0,))
+        for recompute in RECOMPUTE
+        for split in split_tokens
+    ]
+
+
+def considered_meshes(cluster: ClusterSpec, *, most_runs: int = 16) -> Iterator[DeviceMesh]:
+    """Every legal mesh where there are at most ``most_runs`` nodes; a coarser set on more.
+
+    With ``step = ceil(nodes / most_runs)``: slices of a node, runs of a power of two of nodes
+    below ``step`` at multiples of their length, runs of multiples of ``step`` nodes at multiples
+    of ``step``, and the whole cluster. So the space does not grow with large clusters; a lower
+    bound is over plans with these meshes.
+    """
+    per_node = cluster.devices_per_node
+    step = ceil(cluster.num_nodes / most_runs)
+    for mesh in enumerate_meshes(cluster):
+        nodes, first = mesh.num_devices // per_node, mesh.first // per_node
+        slice_or_whole = mesh.num_devices % per_node or mesh.num_devices == cluster.num_devices
+        long_run = nodes % step == 0 and first % step == 0
+        short_run = nodes < step and nodes & (nodes - 1) == 0 and first % max(1, nodes) == 0
+        if slice_or_whole or long_run or short_run:
+            yield mesh
