@@ -275,7 +275,7 @@ def _transfer_s(plan: ExecutionPlan, producer: str, consumer: str, prices: Price
     return prices.transfer_s(num_bytes, source, target)
 
 
-Draw = Callable[[StepEvent, str, str, float, float], None]  # (event, kind, label, start_s, end_s)
+Draw = Callable[[StepEvent, str, float, float], None]  # (event, label, start_s, end_s)
 
 
 def play_step(events: Sequence[StepEvent], clock_s: dict[int, float], draw: Draw | None) -> None:
@@ -286,20 +286,19 @@ def play_step(events: Sequence[StepEvent], clock_s: dict[int, float], draw: Draw
         if event.swap.reload_s > 0:
             start_s, now_s = now_s, now_s + event.swap.reload_s
             if draw is not None:
-                draw(event, "reload", f"reload {event.role}", start_s, now_s)
+                draw(event, f"reload {event.role}", start_s, now_s)
         for producer, seconds in event.arrivals:
             start_s = max(now_s, ended_s[producer])
             now_s = start_s + seconds
             if draw is not None and seconds > 0:
-                draw(event, "transfer", f"receive {producer}", start_s, now_s)
+                draw(event, f"receive {producer}", start_s, now_s)
         end_s = now_s + event.seconds
         if draw is not None:
-            kind = type(event.instruction).__name__.lower()
-            draw(event, kind, label_of(event.instruction), now_s, end_s)
+            draw(event, label_of(event.instruction), now_s, end_s)
         if event.swap.offload_s > 0:
             start_s, end_s = end_s, end_s + event.swap.offload_s
             if draw is not None:
-                draw(event, "offload", f"offload {event.role}", start_s, end_s)
+                draw(event, f"offload {event.role}", start_s, end_s)
         for rank in event.ranks:
             clock_s[rank] = end_s
         ended_s[event.call] = end_s
@@ -341,7 +340,10 @@ def run_program(
     spans: list[Span] = []
     ends_s: list[float] = []
 
-    def draw(event: StepEvent, kind: str, label: str, start_s: float, end_s: float) -> None:
+    def draw(event: StepEvent, label: str, start_s: float, end_s: float) -> None:
+        own = label == label_of(event.instruction)
+        kind = type(event.instruction).__name__.lower() if own else label.partition(" ")[0]
+        kind = "transfer" if kind == "receive" else kind
         step = len(ends_s)
         spans.extend(
             Span(rank=rank, label=label, kind=kind, step=step, start_s=start_s, end_s=end_s)
