@@ -35,7 +35,7 @@ from planner.resolve import load_table, make_costs, resolve_cluster
 from planner.search import SearchResult, estimate_plan, search
 from planner.search.baselines import baselines
 from planner.search.bounds import lower_bound_s
-from planner.search.engine import News
+from planner.search.engine import Course, News
 from planner.search.evaluate import Evaluator
 from planner.search.options import OptionSpace
 from planner.simulate import StepPrices
@@ -109,12 +109,22 @@ def run_search(args: argparse.Namespace) -> int:
     costs = make_costs(problem.cluster, table)
     if table is None:
         note(f"no --profile: {describe_costs(problem.cluster.device.name)}")
+    course = Course()
     with _interrupts() as interrupted, _Progress() as progress:
+
+        def tell(news: News) -> None:
+            progress.tell(news)
+            course.add(news)
+
         result = search(
             problem, costs, engine=args.engine, seed=seed, time_limit_s=time_limit_s,
-            progress=progress.tell, gap=overrides.gap, locks=overrides.locks,
+            progress=tell, gap=overrides.gap, locks=overrides.locks,
         )  # fmt: skip
-    provenance = {**_provenance(args, result.evaluations), "wall_s": round(result.wall_s, 3)}
+    provenance = {
+        **_provenance(args, result.evaluations),
+        "wall_s": round(result.wall_s, 3),
+        "progress": course.rows,
+    }
     plan = dataclasses.replace(result.plan, provenance=provenance)
     save_plan(plan, args.output)
     if interrupted:

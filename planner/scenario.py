@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from planner.algorithm import config_to_dict, find_algorithm, make_config, planned_workload
 from planner.cost import CostModel
+from planner.lock import Lock
 from planner.overrides import parse_overrides
 from planner.plan import ExecutionPlan, Problem
 from planner.plan_schema import load_plan, plan_to_dict, save_plan
 from planner.resolve import make_costs
 from planner.search import search
+from planner.search.engine import Course
+from planner.search.options import OptionSpace
+from planner.simulate import StepPrices
 from profiles.catalogue import resolve_model
 from profiles.clusters import make_cluster
 from profiles.devices import DEVICES
@@ -40,14 +44,28 @@ class Task:
     seed: int
     gap: float
     time_limit_s: float
+    locks: Mapping[str, Lock] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Of the cache: a digest of everything that the answer depends on."""
-        plan = plan_to_dict(ExecutionPlan(problem=self.problem, allocations={}))
         table = None if self.table is None else self.table.to_dict()
-        question = [plan, table, self.seed, self.gap, self.time_limit_s]
-        return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
+        return _digest([*self._question, table, self.gap, self.time_limit_s])
+
+    @property
+    def family(self) -> str:
+        """Equal for tasks that differ in the number of nodes at most: they share prices."""
+        one_node = replace(self.problem.cluster, name="", num_nodes=1)
+        return _digest(replace(self, problem=replace(self.problem, cluster=one_node))._question)
+
+    @property
+    def _question(self) -> list[Any]:
+        plan = plan_to_dict(ExecutionPlan(problem=self.problem, allocations={}))
+        return [plan, self.seed, {name: asdict(lock) for name, lock in self.locks.items()}]
+
+
+def _digest(question: Any) -> str:
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +82,36 @@ def task_costs(cluster: ClusterSpec, table: CostTable | None) -> CostModel:
     return make_costs(cluster, table if known else None)
 
 
-def solve(task: Task) -> Answer:
-    """Search the plan of a task; a problem that does not fit is an answer too."""
+def solve(tasks: Sequence[Task]) -> list[Answer]:
+    """Search the plans of tasks of one family; a problem that does not fit is an answer too.
+
+    The largest cluster first: what a call costs on some nodes is the same on a larger cluster,
+    and costing is most of a search's time.
+    """
+    answers: dict[int, Answer] = {}
+    larger: OptionSpace | None = None
+    for i in sorted(range(len(tasks)), key=lambda i: -tasks[i].problem.cluster.num_nodes):
+        answers[i], larger = _solve(tasks[i], larger)
+    return [answers[i] for i in range(len(tasks))]
+
+
+def _solve(task: Task, larger: OptionSpace | None) -> tuple[Answer, OptionSpace | None]:
+    """The answer, and the space for the next smaller cluster."""
+    problem, course = task.problem, Course()
+    if larger is None:
+        prices = StepPrices(problem, task_costs(problem.cluster, task.table))
+    else:
+        prices = larger.prices.on(problem)
     try:
+        space = OptionSpace(problem, prices, task.locks, larger=larger)
         result = search(
-            task.problem, task_costs(task.problem.cluster, task.table), seed=task.seed,
-            gap=task.gap, time_limit_s=task.time_limit_s,
+            problem, prices.model, seed=task.seed, gap=task.gap, time_limit_s=task.time_limit_s,
+            locks=task.locks, space=space, progress=course.add,
         )  # fmt: skip
     except InfeasibleError as error:
-        return Answer(plan=None, reason=str(error))
-    return Answer(plan=result.plan)
+        return Answer(plan=None, reason=str(error)), larger
+    provenance = {"engine": result.engine, "progress": course.rows}
+    return Answer(plan=replace(result.plan, provenance=provenance)), space
 
 
 @dataclass(slots=True, kw_only=True)

@@ -127,6 +127,16 @@ class StepPrices:
         self._reallocations: dict[tuple[Layout, Layout], float] = {}
         self._transfers: dict[tuple[float, DeviceMesh, DeviceMesh], float] = {}
 
+    def on(self, problem: Problem) -> StepPrices:
+        """The same answers, for a problem that is this one on fewer of the same nodes.
+
+        Reallocations are asked anew: a search's bound rests on those that it has asked for, and
+        would else depend on the searches before it.
+        """
+        fewer = StepPrices(problem, self.model)
+        fewer._calls, fewer._transfers = self._calls, self._transfers
+        return fewer
+
     def call(self, name: str, allocation: Allocation) -> CallCost:
         key = (name, allocation)
         if key not in self._calls:

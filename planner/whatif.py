@@ -2,17 +2,22 @@
 
     from planner import WhatIf, load_plan
 
-    what = WhatIf(load_plan("plan.json"), dollars_per_hour={"a100": 2, "h100": 3})
+    what = WhatIf(load_plan("plan.json"))
     what.sweep(gpus=[32, 64, 128], device=["a100", "h100"])
     what.pareto("seconds", "dollars")
+    what.lock("actor_gen", strategy="d16p1m8").best(gpus=128)
 
-Every scenario is searched once and then remembered, on request in a folder too; new ones run in
-parallel processes. A script that calls ``sweep`` needs ``if __name__ == "__main__":``, as always
-with processes that Python spawns.
+Every scenario is searched once and then remembered, on request in a folder too. New ones run in
+parallel processes, those that differ in the number of nodes only one after another in one of
+them: they share prices (``scenario.solve``). A script that calls ``sweep`` needs
+``if __name__ == "__main__":``, as always with processes that Python spawns.
 """
 
 from __future__ import annotations
 
+import copy
+import gc
+import logging
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,15 +30,20 @@ import pandas as pd
 
 from planner.compare import Comparison, compare
 from planner.explain import Explanation, explain
-from planner.plan import ExecutionPlan, Problem
+from planner.lock import Lock
+from planner.mesh import DeviceMesh
+from planner.plan import Allocation, ExecutionPlan, Problem
 from planner.resolve import hardware_levers, load_table
 from planner.scenario import Answer, Answers, Task, scenario_problem, solve, task_costs
-from profiles.errors import ConfigError
+from planner.strategy import ParallelStrategy, parse_strategy
+from profiles.costs import Provenance
+from profiles.errors import ConfigError, unknown_name
 
 # Measures of a row, and whether more of it is better.
 _MEASURES: Mapping[str, bool] = {
     "seconds": False, "dollars": False, "peak_memory": False, "gap": False, "lower_bound": False,
     "tokens_per_s": True, "headroom": True, "vs_symmetric": True,
+    "extrapolated": False,
 }  # fmt: skip
 
 # What ``tornado`` turns: label -> axis of the sweep.
@@ -46,6 +56,17 @@ _HARDWARE: Mapping[str, str] = {
 _WORKLOAD: Mapping[str, str] = {"response length": "response_len", "batch size": "batch_size"}
 
 
+def _prepare_process() -> None:
+    """Rows have a column ``extrapolated``, which says more than warnings from every process.
+
+    Costing makes a million tuples that all stay: to look for garbage among them takes a seventh
+    of the time.
+    """
+    logging.disable(logging.WARNING)
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
+
+
 class WhatIf:
     """Scenarios around one problem; remembers all that it was asked."""
 
@@ -56,13 +77,15 @@ class WhatIf:
         profile: str | None = None,
         dollars_per_hour: float | Mapping[str, float] | None = None,
         time_limit_s: float = 5.0,
+        gap: float = 0.02,
         cache: str | Path | None = None,
         workers: int | None = None,
     ) -> None:
-        """``dollars_per_hour``: of one device, or by a device's name; there is no default, for
+        """``dollars_per_hour``: of one device, or by a device's name; of others the catalogue's.
 
-        prices of one GPU differ fourfold between providers. ``time_limit_s``: of each new
-        scenario's search. ``cache``: a folder. ``workers``: processes, default one a core.
+        ``time_limit_s`` and ``gap``: of each new scenario's search; 2% is less than any estimate
+        is good for, and takes half the time of the 1% of ``realplan search``. ``cache``: a
+        folder. ``workers``: processes, default one a core.
 
         Raises:
             ProfileError: the profile cannot be read.
@@ -72,9 +95,12 @@ class WhatIf:
         self.table = load_table(profile)
         self.dollars_per_hour = dollars_per_hour
         self.time_limit_s = time_limit_s
+        self.gap = gap
+        self.locks: dict[str, Lock] = {}
         self.workers = workers or os.cpu_count() or 1
         self.answers = Answers(folder=None if cache is None else Path(cache))
         self._rows: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+        self._pool: list[ProcessPoolExecutor] = []  # at most one, of all that ``lock`` made
 
     # ---- scenarios ----
 
@@ -84,8 +110,9 @@ class WhatIf:
         Axes with a dot in their name go as ``sweep(**{"ppo.num_mini_batches": [4, 8]})``.
         Columns: the axes, seconds and tokens_per_s of a step, dollars of a step (NaN without a
         price), lower_bound (seconds), gap, peak_memory and headroom (bytes of the fullest
-        device), vs_symmetric (how many times as fast as the best single layout), plan, and
-        reason where nothing fits: then all else is NaN.
+        device), vs_symmetric (how many times as fast as the best single layout), extrapolated
+        (share of the calls' seconds that lies outside of what was measured), plan, and reason
+        where nothing fits: then all else is NaN.
 
         Raises:
             ConfigError: an axis that does not exist, or a value that it cannot have.
@@ -93,11 +120,8 @@ class WhatIf:
         values = [v if isinstance(v, list | tuple | range) else [v] for v in axes.values()]
         scenarios = [dict(zip(axes, row)) for row in product(*values)]
         tasks = [self._task(scenario) for scenario in scenarios]
-        self._solve(tasks)
         rows = []
-        for scenario, task in zip(scenarios, tasks):
-            answer = self.answers.find(task.key)
-            assert answer is not None, scenario
+        for scenario, task, answer in zip(scenarios, tasks, self._solve(tasks)):
             row = {**scenario, **self._measures(task.problem, answer)}
             self._rows[tuple(scenario.items())] = row
             rows.append(row)
@@ -115,27 +139,74 @@ class WhatIf:
         plan: ExecutionPlan = row["plan"]
         return plan
 
+    def lock(
+        self, call: str, *, mesh: DeviceMesh | tuple[int, int] | None = None,
+        strategy: ParallelStrategy | str | None = None, num_micro_batches: int | None = None,
+        like: ExecutionPlan | Allocation | None = None,
+    ) -> WhatIf:  # fmt: skip
+        """The same analysis with parts of one call decided; searches decide the rest.
+
+        ``mesh``: (first device, number of devices). ``strategy``: pp, tp and dp, as ``"d4p1m2"``.
+        ``like``: the whole allocation, or that of a plan's call. Locks of other calls stay.
+
+        Raises:
+            ConfigError: no such call, or a strategy that cannot be read.
+        """
+        names = [known.name for known in self.problem.graph.calls]
+        if call not in names:
+            raise unknown_name("call", call, names, where="lock")
+        if isinstance(strategy, str):
+            strategy = parse_strategy(strategy, where=f"lock {call}")
+        if isinstance(like, ExecutionPlan):
+            like = like.allocations[call]
+        locked = copy.copy(self)
+        locked.locks = {
+            **self.locks,
+            call: Lock(
+                mesh=DeviceMesh(*mesh) if isinstance(mesh, tuple) else mesh, strategy=strategy,
+                num_micro_batches=num_micro_batches, allocation=like,
+            ),
+        }  # fmt: skip
+        locked._rows = {}
+        return locked
+
     def _task(self, changes: Mapping[str, Any]) -> Task:
         return Task(
             problem=scenario_problem(self.problem, changes), table=self.table, seed=self.seed,
-            gap=0.01, time_limit_s=self.time_limit_s,
+            gap=self.gap, time_limit_s=self.time_limit_s, locks=self.locks,
         )  # fmt: skip
 
-    def _solve(self, tasks: Sequence[Task]) -> None:
-        """Answer those tasks that are not known yet."""
-        new = {task.key: task for task in tasks if self.answers.find(task.key) is None}
-        for key, answer in zip(new, self._run(list(new.values()))):
-            self.answers.add(key, answer)
+    def _solve(self, tasks: Sequence[Task]) -> list[Answer]:
+        """The tasks' answers; those that are not known yet are searched."""
+        keys = [task.key for task in tasks]
+        new = {key: t for key, t in zip(keys, tasks) if self.answers.find(key) is None}
+        families: dict[str, list[str]] = {}
+        for key, task in new.items():
+            families.setdefault(task.family, []).append(key)
+        batches = list(families.values())
+        if len(batches) < self.workers:  # shared prices save less than idle cores cost
+            batches = [[key] for key in new]
+        found = self._run([[new[key] for key in batch] for batch in batches])
+        for batch, answers in zip(batches, found):
+            for key, answer in zip(batch, answers):
+                self.answers.add(key, answer)
+        return [self.answers.known[key] for key in keys]
 
-    def _run(self, tasks: Sequence[Task]) -> Iterator[Answer]:
-        workers = min(self.workers, len(tasks))
-        if workers <= 1:
-            yield from map(solve, tasks)
-            return
-        # Not forked: a notebook has threads, whose locks a forked child would hold for ever.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            yield from pool.map(solve, tasks)
+    def _run(self, batches: Sequence[Sequence[Task]]) -> Iterator[list[Answer]]:
+        if self.workers == 1 or len(batches) <= 1:
+            return map(solve, batches)
+        if not self._pool:
+            # Not forked: a notebook has threads, whose locks a forked child would hold for ever.
+            context = multiprocessing.get_context("spawn")
+            self._pool.append(
+                ProcessPoolExecutor(self.workers, mp_context=context, initializer=_prepare_process)
+            )
+        return self._pool[0].map(solve, batches)
+
+    def close(self) -> None:
+        """End the processes, which else wait for the next sweep until Python ends."""
+        while self._pool:
+            self._pool.pop().shutdown()
 
     def _measures(self, problem: Problem, answer: Answer) -> dict[str, Any]:
         plan = answer.plan
@@ -153,15 +224,20 @@ class WhatIf:
             "tokens_per_s": workload.batch_size * workload.expected_tokens / estimate.step_s,
             "headroom": cluster.device.memory_bytes - estimate.peak_bytes,
             "vs_symmetric": symmetric_s / estimate.step_s,
+            "extrapolated": estimate.provenance.get(Provenance.EXTRAPOLATED.value, 0.0),
             "plan": plan,
             "reason": "",
         }
 
     def _price(self, problem: Problem) -> float:
-        """Dollars of one device in an hour, NaN where none was given."""
-        if isinstance(self.dollars_per_hour, Mapping):
-            return self.dollars_per_hour.get(problem.cluster.device.name, float("nan"))
-        return float("nan") if self.dollars_per_hour is None else self.dollars_per_hour
+        """Dollars of one device in an hour, NaN where none is known."""
+        device = problem.cluster.device
+        given = self.dollars_per_hour
+        if isinstance(given, Mapping):
+            given = given.get(device.name)
+        return float("nan") if given is None and not device.dollars_per_hour else (
+            device.dollars_per_hour if given is None else given
+        )  # fmt: skip
 
     # ---- answers ----
 
@@ -214,8 +290,8 @@ class WhatIf:
             for changed in (value / factor, value * factor):
                 scenarios.append({axis: max(1, round(changed)) if whole else changed})
         tasks = [self._task(scenario) for scenario in scenarios]
-        self._solve(tasks)
-        found = [self._measures(t.problem, self._known(t))[measure] for t in tasks]
+        answers = self._solve(tasks)
+        found = [self._measures(t.problem, a)[measure] for t, a in zip(tasks, answers)]
         rows = [
             {
                 "lever": lever,
@@ -227,11 +303,6 @@ class WhatIf:
             for i, lever in enumerate(levers)
         ]
         return pd.DataFrame(rows).sort_values("swing", ascending=False, ignore_index=True)
-
-    def _known(self, task: Task) -> Answer:
-        answer = self.answers.find(task.key)
-        assert answer is not None
-        return answer
 
     def _value(self, axis: str) -> Any:
         """What an axis is now."""

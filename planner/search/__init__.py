@@ -89,8 +89,11 @@ def search(
     max_evaluations: int = 2_000_000,
     progress: Progress | None = None,
     locks: Mapping[str, Lock] | None = None,
+    space: OptionSpace | None = None,
 ) -> SearchResult:
     """The best plan found; it fits the devices' memory, and its calls are as ``locks`` say.
+
+    ``space``: the options of ``problem`` under ``costs`` and ``locks``, where they are costed.
 
     Stops after ``max_evaluations``, at a plan within ``gap`` of the lower bound, or, whatever
     was reached, ``time_limit_s`` seconds after the options were costed. The same seed gives the
@@ -106,7 +109,7 @@ def search(
         )
     began_s = time.monotonic()
     warm_up()
-    space = OptionSpace(problem, StepPrices(problem, costs), locks)
+    space = space or OptionSpace(problem, StepPrices(problem, costs), locks)
     evaluator = Evaluator(space)
     bound_s = lower_bound_s(evaluator)
     found = baselines(evaluator)

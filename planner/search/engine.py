@@ -32,6 +32,27 @@ class News:
 Progress = Callable[[News], None]
 
 
+@dataclass(kw_only=True)
+class Course:
+    """The course of a search, for ``provenance`` and figures: ``add`` is a ``Progress``.
+
+    ``rows``: [seconds since the first news, evaluations, best_s, lower_bound_s], one for each
+    news but those that lie between others of nearly the same time (3%).
+    """
+
+    rows: list[list[float]] = field(default_factory=list)
+    began_s: float | None = None
+
+    def add(self, news: News) -> None:
+        now_s = time.monotonic()
+        self.began_s = now_s if self.began_s is None else self.began_s
+        at_s = round(now_s - self.began_s, 4)
+        if len(self.rows) > 1 and self.rows[-2][0] >= 0.97 * at_s:
+            self.rows.pop()
+        seconds = [float(f"{value:.6g}") for value in (news.best_s, news.lower_bound_s)]
+        self.rows.append([at_s, news.evaluations, *seconds])
+
+
 def gap_of(best_s: float, lower_bound_s: float) -> float:
     """(best - bound) / best; 1 where nothing fits yet."""
     return max(0.0, 1.0 - lower_bound_s / best_s) if math.isfinite(best_s) else 1.0

@@ -124,6 +124,9 @@ def _no_larger(a: Choice, b: Choice) -> bool:
 class OptionSpace:
     """All options of a problem under the prices of a cost model.
 
+    ``larger``: the space of the same problem and locks on more of the same nodes, under the same
+    prices; what it knows of meshes of one size is not priced again.
+
     Raises:
         InfeasibleError: a call fits on no mesh even alone.
         ConfigError: no option of a call is as its lock says.
@@ -131,9 +134,10 @@ class OptionSpace:
 
     def __init__(
         self, problem: Problem, prices: StepPrices, locks: Mapping[str, Lock] | None = None, *,
-        offload: bool = False,
+        offload: bool = False, larger: OptionSpace | None = None,
     ) -> None:  # fmt: skip
         self.problem = problem
+        self._larger = larger
         # On a CPU the host's memory is the device's.
         self.offload = offload and problem.cluster.device.kind != "cpu"
         self.locks = dict(locks or {})
@@ -213,16 +217,24 @@ class OptionSpace:
             return self._known[key]
         found: dict[int, tuple[Choice, ...]] = {}
         for size in self.meshes_by_size:
-            groups: dict[tuple[int, int, int], list[Choice]] = {}
-            for choice in self._fitting(call, self.meshes_of(call.name, size)):
-                groups.setdefault(choice.axes, []).append(choice)
-            kept = [choice for group in groups.values() for choice in undominated(group)]
+            kept = self._choices_of(call, size)
             if kept:
-                found[size] = tuple(sorted(kept, key=lambda c: c.busy_s))
+                found[size] = kept
         if not found:
             raise self._locked_out(call) if call.name in self.locks else self._infeasible(call)
         self._known[key] = found
         return found
+
+    def _choices_of(self, call: ModelFunctionCall, size: int) -> tuple[Choice, ...]:
+        """Choices on meshes of one size that no other beats, fastest first."""
+        meshes, larger = self.meshes_of(call.name, size), self._larger
+        if larger is not None and meshes and larger.meshes_of(call.name, size):
+            return larger.choices[call.name].get(size, ())
+        groups: dict[tuple[int, int, int], list[Choice]] = {}
+        for choice in self._fitting(call, meshes):
+            groups.setdefault(choice.axes, []).append(choice)
+        kept = [choice for group in groups.values() for choice in undominated(group)]
+        return tuple(sorted(kept, key=lambda c: c.busy_s))
 
     def _fitting(self, call: ModelFunctionCall, meshes: Sequence[DeviceMesh]) -> Iterator[Choice]:
         """Choices that fit, and are as locked, on meshes of one size: all cost the same."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +23,7 @@ from planner.scenario import Task, scenario_problem, solve
 from planner.search import search
 from planner.whatif import WhatIf
 from profiles.catalogue import MODELS
-from profiles.clusters import make_cluster
+from profiles.clusters import DEVICES, make_cluster
 from profiles.errors import ConfigError
 
 WORDS = ["batch_size=8", "prompt_len=16", "response_len=16", "ppo.num_mini_batches=2"]
@@ -45,7 +47,7 @@ def test_a_row_is_what_a_search_says(problem: Problem, what: WhatIf) -> None:
     row = frame.iloc[3]
     changed = scenario_problem(problem, {"gpus": 2, "response_len": 16})
     costs = make_costs(changed.cluster, None)
-    found = search(changed, costs, seed=1, gap=0.01, time_limit_s=5.0).plan
+    found = search(changed, costs, seed=1, gap=0.02, time_limit_s=5.0).plan
     assert found.estimate is not None
     assert row["seconds"] == found.estimate.step_s
     assert row["plan"].allocations == found.allocations
@@ -79,9 +81,9 @@ def test_a_scenario_is_searched_once(
 ) -> None:
     searched: list[str] = []
 
-    def counted(task: Task) -> object:
-        searched.append(task.key)
-        return solve(task)
+    def counted(tasks: Sequence[Task]) -> object:
+        searched.extend(task.key for task in tasks)
+        return solve(tasks)
 
     monkeypatch.setattr(module, "solve", counted)
     first = WhatIf(problem, workers=1, cache=tmp_path)
@@ -97,8 +99,50 @@ def test_a_scenario_is_searched_once(
     assert len(searched) == 3
 
 
+def test_shared_prices_are_those_of_each_cluster_alone(problem: Problem) -> None:
+    """Oracle: a search of each number of nodes that shares nothing."""
+    tasks = [WhatIf(problem)._task({"gpus": gpus, "model": "llama-7b"}) for gpus in (16, 8, 24)]
+    assert len({task.family for task in tasks}) == 1
+    assert len({task.key for task in tasks}) == 3
+    for task, answer in zip(tasks, solve(tasks)):
+        costs = make_costs(task.problem.cluster, None)
+        alone = search(task.problem, costs, seed=1, gap=0.02, time_limit_s=5.0)
+        assert answer.plan is not None
+        assert answer.plan.allocations == alone.plan.allocations
+        assert answer.plan.estimate == alone.plan.estimate
+        course = answer.plan.provenance["progress"]
+        assert course[-1][2:] == pytest.approx([alone.step_s, alone.lower_bound_s], rel=1e-5)
+
+
+def test_other_nodes_or_data_share_no_prices(problem: Problem) -> None:
+    what = WhatIf(problem)
+    changes = [{}, {"gpus": 8}, {"device": "h100"}, {"response_len": 8}, {"memory_limit": "9GiB"}]
+    assert len({what._task(change).family for change in changes}) == len(changes)
+    locked = what.lock("actor_gen", num_micro_batches=2)
+    assert locked._task({}).family != what._task({}).family
+    assert locked._task({}).key != what._task({}).key
+
+
+def test_a_locked_call_is_as_it_is_locked(problem: Problem, what: WhatIf) -> None:
+    free = what.best(gpus=2)
+    locked = what.lock("actor_gen", strategy="d1p2m1").lock("ref_inf", mesh=(1, 1))
+    plan = locked.best(gpus=2)
+    assert plan.allocations["actor_gen"].strategy.short == "d1p2m1"
+    assert str(plan.allocations["ref_inf"].mesh) == "[1]"
+    assert free.estimate is not None
+    assert plan.estimate is not None
+    assert plan.estimate.step_s >= free.estimate.lower_bound_s
+    again = what.lock("critic_train", like=plan).best(gpus=2)
+    assert again.allocations["critic_train"] == plan.allocations["critic_train"]
+    assert not what.locks
+    with pytest.raises(ConfigError, match="unknown call 'gen'"):
+        what.lock("gen", num_micro_batches=1)
+
+
 def test_processes_find_what_one_finds(problem: Problem, what: WhatIf) -> None:
-    two = WhatIf(problem, workers=2).sweep(response_len=[8, 16])
+    both = WhatIf(problem, workers=2)
+    two = both.sweep(response_len=[8, 16])
+    both.close()
     assert two["seconds"].tolist() == what.sweep(response_len=[8, 16])["seconds"].tolist()
 
 
@@ -122,8 +166,21 @@ def test_pareto_is_what_no_other_beats(what: WhatIf) -> None:
         what.pareto("cost")
 
 
+def test_prices_are_the_users_or_else_the_catalogues(problem: Problem) -> None:
+    def dollars(price: float | dict[str, float] | None) -> list[float]:
+        frame = WhatIf(problem, dollars_per_hour=price, workers=1).sweep(device=["a100", "h100"])
+        return list(frame["dollars"] / frame["seconds"] * 3600)
+
+    known = [DEVICES[name].dollars_per_hour for name in ("a100", "h100")]
+    assert dollars(None) == pytest.approx(known)
+    assert dollars(5.0) == pytest.approx([5.0, 5.0])
+    assert dollars({"h100": 0.0}) == pytest.approx([known[0], 0.0])
+
+
 def test_pareto_without_a_price_or_a_sweep(problem: Problem) -> None:
-    fresh = WhatIf(problem, workers=1)
+    unpriced = replace(problem.cluster.device, dollars_per_hour=0.0)
+    cluster = replace(problem.cluster, device=unpriced)
+    fresh = WhatIf(replace(problem, cluster=cluster), workers=1)
     with pytest.raises(ConfigError, match="no scenarios yet; call sweep first"):
         fresh.pareto("seconds")
     fresh.sweep(response_len=[8])
