@@ -6,7 +6,8 @@ from executor.profile_grid import Found, Point
 from executor.profile_measure import Measurement
 from profiles.interpolate import Surface
 from profiles.models import ModelSpec
-from profiles.table import CostRow, shape_key
+from profiles.shapes import shape_key
+from profiles.table import CostRow
 
 
 def _row(

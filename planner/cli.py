@@ -92,6 +92,10 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     show.add_argument("plan", metavar="plan.json")
     show.add_argument("--rank", metavar="N", help="instead: what rank N does in a step")
+    show.add_argument(
+        "--provenance", action="store_true",
+        help="instead: share of the calls' seconds that rests on each measured table or formula",
+    )  # fmt: skip
     estimate = _verb(
         verbs, "estimate", "estimate an edited plan anew", None,
         "Estimate a plan's seconds and memory, and write them into it with -o.",

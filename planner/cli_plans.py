@@ -27,6 +27,7 @@ from planner.report_trace import save_trace, write_whole
 from planner.resolve import costs_of_plan, hardware_levers, make_costs, table_of_plan
 from planner.search import estimate_plan
 from planner.simulate import StepPrices, Timeline
+from planner.sources import shares_by_source
 from planner.trace import trace_of_run
 from profiles.catalogue import MODELS
 from profiles.clusters import LAPTOP, SYSTEMS
@@ -48,6 +49,14 @@ def run_show(args: argparse.Namespace) -> int:
         output_console().print(program_table(plan, rank))
         output_console().print(moments_table(plan, rank))
         return 0
+    if args.provenance:
+        costs = costs_of_plan(plan, args.profile, note)
+        shares = [asdict(row) for row in shares_by_source(plan, costs)]
+        rows = [
+            {**row, "share": f"{row['share']:.1%}", "provenance": row["provenance"].value}
+            for row in shares
+        ]
+        return _print_rows(shares if args.json else rows, SHARE_COLUMNS, args.json)
     if args.json:
         print(json.dumps(plan_to_dict(plan)))
         return 0
@@ -129,6 +138,8 @@ def run_report(args: argparse.Namespace) -> int:
             say(output_console(), f"wrote {path}")
     return 0
 
+
+SHARE_COLUMNS = ("share", "provenance", "source")
 
 # ---- catalogue and installation ---------------------------------------------------------------
 

@@ -108,7 +108,7 @@ def run_search(args: argparse.Namespace) -> int:
     problem = make_search_problem(args, overrides, table)
     costs = make_costs(problem.cluster, table)
     if table is None:
-        note(f"no --profile: {describe_costs(problem.cluster.device.name)}")
+        note(f"no --profile: {describe_costs(problem.cluster.device)}")
     course = Course()
     with _interrupts() as interrupted, _Progress() as progress:
 

@@ -18,7 +18,8 @@ from profiles.clusters import PLATFORMS, SYSTEMS, local_cluster, make_cluster
 from profiles.errors import ConfigError
 from profiles.hardware import ClusterSpec
 from profiles.shipped import shipped_costs
-from profiles.table import CostTable, TableCosts
+from profiles.table import CostTable
+from profiles.table_costs import TableCosts
 
 _DEFAULT_GPUS = {"local": 2, "laptop": 1}
 

@@ -3,7 +3,8 @@
 A group of devices is a Python ``range`` (first, stop, stride): consecutive devices for tensor
 parallelism, ``stride = tp`` for data parallelism, ``stride = dp * tp`` for neighbouring pipeline
 stages. So whether a group spans nodes is exact. Inside a node a table's measured rows are used
-where there are any; otherwise and between nodes the alpha-beta formulas below.
+where there are any; otherwise and between nodes the alpha-beta formulas below, with the
+shares of a link's rate that were measured.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ from typing import Literal
 from profiles.costs import Cost, Provenance
 from profiles.hardware import ClusterSpec, LinkSpec
 from profiles.interpolate import Point, Surface
-from profiles.kernel_tables import shipped_table
+from profiles.kernel_tables import has_table, shipped_table
 from profiles.table import CostTable
+from profiles.units import US
 
-_SHIPPED = ("all_reduce", "all_gather", "reduce_scatter")
+# Ours -> the shipped tables'.
+_SHIPPED = {
+    "all_reduce": "all_reduce", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
+    "p2p": "send_recv",
+}  # fmt: skip
 CollectiveOperation = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
@@ -52,12 +58,18 @@ def ring_gather_s(
 class Collectives:
     """Collectives on ``cluster``; ``table`` gives measured rows inside a node.
 
-    ``shipped``: what ``table`` lacks comes from the package's table of the cluster's device.
+    ``shipped``: what ``table`` lacks comes from the package's tables of this device.
 
     ``bandwidth_efficiency``: share of a link's datasheet rate that messages get. NCCL's own model
     (graph/tuning.cc) bounds an A100 node's bus bandwidth by 235 of 300 GB/s, 0.78; Vidur (Agrawal
     et al. 2024) measures messages of 64 MiB at 228 of 300 GB/s on A100 and 348 of 450 GB/s on
     H100 nodes: 0.77. Not applied where rows are measured.
+
+    ``network_efficiency``, ``network_start_s``: the same of the network between nodes, and what
+    a message or a collective takes there besides its steps. Vidur measures 35.9 GB/s of a
+    400 Gb/s adapter between two H100 nodes, 0.72, and 17 us for the smallest message (24 us
+    between A100 nodes): NCCL's own 14 us to start (graph/tuning.cc: baseLat, LL128) and a step's.
+    ``scripts/validate_profiles.py`` holds the formula against all sizes.
     """
 
     def __init__(
@@ -66,18 +78,25 @@ class Collectives:
         table: CostTable | None = None,
         *,
         bandwidth_efficiency: float = 0.77,
-        shipped: bool = False,
+        network_efficiency: float = 0.72,
+        network_start_s: float = 14 * US,
+        shipped: str | None = None,
     ) -> None:
         self.cluster = cluster
         self.efficiency = bandwidth_efficiency
+        self.network_efficiency = network_efficiency
+        self.network_start_s = network_start_s
         points: dict[str, dict[Point, float]] = defaultdict(dict)
+        self._sources: dict[str, str] = {}
         for row in table.rows if table is not None else ():
             if row.component == "collective":
                 points[row.operation][(row.size, row.workers)] = row.seconds
-        for name in _SHIPPED if shipped else ():
-            if name not in points:  # measured here wins
-                rows = shipped_table(cluster.device.name, name).rows
-                points[name] = {(size, count): s for (count, size), s in rows.items()}
+                self._sources[row.operation] = table.label if table is not None else ""
+        for name, file in _SHIPPED.items() if shipped else ():
+            if name not in points and shipped and has_table(shipped, file):  # measured here wins
+                found = shipped_table(shipped, file)
+                points[name] = {(size, count): s for (count, size), s in found.rows.items()}
+                self._sources[name] = f"collectives: {found.source}"
         # A surface over (bytes, devices); a single number of devices says nothing of others.
         self._measured = {name: Surface(found) for name, found in points.items()}
         self._counts = {name: {c for _, c in found} for name, found in points.items()}
@@ -99,12 +118,17 @@ class Collectives:
         """One message: bytes / bandwidth + latency; nothing to itself."""
         if src == dst or num_bytes <= 0:
             return Cost(0.0, Provenance.ROOFLINE)
-        inside = self.cluster.node_of(src) == self.cluster.node_of(dst)
-        if inside and "p2p" in self._measured:
-            return self._measured["p2p"].at(max(1, round(num_bytes)), 2)
         link = self.cluster.link_between(src, dst)
-        seconds = num_bytes / (link.bytes_per_s * self.efficiency) + link.latency_s
-        return Cost(seconds, Provenance.ROOFLINE)
+        if self.cluster.node_of(src) != self.cluster.node_of(dst):
+            wire_s = num_bytes / (link.bytes_per_s * self.network_efficiency)
+            return _of_link(self.network_start_s + link.latency_s + wire_s, link)
+        if "p2p" in self._measured:
+            return self._from_rows("p2p", max(1, round(num_bytes)), 2)
+        return _of_link(num_bytes / (link.bytes_per_s * self.efficiency) + link.latency_s, link)
+
+    def _from_rows(self, operation: str, num_bytes: int, count: int) -> Cost:
+        cost = self._measured[operation].at(num_bytes, count)
+        return Cost(cost.seconds, cost.provenance, source=self._sources[operation])
 
     # ---- groups -------------------------------------------------------------------------------
 
@@ -137,26 +161,33 @@ class Collectives:
         if num_nodes == 1:
             return self._in_node(operation, num_bytes, per_node)
         between = ring_all_reduce_s if operation == "all_reduce" else ring_gather_s
-        outer_s = between(
-            num_bytes / per_node, num_nodes, self.cluster.inter_link, efficiency=self.efficiency
+        link = self.cluster.inter_link
+        outer_s = self.network_start_s + between(
+            num_bytes / per_node, num_nodes, link, efficiency=self.network_efficiency
         )
         halves = ("reduce_scatter", "all_gather") if operation == "all_reduce" else (operation,)
         inner = [self._in_node(half, num_bytes, per_node) for half in halves if per_node > 1]
-        return Cost(outer_s + sum(cost.seconds for cost in inner), Provenance.ROOFLINE)
+        return Cost.total([_of_link(outer_s, link), *inner])
 
     def _in_node(self, operation: str, num_bytes: int, count: int) -> Cost:
         if count <= 1:
             return Cost(0.0, Provenance.ROOFLINE)
         ring = ring_all_reduce_s if operation == "all_reduce" else ring_gather_s
-        model_s = ring(num_bytes, count, self.cluster.intra_link, efficiency=self.efficiency)
+        link = self.cluster.intra_link
+        model_s = ring(num_bytes, count, link, efficiency=self.efficiency)
         counts = self._counts.get(operation)
         if not counts:
-            return Cost(model_s, Provenance.ROOFLINE)
-        surface = self._measured[operation]
+            return _of_link(model_s, link)
         if min(counts) <= count <= max(counts):
-            return surface.at(num_bytes, count)
+            return self._from_rows(operation, num_bytes, count)
         # Another number of devices than any measured: the formula, at the measured level.
         near = min(counts, key=lambda c: abs(c - count))
-        near_s = ring(num_bytes, near, self.cluster.intra_link, efficiency=self.efficiency)
-        measured_s = surface.at(num_bytes, near).seconds
-        return Cost(model_s * measured_s / near_s, Provenance.EXTRAPOLATED)
+        near_s = ring(num_bytes, near, link, efficiency=self.efficiency)
+        measured = self._from_rows(operation, num_bytes, near)
+        seconds = model_s * measured.seconds / near_s
+        return Cost(seconds, Provenance.EXTRAPOLATED, source=measured.source)
+
+
+def _of_link(seconds: float, link: LinkSpec) -> Cost:
+    """Seconds of a formula on a link's rate."""
+    return Cost(seconds, Provenance.ROOFLINE, source=f"alpha-beta of a link: {link.source}")

@@ -19,7 +19,7 @@ Operation = Literal["forward", "backward", "decode"]
 
 
 class Provenance(str, Enum):
-    """Where a number comes from, best first."""
+    """Where a number comes from, best first; ``roofline`` is any formula (modelled)."""
 
     MEASURED = "measured"
     INTERPOLATED = "interpolated"
@@ -27,30 +27,54 @@ class Provenance(str, Enum):
     ROOFLINE = "roofline"
 
 
+Shares = tuple[float, float, float, float]  # seconds by Provenance, in its order
+NOTHING: Shares = (0.0, 0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """Seconds, and how they are known.
 
-    ``provenance``: of most of the seconds. ``shares``: seconds by ``Provenance``, in its order,
-    where the answer is a sum of parts that are known differently.
+    ``provenance``: of most of the seconds. ``source``: whose numbers they are, with version and
+    device, where all are of one. Of a sum of parts that are known differently ``shares`` are its
+    seconds by ``Provenance``, in its order, and ``sources`` the same for every source.
     """
 
     seconds: float
     provenance: Provenance
-    shares: tuple[float, float, float, float] | None = None
+    shares: Shares | None = None
+    source: str = ""
+    sources: tuple[tuple[str, Shares], ...] = ()
+
+    @property
+    def by_source(self) -> tuple[tuple[str, Shares], ...]:
+        """(source, seconds by ``Provenance``) of each source."""
+        return self.sources or ((self.source, self._own_shares()),)
+
+    def _own_shares(self) -> Shares:
+        if self.shares is not None:
+            return self.shares
+        a, b, c, d = (self.seconds if p is self.provenance else 0.0 for p in Provenance)
+        return a, b, c, d
 
     @classmethod
     def total(cls, parts: Iterable[Cost], times: float = 1.0) -> Cost:
         """The sum of ``parts``, ``times`` over."""
-        shares = dict.fromkeys(Provenance, 0.0)
+        found: dict[str, Shares] = {}
         for part in parts:
-            split = part.shares or tuple(
-                part.seconds if kind is part.provenance else 0.0 for kind in Provenance
-            )
-            for kind, seconds in zip(Provenance, split, strict=True):
-                shares[kind] += seconds * times
-        a, b, c, d = shares.values()
-        return cls(a + b + c + d, max(shares, key=lambda kind: shares[kind]), (a, b, c, d))
+            for source, (a, b, c, d) in part.by_source:
+                x = found.get(source, NOTHING)
+                found[source] = (
+                    x[0] + a * times, x[1] + b * times, x[2] + c * times, x[3] + d * times
+                )  # fmt: skip
+        a, b, c, d = (sum(shares[i] for shares in found.values()) for i in range(4))
+        most = max(zip(Provenance, (a, b, c, d), strict=True), key=lambda pair: pair[1])[0]
+        return cls(a + b + c + d, most, (a, b, c, d), sources=tuple(found.items()))
+
+    def only(self, source: str | None) -> Cost:
+        """The same seconds, of which only those from ``source`` are in ``shares``; None: none."""
+        shares = next((found for name, found in self.by_source if name == source), NOTHING)
+        return Cost(self.seconds, self.provenance, shares)
 
 
 class LayerCosts(Protocol):

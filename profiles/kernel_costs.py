@@ -20,11 +20,11 @@ from profiles.roofline import MatrixProduct, RooflineCosts, block_products
 class KernelCosts:
     """``LayerCosts`` from ``surfaces``, and ``roofline`` for the kernels that no table has.
 
-    ``sustained``: a product in a long run over the same product measured alone. Vidur, which
-    times whole layers, takes 1.11 to 1.15 (A100) and 1.08 to 1.22 (H100) times aiconfigurator's
-    seconds at 1024 to 4096 rows, in the median of each number of rows, and 0.98 to 1.03 below
-    128, where memory bounds: so it holds from
-    ``sustained_rows`` rows on. ``scripts/validate_profiles.py`` prints both.
+    A product in a long run takes ``sustained`` times the same product measured alone, as its
+    table's header says (1.1, from 512 rows, columns and values inside on). Vidur, which times
+    whole layers, takes 1.11 to 1.15 (A100) and 1.08 to 1.22 (H100) times aiconfigurator's seconds
+    at 1024 to 4096 rows, in the median of each number of rows, and 0.98 to 1.03 below 128, where
+    memory bounds. ``scripts/validate_profiles.py`` prints both.
 
     ``attention_backward``: seconds of the backward kernel over the forward's. 2.5 times the
     FLOPs (five products instead of two: Dao 2023, FlashAttention-2, section 4.1).
@@ -35,14 +35,10 @@ class KernelCosts:
         surfaces: KernelSurfaces,
         roofline: RooflineCosts,
         *,
-        sustained: float = 1.1,
-        sustained_rows: int = 512,
         attention_backward: float = 2.5,
     ) -> None:
         self.surfaces = surfaces
         self.roofline = roofline
-        self.sustained = sustained
-        self.sustained_rows = sustained_rows
         self.attention_backward = attention_backward
         self._launch_s = roofline.device.launch_s
         self._answers: dict[tuple[object, ...], Cost] = {}
@@ -85,7 +81,8 @@ class KernelCosts:
             if operation == "backward":
                 streams_s += self.roofline.accumulate_s(shapes)
             products = self._all_products(shapes, operation)
-            linear = self._products[question] = Cost.total([_modelled(streams_s), *products])
+            streams = self.roofline.modelled(streams_s)
+            linear = self._products[question] = Cost.total([streams, *products])
         return Cost.total([linear, self._attention(spec, operation, tp, size, length)])
 
     def _head(self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int) -> Cost:
@@ -94,7 +91,7 @@ class KernelCosts:
         product = MatrixProduct(rows=size, inner=spec.hidden, columns=-(-spec.vocab // tp))
         passes = 2 if operation == "backward" else 1
         bound_s = self.roofline.matmul_s(product.rows, product.inner, product.columns)
-        rest = _modelled(max(0.0, whole.seconds - passes * bound_s))
+        rest = self.roofline.modelled(max(0.0, whole.seconds - passes * bound_s))
         return Cost.total([rest, *self._all_products([product], operation)])
 
     def _all_products(
@@ -104,18 +101,22 @@ class KernelCosts:
             m, k, n = product.rows, product.inner, product.columns
             if product.groups != 1.0:  # one kernel over all experts: in no table
                 passes = 2 if operation == "backward" else 1
-                yield _modelled(passes * self.roofline.matmul_s(m, k, n, groups=product.groups))
+                grouped_s = self.roofline.matmul_s(m, k, n, groups=product.groups)
+                yield self.roofline.modelled(passes * grouped_s)
             elif operation == "backward":
-                yield self._product(m, k, n)
+                yield _as_backward(self._product(m, k, n))
                 # The longer side of the weight as columns: the tables' columns reach further.
-                yield self._product(min(k, n), max(k, n), m)
+                yield _as_backward(self._product(min(k, n), max(k, n), m))
             else:
                 yield self._product(m, n, k)
 
     def _product(self, m: float, n: float, k: float) -> Cost:
         cost = self.surfaces.product(m, n, k)
-        slower = self.sustained if min(m, n, k) >= self.sustained_rows else 1.0
-        return Cost(max(slower * cost.seconds, self._launch_s), cost.provenance)
+        table = self.surfaces.gemm.table
+        slower = table.sustained if min(m, n, k) >= table.sustained_from else 1.0
+        seconds = max(slower * cost.seconds, self._launch_s)
+        source = cost.source if slower == 1.0 else f"{cost.source}, x {slower:g} sustained"
+        return Cost(seconds, cost.provenance, source=source)
 
     def _attention(
         self, spec: ModelSpec, operation: Operation, tp: int, size: int, length: int
@@ -123,17 +124,20 @@ class KernelCosts:
         heads = max(1, spec.num_heads // tp)
         decode = operation == "decode"
         if self.roofline.eager and not decode:  # in no table
-            return _modelled(self.roofline.self_attention_s(spec, operation, tp, size, length))
+            eager_s = self.roofline.self_attention_s(spec, operation, tp, size, length)
+            return self.roofline.modelled(eager_s)
         alone = self.surfaces.attention(
             decode=decode, batch=size if decode else size / length, length=length, heads=heads,
             kv_heads=min(heads, spec.held_kv_heads(tp)), head_dim=spec.head_dim,
         )  # fmt: skip
         if operation == "backward":
-            return Cost(
-                max(self.attention_backward * alone.seconds, self._launch_s), Provenance.ROOFLINE
-            )
-        return Cost(max(alone.seconds, self._launch_s), alone.provenance)
+            seconds = max(self.attention_backward * alone.seconds, self._launch_s)
+            modelled = Cost(seconds, Provenance.ROOFLINE, source=alone.source)
+            return _as_backward(modelled)
+        return Cost(max(alone.seconds, self._launch_s), alone.provenance, source=alone.source)
 
 
-def _modelled(seconds: float) -> Cost:
-    return Cost(seconds, Provenance.ROOFLINE)
+def _as_backward(cost: Cost) -> Cost:
+    """No table holds a backward pass: its kernels are forward kernels of the gradients' shapes."""
+    source = f"{cost.source}; backward modelled from its shapes"
+    return Cost(cost.seconds, cost.provenance, source=source)

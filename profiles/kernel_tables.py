@@ -34,6 +34,7 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "all_reduce": ("workers", "num_bytes"),
     "all_gather": ("workers", "num_bytes"),
     "reduce_scatter": ("workers", "num_bytes"),
+    "send_recv": ("workers", "num_bytes"),  # one message inside a node
 }
 LATENCY = "latency_us"
 
@@ -44,18 +45,29 @@ SMALLEST_US, LARGEST_US = 1e-2, 6e8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelTable:
-    """``rows``: the whole-number columns of ``TABLES[name]`` -> seconds."""
+    """``rows``: the whole-number columns of ``TABLES[name]`` -> seconds.
+
+    ``sustained``, ``sustained_from``: a product among others takes so many times the seconds of
+    the same product measured alone, where no dimension is below ``sustained_from``.
+    """
 
     name: str
     device: str
     source: str
     dtype: str
     rows: Mapping[tuple[int, ...], float]
+    sustained: float = 1.0
+    sustained_from: int = 1
 
 
 def shipped_devices() -> tuple[str, ...]:
     """Names of the devices that have tables."""
     return tuple(sorted(path.parent.name for path in DATA_FOLDER.glob("*/gemm.csv.gz")))
+
+
+def has_table(device: str, name: str) -> bool:
+    """Is there such a table of ``device`` in this package?"""
+    return (DATA_FOLDER / device / f"{name}.csv.gz").exists()
 
 
 @lru_cache(maxsize=64)
@@ -107,9 +119,25 @@ def load_table(path: Path, *, device: str, name: str) -> KernelTable:
         if point in rows:
             raise ProfileError("the same point again", where=f"{path}: row {number}")
         rows[point] = seconds
+    factor, least = _sustained(header, path)
     return KernelTable(
-        name=name, device=device, source=header["source"], dtype=header["dtype"], rows=rows
-    )
+        name=name, device=device, source=header["source"], dtype=header["dtype"], rows=rows,
+        sustained=factor, sustained_from=least,
+    )  # fmt: skip
+
+
+def _sustained(header: Mapping[str, Any], path: Path) -> tuple[float, int]:
+    """(factor, smallest dimension) of ``header.sustained``; one where it says nothing."""
+    found = header.get("sustained", {"factor": 1.0, "from": 1})
+    where = f"{path}: header.sustained"
+    if not isinstance(found, dict) or set(found) != {"factor", "from"}:
+        raise ProfileError(f"{found!r} has not a factor and a from", where=where)
+    factor, least = found["factor"], found["from"]
+    if not isinstance(factor, int | float) or not 1.0 <= factor <= 2.0:
+        raise ProfileError(f"{factor!r} is no factor from 1 to 2", where=f"{where}.factor")
+    if not isinstance(least, int) or least < 1:
+        raise ProfileError(f"{least!r} is no positive whole number", where=f"{where}.from")
+    return float(factor), least
 
 
 def _header(line: str, path: Path) -> dict[str, Any]:

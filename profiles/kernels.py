@@ -89,6 +89,7 @@ class EfficiencyGrid:
     def __init__(self, table: KernelTable, points: Mapping[Coordinates, float]) -> None:
         self.table = table
         self.points = points
+        self.source = f"{table.name.replace('_', ' ')}: {table.source}"
         self.floor_s = shortest_s(table)
         self._root = _Axis(points)
         dimensions = range(len(next(iter(points))))
@@ -144,7 +145,8 @@ class KernelSurfaces:
             efficiency, known = self.gemm.at((m, n, k))
             bound_s = product_bound_s(self.device, max(m, m_low), max(n, n_low), max(k, k_low))
             seconds = (self.gemm.floor_s + bound_s) / efficiency
-            answer = self._products[question] = Cost(seconds, known)
+            answer = Cost(seconds, known, source=self.gemm.source)
+            self._products[question] = answer
         return answer
 
     def attention(
@@ -160,7 +162,7 @@ class KernelSurfaces:
             inside = tuple(max(x, low) for x, low in zip(point, grid.lows, strict=True))
             bound_s = attention_bound_s(self.device, inside, decode=decode)
             seconds = (grid.floor_s + bound_s) / efficiency
-            answer = self._attentions[question] = Cost(seconds, known)
+            answer = self._attentions[question] = Cost(seconds, known, source=grid.source)
         return answer
 
 

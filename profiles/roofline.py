@@ -63,7 +63,12 @@ class RooflineCosts:
         self.value_bytes = VALUE_BYTES[device.kind]
         self.sampling_passes = sampling_passes
         self.sampling_launches = sampling_launches
+        self.source = f"peak rates of {device.name}"
         self._answers: dict[tuple[object, ...], Cost] = {}
+
+    def modelled(self, seconds: float) -> Cost:
+        """``seconds`` of a formula on the device's rates."""
+        return Cost(seconds, Provenance.ROOFLINE, source=self.source)
 
     # ---- kernels ------------------------------------------------------------------------------
 
@@ -112,7 +117,7 @@ class RooflineCosts:
                 seconds = self._embedding_s(spec, operation, size)
             else:
                 seconds = self.head_s(spec, operation, tp, size)
-            answer = self._answers[question] = Cost(seconds, Provenance.ROOFLINE)
+            answer = self._answers[question] = self.modelled(seconds)
         return answer
 
     def _block_s(
@@ -262,7 +267,7 @@ class RooflineCosts:
         or fp32 weight 8; and on CUDA the bf16 weight, 2.
         """
         per_parameter = 36 + (2 if self.device.kind == "cuda" else 0)
-        return Cost(self.stream_s(float(per_parameter) * num_parameters), Provenance.ROOFLINE)
+        return self.modelled(self.stream_s(float(per_parameter) * num_parameters))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

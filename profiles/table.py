@@ -2,31 +2,23 @@
 
 The file is JSON: ``header`` (schema, version, device, library versions, date, source, dtype),
 ``columns`` (names of ``CostRow``'s fields) and ``rows`` (one list each). ``load`` accepts nothing
-that it cannot explain: an error names the file, the row and the column. ``TableCosts`` answers
-the planner's questions from a table; what lies between the rows is ``interpolate.py``'s.
+that it cannot explain: an error names the file, the row and the column. A planner's questions
+are answered from a table by ``table_costs.py``.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import math
 import os
-import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from profiles.calibration import Calibration
-from profiles.costs import Component, Cost, LayerCosts, Operation, Provenance
 from profiles.errors import ConfigError, ProfileError
 from profiles.hardware import DeviceSpec
-from profiles.interpolate import Point, Surface
-from profiles.models import ModelSpec
-
-logger = logging.getLogger(__name__)
+from profiles.shapes import spec_of_shape
 
 SCHEMA = "realplan-profile"
 VERSION = 1
@@ -43,77 +35,6 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
 # No layer, optimizer step or collective takes hours: such a number is milliseconds or
 # microseconds written as seconds.
 LARGEST_SECONDS = 1e4
-
-
-def shape_key(spec: ModelSpec) -> str:
-    """The per-layer dimensions of a model: models of one width share their rows.
-
-    >>> from profiles.catalogue import MODELS
-    >>> shape_key(MODELS["llama-7b"])
-    'h4096-q32-k32-d128-f11008-v32000-b0-lm'
-    >>> shape_key(MODELS["qwen1.5-moe-a2.7b"])  # of 60 experts 4, and a shared one
-    'h2048-q16-k16-d128-f1408-v151936-b1-e60.4.5632-lm'
-    """
-    letters = "".join(letter for letter, field, value in _SWITCHES if getattr(spec, field) == value)
-    switches = f"-{letters}" if letters else ""
-    if spec.num_experts:
-        switches += f"-e{spec.num_experts}.{spec.experts_per_token}.{spec.shared_ffn}"
-    biases = spec.qkv_bias + 2 * spec.o_bias + 4 * spec.ffn_bias
-    return (
-        f"h{spec.hidden}-q{spec.num_heads}-k{spec.num_kv_heads}-d{spec.head_dim}-f{spec.ffn}"
-        f"-v{spec.vocab}-b{biases}{switches}-{spec.head}"
-    )
-
-
-# Letters of a shape for what differs from a LLaMA's block.
-_SWITCHES: tuple[tuple[str, str, object], ...] = (
-    ("u", "gated", False),
-    ("n", "qk_norm", True),
-    ("l", "norm", "layer"),
-    ("p", "norm", "rms_plus_one"),
-    ("a", "positions", "learned"),
-)
-_SHAPE = re.compile(
-    r"h(\d+)-q(\d+)-k(\d+)-d(\d+)-f(\d+)-v(\d+)-b([0-7])"
-    r"(?:-([unlpa]+))?(?:-e(\d+)\.(\d+)\.(\d+))?-(lm|scalar)"
-)
-
-
-def spec_of_shape(shape: str) -> ModelSpec:
-    """A one-layer model of a ``shape_key``; raises ``ProfileError`` for other text."""
-    match = _SHAPE.fullmatch(shape)
-    if match is None:
-        raise ProfileError(
-            f"{shape!r} is not a shape", where="shape", remedy="write it as table.shape_key does"
-        )
-    hidden, heads, kv_heads, head_dim, ffn, vocab, biases = (int(match[i]) for i in range(1, 8))
-    experts, per_token, shared_ffn = (int(match[i] or 0) for i in range(9, 12))
-    switches: dict[str, Any] = {
-        field: value for letter, field, value in _SWITCHES if letter in (match[8] or "")
-    }
-    try:
-        return ModelSpec(
-            name=shape, num_layers=1, hidden=hidden, num_heads=heads, num_kv_heads=kv_heads,
-            head_dim=head_dim, ffn=ffn, vocab=vocab, qkv_bias=bool(biases & 1),
-            o_bias=bool(biases & 2), ffn_bias=bool(biases & 4), num_experts=experts,
-            experts_per_token=per_token, shared_ffn=shared_ffn,
-            head="lm" if match[12] == "lm" else "scalar", **switches,
-        )  # fmt: skip
-    except ConfigError as error:
-        raise ProfileError(f"{shape!r}: {error}", where="shape") from None
-
-
-def component_shape(spec: ModelSpec, component: Component) -> tuple[int | str, ...]:
-    """The dimensions that a component's cost depends on: a critic's blocks are an actor's."""
-    if component == "block":
-        return (
-            spec.hidden, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.ffn, spec.qkv_bias,
-            spec.o_bias, spec.ffn_bias, spec.gated, spec.qk_norm, spec.norm, spec.positions,
-            spec.num_experts, spec.experts_per_token, spec.shared_ffn,
-        )  # fmt: skip
-    if component == "embedding":
-        return (spec.hidden, spec.vocab)
-    return (spec.hidden, spec.vocab, "lm") if spec.head == "lm" else (spec.hidden, "scalar")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +150,12 @@ class CostTable:
         """The rows without what runs have taught of them."""
         return replace(self, calibration=None)
 
+    @property
+    def label(self) -> str:
+        """Whose numbers these are, with version and device, in a few words."""
+        torch = f", torch {self.versions['torch']}" if "torch" in self.versions else ""
+        return f"profile of {self.date[:10]}{torch} ({self.device.name})"
+
     # ---- files --------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
@@ -343,106 +270,3 @@ def _read_rows(columns: Any, rows: Any) -> tuple[CostRow, ...]:
             raise ProfileError(f"not a list of {len(columns)} values", where=f"rows[{index}]")
         found.append(CostRow(**dict(zip(columns, row, strict=True))))
     return tuple(found)
-
-
-# ---- answers ----------------------------------------------------------------------------------
-
-_Key = tuple[str, str, tuple[int | str, ...], int]  # component, operation, dimensions, tp
-
-
-class TableCosts:
-    """``LayerCosts`` from a table's rows, and from ``fallback`` where there are none.
-
-    A missing tp or model width takes the fallback's seconds, times measured / fallback at the
-    nearest width and tp that were measured (its form, this machine's level).
-    """
-
-    def __init__(self, table: CostTable, fallback: LayerCosts) -> None:
-        self.table = table
-        self.fallback = fallback
-        self.surfaces: dict[_Key, Surface] = {}
-        self._specs: dict[_Key, ModelSpec] = {}
-        self._answers: dict[tuple[object, ...], Cost] = {}
-        self._warned: set[_Key] = set()
-        points: dict[_Key, dict[Point, float]] = defaultdict(dict)
-        optimizer: dict[Point, float] = {}
-        for row in table.rows:
-            if row.component == "optimizer":
-                optimizer[(row.size, 0)] = row.seconds
-            elif row.component in ("block", "embedding", "head"):
-                component: Component = row.component  # type: ignore[assignment]
-                spec = spec_of_shape(row.shape)
-                key = (component, row.operation, component_shape(spec, component), row.tp)
-                points[key][(row.size, row.length)] = row.seconds
-                self._specs[key] = spec
-        self.surfaces.update({key: Surface(found) for key, found in points.items()})
-        self.optimizer = Surface(optimizer) if optimizer else None
-
-    def layer(
-        self, spec: ModelSpec, component: Component, operation: Operation, *, tp: int, size: int,
-        length: int,
-    ) -> Cost:  # fmt: skip
-        """See ``costs.LayerCosts``."""
-        question = (spec, component, operation, tp, size, length)
-        answer = self._answers.get(question)
-        if answer is None:
-            answer = self._layer(spec, component, operation, tp, size, length)
-            self._answers[question] = answer
-        return answer
-
-    def _layer(
-        self, spec: ModelSpec, component: Component, operation: Operation, tp: int, size: int,
-        length: int,
-    ) -> Cost:  # fmt: skip
-        key = (component, operation, component_shape(spec, component), tp)
-        surface = self.surfaces.get(key)
-        if surface is None:
-            return self._scaled_fallback(spec, component, operation, tp, size, length)
-        cost = surface.at(size, length)
-        if cost.provenance is Provenance.EXTRAPOLATED and key not in self._warned:
-            self._warned.add(key)
-            logger.warning(
-                "%s %s of %s at tp %d: size %d, length %d is outside what was measured (%s)",
-                component, operation, spec.name, tp, size, length, surface.range_text,
-            )  # fmt: skip
-        return cost
-
-    def _scaled_fallback(
-        self, spec: ModelSpec, component: Component, operation: Operation, tp: int, size: int,
-        length: int,
-    ) -> Cost:  # fmt: skip
-        guess = self.fallback.layer(spec, component, operation, tp=tp, size=size, length=length)
-        key = self._nearest(spec, component, operation, tp)
-        if key is None:
-            return Cost(guess.seconds, Provenance.ROOFLINE)
-        near, near_tp = self._specs[key], key[3]
-        there = self.fallback.layer(
-            near, component, operation, tp=near_tp, size=size, length=length
-        )
-        measured_s = self.surfaces[key].at(size, length).seconds
-        return Cost(guess.seconds * measured_s / there.seconds, Provenance.ROOFLINE)
-
-    def _nearest(
-        self, spec: ModelSpec, component: Component, operation: Operation, tp: int
-    ) -> _Key | None:
-        """The measured surface of this operation at the most alike width and tp."""
-
-        def distance(key: _Key) -> tuple[float, int]:
-            near = self._specs[key]
-            unlike = component == "head" and near.head != spec.head
-            return (
-                abs(math.log(near.hidden / spec.hidden))
-                + abs(math.log(near.vocab / spec.vocab)) * (component == "head")
-                + abs(math.log(key[3] / tp)) / 10
-                + 100.0 * unlike,
-                key[3],
-            )
-
-        same = (k for k in self.surfaces if k[:2] == (component, operation))
-        return min(same, key=distance, default=None)
-
-    def optimizer_step(self, num_parameters: int) -> Cost:
-        """See ``costs.LayerCosts``."""
-        if self.optimizer is None:
-            return self.fallback.optimizer_step(num_parameters)
-        return self.optimizer.at(num_parameters, 0)

@@ -12,6 +12,7 @@ import gzip
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -24,8 +25,15 @@ SOURCES = {
     "h100": ("h100_sxm", "trtllm/1.3.0rc20", "2.29.2"),
     "h200": ("h200_sxm", "trtllm/1.3.0rc20", "2.29.2"),
     "b200": ("b200_sxm", "trtllm/1.3.0rc20", "2.29.2"),
+    "gb200": ("gb200", "trtllm/1.3.0rc20", "2.29.2"),
     "l40s": ("l40s", "trtllm/1.3.0rc20", "2.27.3"),
 }
+# A product among others over the same product alone, and from how many rows, columns and values
+# inside on: see ``profiles.kernel_costs``. Found on A100 and H100, taken for all.
+SUSTAINED = {"factor": 1.1, "from": 512}
+# Vidur's folder of servers like ours.
+NETWORKS = {"a100": "a100_dgx", "h100": "h100_dgx"}
+NETWORK_BYTES = tuple(2**i for i in range(11, 27))
 # Of the finer newer grids the points of the oldest one: the rest changes no answer by much.
 GEMM_ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 2048,
              4096, 8192, 16384, 32768)  # fmt: skip
@@ -40,13 +48,16 @@ def bf16(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["window_size"] == 0] if "window_size" in frame else frame
 
 
-def write(device: str, name: str, frame: pd.DataFrame, source: str) -> None:
+def write(
+    device: str, name: str, frame: pd.DataFrame, source: str, **facts: Mapping[str, float]
+) -> None:
+    """One table of ``frame``'s "latency" (ms); ``facts`` go into its header."""
     columns = list(TABLES[name])
     frame = frame.assign(us=frame["latency"] * 1000.0)
     frame = frame[columns + ["us"]].groupby(columns, sort=True).median().reset_index()
     header = {
         "schema": SCHEMA, "version": VERSION, "table": name, "device": device, "unit": UNIT,
-        "dtype": "bf16", "source": source, "rows": len(frame),
+        "dtype": "bf16", "source": source, **facts, "rows": len(frame),
     }  # fmt: skip
     lines = [f"#{json.dumps(header)}", ",".join([*columns, LATENCY])]
     for values in frame.itertuples(index=False):
@@ -62,7 +73,8 @@ def build_device(folder: Path, device: str) -> None:
     data = folder / "aiconfigurator" / "data" / name
     source = f"aiconfigurator {name} {engine}"
     gemm = bf16(pd.read_parquet(data / "gemm" / engine / "gemm_perf.parquet"))
-    write(device, "gemm", gemm[gemm["m"].isin(GEMM_ROWS)], source)
+    gemm = gemm[gemm["m"].isin(GEMM_ROWS)]
+    write(device, "gemm", gemm, source, sustained=SUSTAINED)
     names = {"batch_size": "batch", "num_heads": "heads", "num_key_value_heads": "kv_heads"}
     for table, file in (("prefill_attention", "context"), ("decode_attention", "generation")):
         frame = bf16(
@@ -84,7 +96,12 @@ def build_device(folder: Path, device: str) -> None:
     # The faster of the two paths, as engines choose.
     best = both.groupby(["workers", "num_bytes"])["latency"].min().reset_index()
     write(device, "all_reduce", best, f"aiconfigurator {name} {engine} and NCCL {nccl}")
+    if device in NETWORKS:
+        messages = vidur_network(folder, device, "send_recv")
+        write(device, "send_recv", messages[messages["nodes"] == 1], f"vidur {NETWORKS[device]}")
+        shutil.copy(folder / "vidur" / "LICENSE", DATA_FOLDER / device / "LICENSE.vidur")
     text = SOURCE_TEXT.format(device=device, name=name, engine=engine, nccl=nccl)
+    text += SEND_RECV_TEXT.format(network=NETWORKS[device]) if device in NETWORKS else ""
     (DATA_FOLDER / device / "SOURCE.md").write_text(text, encoding="utf-8")
     shutil.copy(folder / "aiconfigurator" / "LICENSE", DATA_FOLDER / device / "LICENSE")
 
@@ -100,8 +117,30 @@ same, NCCL {nccl}. Made by `scripts/build_profiles.py`; nothing was changed but:
 - milliseconds are microseconds (`latency_us`), elements are bytes (`num_bytes`, the whole tensor),
   a decode step's `length` is its context with the new token; repeated points are their median.
 
-The publisher states no date of the measurements; each table's first line has its version.
+The publisher states no date of the measurements; each table's first line has its version, and the
+products' what a product among others takes over one alone (`scripts/build_profiles.py`).
 """
+SEND_RECV_TEXT = """
+`send_recv`: medians of Vidur (github.com/microsoft/vidur, MIT, LICENSE.vidur beside this file),
+`data/profiling/network/{network}`, two devices of one node.
+"""
+
+
+def vidur_network(folder: Path, device: str, operation: str) -> pd.DataFrame:
+    """Vidur's medians near powers of two: workers, nodes, num_bytes, latency (ms)."""
+    path = folder / "vidur" / "network" / NETWORKS[device] / f"{operation}.csv.gz"
+    frame = pd.read_csv(path)
+    sizes = sorted(frame["size"].unique())
+    near = {min(sizes, key=lambda size: abs(size - wanted)) for wanted in NETWORK_BYTES}
+    frame = frame[frame["size"].isin(near)]
+    return pd.DataFrame(
+        {
+            "workers": frame["num_workers"],
+            "nodes": frame["num_workers"] // frame["devices_per_node"],
+            "num_bytes": frame["size"],
+            "latency": frame[f"time_stats.{operation}.median"],
+        }
+    )
 
 
 def build_check(folder: Path) -> None:
@@ -118,8 +157,24 @@ def build_check(folder: Path) -> None:
         path = target / f"vidur_{device}.csv.gz"
         path.write_bytes(gzip.compress(frame.to_csv(index=False).encode(), 9, mtime=0))
         print(f"{path.relative_to(DATA_FOLDER)}: {len(frame)} rows")
+        build_network_check(folder, device)
     shutil.copy(folder / "vidur" / "LICENSE", target / "LICENSE")
     (target / "SOURCE.md").write_text(CHECK_TEXT, encoding="utf-8")
+
+
+def build_network_check(folder: Path, device: str) -> None:
+    """Vidur's messages and all-reduces between nodes."""
+    frames = []
+    for operation in ("send_recv", "all_reduce"):
+        frame = vidur_network(folder, device, operation).assign(operation=operation)
+        frame[LATENCY] = (frame["latency"] * 1000.0).round(2)
+        keys = ["operation", "workers", "nodes", "num_bytes"]
+        medians = frame[frame["nodes"] > 1].groupby(keys, sort=True)[LATENCY].median()
+        frames.append(medians.reset_index())
+    path = DATA_FOLDER / "check" / f"network_{device}.csv.gz"
+    text = pd.concat(frames).to_csv(index=False)
+    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    print(f"{path.relative_to(DATA_FOLDER)}: {sum(map(len, frames))} rows")
 
 
 CHECK_TEXT = """# The second source
@@ -127,8 +182,9 @@ CHECK_TEXT = """# The second source
 Median times of LLaMA's linear layers from Vidur (github.com/microsoft/vidur, MIT, LICENSE beside
 this file), `data/profiling/compute/{a100,h100}`: Llama-2 7B and 70B, CodeLlama 34B, tensor
 parallel 1, 2, 4, 8, tokens on powers of two and some between. `latency_us`: microseconds of
-[m, k] x [k, n]. No plan rests on them: `scripts/validate_profiles.py` compares the GEMM tables
-with them.
+[m, k] x [k, n]. `network_*`: medians of its `data/profiling/network/{a100,h100}_dgx` between
+nodes, `num_bytes` of the whole tensor. No plan rests on them: `scripts/validate_profiles.py`
+compares the GEMM tables and the formulas of the network with them.
 """
 
 

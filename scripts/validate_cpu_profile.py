@@ -48,7 +48,8 @@ from profiles.collectives import Collectives
 from profiles.errors import UserError
 from profiles.models import ModelSpec
 from profiles.roofline import RooflineCosts
-from profiles.table import CostTable, TableCosts
+from profiles.table import CostTable
+from profiles.table_costs import TableCosts
 
 Kind = Literal["infer", "train", "generate"]
 Shapes = tuple[tuple[int, int, int], ...]  # sequences, prompt, response

@@ -3,7 +3,8 @@
     python scripts/validate_profiles.py [DEVICE ...]
 
 Prints (a) the products' times against another publisher's measurements of LLaMA's shapes,
-(b) for each table its held-out points predicted from the rest, (c) a LLaMA layer's seconds.
+(b) for each table its held-out points predicted from the rest, (c) the network's formula against
+that publisher's messages between two nodes, (d) a LLaMA layer's seconds.
 Exits with 1 where (a) is above 12.5% on average, or (b) above 5% in the median or 15% at the 95th
 percentile.
 """
@@ -21,6 +22,7 @@ from dataclasses import replace
 
 from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
+from profiles.collectives import Collectives
 from profiles.costs import Cost, Operation, Provenance
 from profiles.devices import DEVICES
 from profiles.kernel_tables import DATA_FOLDER, shipped_devices, shipped_table
@@ -84,6 +86,27 @@ def predict(surfaces: KernelSurfaces, name: str, row: tuple[int, ...]) -> tuple[
     return cost, attention_bound_s(surfaces.device, point, decode=decode)
 
 
+def network_check(device: str) -> tuple[float, list[float]]:
+    """(rate of the link in bytes/s, relative errors) of messages between two nodes by the formula.
+
+    The H100s had a DGX's adapters; of the A100s' network no rate is known, it is taken from the
+    largest message.
+    """
+    with gzip.open(DATA_FOLDER / "check" / f"network_{device}.csv.gz", "rt") as file:
+        rows = {
+            int(row["num_bytes"]): float(row["latency_us"]) * 1e-6
+            for row in csv.DictReader(file) if row["operation"] == "send_recv"
+        }  # fmt: skip
+    cluster = make_cluster(device, 16)
+    if device == "a100":
+        largest = max(rows)
+        rate = largest / rows[largest] / Collectives(cluster).network_efficiency
+        cluster = replace(cluster, inter_link=replace(cluster.inter_link, bytes_per_s=rate))
+    model = Collectives(cluster)
+    errors = [abs(model.p2p(size, 0, 8).seconds / s - 1.0) for size, s in rows.items()]
+    return cluster.inter_link.bytes_per_s, sorted(errors)
+
+
 def layer_ms(device: str, model: str, operation: Operation, size: int, length: int) -> list[str]:
     """Milliseconds of a block with its two all-reduces at tp 1, 2, 4, 8."""
     layers, collectives = shipped_costs(make_cluster(device, 8))
@@ -116,6 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{device} {name}: {count} held out, median {median:.1%}, p95 {p95:.1%}"
                 f"{'  ABOVE THE LIMIT' if bad else ''}"
             )
+    for device in [d for d in devices if d in ("a100", "h100")]:
+        rate, errors = network_check(device)
+        print(
+            f"{device} messages between nodes ({rate / 1e9:.1f} GB/s): {len(errors)} sizes, median "
+            f"error {statistics.median(errors):.1%}, worst {errors[-1]:.1%}"
+        )
     for device in devices:
         for model in ("llama-7b", "llama-70b"):
             forward = "/".join(layer_ms(device, model, "forward", 2048, 2048))

@@ -80,7 +80,7 @@ def cost_model(num_devices: int) -> CostModel:
     kernels = RooflineCosts(cluster.device, attention="eager", dropout=True)
     surfaces = KernelSurfaces.shipped(cluster.device, DEVICES[DEVICE])
     return CostModel(
-        cluster, KernelCosts(surfaces, kernels), Collectives(cluster, shipped=True),
+        cluster, KernelCosts(surfaces, kernels), Collectives(cluster, shipped=DEVICE),
         kernels=kernels, stops_early=False,
     )  # fmt: skip
 

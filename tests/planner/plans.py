@@ -19,6 +19,9 @@ SPEC = ModelSpec(
     name="x", num_layers=4, hidden=16, num_heads=4, num_kv_heads=4, head_dim=4, ffn=32, vocab=64
 )
 
+# Of ``Collectives``: formulas of whole rates, and a network that takes nothing to start.
+WHOLE_RATES = {"bandwidth_efficiency": 1.0, "network_efficiency": 1.0, "network_start_s": 0.0}
+
 
 def make_test_cluster(
     num_nodes: int, devices_per_node: int, *, memory_bytes: int = 1 << 34

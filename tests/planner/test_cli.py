@@ -20,7 +20,8 @@ from planner.plan_schema import load_plan
 from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
 from profiles.roofline import RooflineCosts
-from profiles.table import CostRow, CostTable, shape_key
+from profiles.shapes import shape_key
+from profiles.table import CostRow, CostTable
 
 FAST = ["--model", "tiny", "--gpus", "2", "--time-limit", "5"]
 SMALL = ["batch_size=8", "prompt_len=16", "response_len=16", "ppo.num_mini_batches=2"]
@@ -79,6 +80,12 @@ def test_show_and_estimate_an_edited_plan(
     assert "rank 1" in shown
     assert "on device 1 over a step" in shown
     assert "between calls" in shown
+    assert main(["show", str(plan_file), "--provenance", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert sum(row["share"] for row in rows) == pytest.approx(1.0)
+    assert any(row["source"].startswith("gemm: aiconfigurator a100") for row in rows)
+    assert main(["show", str(plan_file), "--provenance"]) == 0
+    assert "peak rates of a100" in capsys.readouterr().out
     data = json.loads(plan_file.read_text())
     one = {"dp": 1, "pp": 1, "tp": 1, "zero": 0, "recompute": "none", "sequence_parallel": False}
     for allocation in data["allocations"].values():

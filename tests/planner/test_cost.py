@@ -31,6 +31,7 @@ from profiles.costs import Component, Cost, Operation, Provenance
 from profiles.hardware import ClusterSpec, LinkSpec
 from profiles.models import ModelSpec
 from profiles.roofline import RooflineCosts
+from tests.planner.plans import WHOLE_RATES
 
 BATCH, PROMPT, RESPONSE = 64, 128, 128
 
@@ -223,7 +224,7 @@ def test_hops_carry_the_shards_tokens() -> None:
     cluster = make_cluster("a100", 16)
     slow = LinkSpec(bytes_per_s=1.0, latency_s=0.0)
     cluster = replace(free_links(cluster), inter_link=slow)
-    pricing = CostModel(cluster, RoundCosts(), Collectives(cluster, bandwidth_efficiency=1.0))
+    pricing = CostModel(cluster, RoundCosts(), Collectives(cluster, **WHOLE_RATES))
     plain, split = (
         call_cost(ppo(cluster), "ref_inf", allocate(pp=2, tp=2, dp=4, **more), pricing)
         for more in ({}, {"sequence_parallel": True})
@@ -270,7 +271,7 @@ def test_a_function_call_costs_its_sequences() -> None:
 def test_data_parallel_gradients_are_fp32_and_zero_gathers_weights() -> None:
     base = free_links(make_cluster("a100", 8))
     cluster = replace(base, intra_link=LinkSpec(bytes_per_s=1.0, latency_s=0.0))
-    model = CostModel(cluster, RoundCosts(), Collectives(cluster, bandwidth_efficiency=1.0))
+    model = CostModel(cluster, RoundCosts(), Collectives(cluster, **WHOLE_RATES))
     problem = ppo(cluster)
     values = problem.models["actor"].num_parameters
     plain = call_cost(problem, "actor_train", allocate(dp=2), model)
@@ -284,7 +285,7 @@ def test_data_parallel_gradients_are_fp32_and_zero_gathers_weights() -> None:
 def test_tensor_parallel_sums_are_two_a_block_and_the_ends() -> None:
     base = free_links(make_cluster("a100", 8))
     cluster = replace(base, intra_link=LinkSpec(bytes_per_s=1.0, latency_s=0.0))
-    model = CostModel(cluster, RoundCosts(), Collectives(cluster, bandwidth_efficiency=1.0))
+    model = CostModel(cluster, RoundCosts(), Collectives(cluster, **WHOLE_RATES))
     found = call_cost(ppo(cluster), "ref_inf", allocate(tp=2), model).parts["tensor_parallel"]
     # tp 2 moves the tensor once: bf16 hidden states twice a block and once for the embedding,
     # and three fp32 values of each answer token (half of all) for its log-probability.
@@ -294,7 +295,7 @@ def test_tensor_parallel_sums_are_two_a_block_and_the_ends() -> None:
 def test_hops_between_nodes_take_the_network() -> None:
     base = free_links(make_cluster("a100", 16))
     cluster = replace(base, inter_link=LinkSpec(bytes_per_s=1.0, latency_s=0.0))
-    model = CostModel(cluster, RoundCosts(), Collectives(cluster, bandwidth_efficiency=1.0))
+    model = CostModel(cluster, RoundCosts(), Collectives(cluster, **WHOLE_RATES))
     inside = call_cost(ppo(cluster), "ref_inf", allocate(pp=4, dp=2, m=2), model)
     across = call_cost(ppo(cluster), "ref_inf", allocate(pp=4, dp=4, m=2), model)
     assert inside.parts["pipeline_p2p"] == pytest.approx(0, abs=1e-6)
@@ -305,7 +306,7 @@ def test_hops_between_nodes_take_the_network() -> None:
 def slow_links(cluster: ClusterSpec, **links: LinkSpec) -> CostModel:
     """Blocks for free, so that only ``links`` count; datasheet rates are reached."""
     cluster = replace(cluster, **links)  # type: ignore[arg-type]
-    collectives = Collectives(cluster, bandwidth_efficiency=1.0)
+    collectives = Collectives(cluster, **WHOLE_RATES)
     return CostModel(cluster, RoundCosts(block=0.0), collectives)
 
 

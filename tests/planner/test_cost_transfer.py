@@ -18,6 +18,7 @@ from profiles.clusters import make_cluster
 from profiles.collectives import Collectives
 from profiles.hardware import ClusterSpec, LinkSpec
 from profiles.roofline import RooflineCosts
+from tests.planner.plans import WHOLE_RATES
 
 SPEC = MODELS["tiny"]
 
@@ -26,7 +27,7 @@ def model_on(cluster: ClusterSpec) -> CostModel:
     return CostModel(
         cluster,
         RooflineCosts(cluster.device),
-        Collectives(cluster, bandwidth_efficiency=1.0),
+        Collectives(cluster, **WHOLE_RATES),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,9 @@ from profiles.collectives import Collectives, ring_all_reduce_s, ring_gather_s
 from profiles.costs import Provenance
 from profiles.devices import DEVICES
 from profiles.hardware import ClusterSpec, LinkSpec
+from profiles.kernel_tables import shipped_table
 from profiles.table import CostRow, CostTable
+from scripts.validate_profiles import network_check
 
 
 def cluster(intra: float = 100.0, inter: float = 10.0, latency: float = 0.0) -> ClusterSpec:
@@ -29,7 +32,10 @@ def cluster(intra: float = 100.0, inter: float = 10.0, latency: float = 0.0) -> 
 
 
 def collectives(**links: float) -> Collectives:
-    return Collectives(cluster(**links), bandwidth_efficiency=1.0)
+    """Formulas of whole rates, without what a network takes to start."""
+    return Collectives(
+        cluster(**links), bandwidth_efficiency=1.0, network_efficiency=1.0, network_start_s=0.0
+    )
 
 
 def test_in_a_node_the_ring_formulas_hold() -> None:
@@ -123,4 +129,24 @@ def test_more_workers_than_measured_follow_the_formula_at_the_measured_level() -
 
 def test_measured_rows_say_nothing_of_the_network() -> None:
     model = measured(("p2p", 2, 1000, 3.0))
-    assert model.p2p(1000, 0, 4).seconds == pytest.approx(100)
+    # 10 B/s, of which messages get 0.72, and what NCCL takes to start.
+    assert model.p2p(1000, 0, 4).seconds == pytest.approx(14e-6 + 100 / 0.72)
+
+
+def test_messages_inside_a_node_are_the_shipped_ones() -> None:
+    dgx = make_cluster("dgx-h100", 16)
+    model = Collectives(dgx, shipped="h100")
+    rows = shipped_table("h100", "send_recv").rows
+    assert model.p2p(67108864, 0, 7).seconds == pytest.approx(rows[(2, 67108864)])
+    # No such table: the formula.
+    assert model.p2p(67108864, 0, 7).source == "collectives: vidur h100_dgx"
+    assert Collectives(dgx, shipped="h200").p2p(1e9, 0, 7).provenance is Provenance.ROOFLINE
+
+
+@pytest.mark.parametrize("device", ["a100", "h100"])
+def test_the_network_formula_agrees_with_measured_messages(device: str) -> None:
+    """Vidur's, between two nodes; the H100s' adapters are a DGX's."""
+    rate, errors = network_check(device)
+    assert statistics.median(errors) < 0.15
+    if device == "h100":
+        assert rate == make_cluster("dgx-h100", 16).inter_link.bytes_per_s

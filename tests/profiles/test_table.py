@@ -18,7 +18,9 @@ from profiles.costs import Provenance
 from profiles.devices import DEVICES
 from profiles.errors import ProfileError
 from profiles.roofline import RooflineCosts
-from profiles.table import CostRow, CostTable, TableCosts, shape_key, spec_of_shape
+from profiles.shapes import shape_key, spec_of_shape
+from profiles.table import CostRow, CostTable
+from profiles.table_costs import TableCosts
 
 SPEC = MODELS["smollm2-135m"]
 SHAPE = shape_key(SPEC)
