@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from executor.model.recompute import linear_of
+from executor.model.linear import linear, linear_of
+from planner.strategy import Recompute
 from profiles.models import Activation, ModelSpec
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
@@ -64,20 +65,23 @@ def dense(weights: FeedForward, x: Tensor, spec: ModelSpec) -> Tensor:
 
     Without ``down``'s bias, which belongs to the sum over shards.
     """
-    return dense_down(weights, F.linear(x, weights.up.weight, weights.up.bias), spec)
+    return dense_down(weights, linear(x, weights.up.weight, weights.up.bias), spec)
 
 
 def dense_down(
-    weights: FeedForward, inner: Tensor, spec: ModelSpec, *, recompute: bool = False
+    weights: FeedForward, inner: Tensor, spec: ModelSpec, *, recompute: Recompute = "none"
 ) -> Tensor:
     """The rest of ``dense`` after its first product, [tokens, 2 or 1 ffn / tp].
 
-    ``recompute``: the activation is computed again in backward instead of kept.
+    ``recompute`` selective: the activation is computed again in backward instead of kept. full:
+    torch's checkpoint stops before a product whose input it has, if the product is torch's own.
     """
     activated = partial(_activated, spec=spec)
-    if recompute:
+    if recompute == "full":
+        return F.linear(activated(inner), weights.down.weight)
+    if recompute == "selective":
         return linear_of(activated, weights.down.weight, None, inner)
-    return F.linear(activated(inner), weights.down.weight)
+    return linear(activated(inner), weights.down.weight)
 
 
 def _activated(x: Tensor, spec: ModelSpec) -> Tensor:

@@ -22,7 +22,7 @@ from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.model.attention import KVCacheLike, PackedLengths, packed_attention
 from executor.model.feed_forward import Experts, FeedForward, Linear, dense_down, mixture
-from executor.model.recompute import linear_of
+from executor.model.linear import linear, linear_of
 from executor.model.rotary import Rotary, rotary_of, rotate
 from executor.parallel.tensor import Region, copy_to_tp, vocab_parallel_embedding
 from planner.layout import repeated_kv_heads
@@ -74,19 +74,20 @@ def normalize(x: Tensor, norm: Norm, spec: ModelSpec) -> Tensor:
 
 def block_forward(
     weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, region: Region, *,
-    recompute: bool = False,
+    recompute: Recompute = "none",
 ) -> Tensor:  # fmt: skip
     """One block: hidden [rows of the region, hidden] -> the same.
 
-    x += o(attention(qkv(norm(x)))); x += feed_forward(norm(x)). ``recompute``: norms and the
-    feed-forward's activation are computed again in backward instead of kept.
+    x += o(attention(qkv(norm(x)))); x += feed_forward(norm(x)). ``recompute`` selective: norms
+    and the feed-forward's activation are computed again in backward instead of kept; full: the
+    caller runs the block again, which ends before its last product.
     """
     hidden = hidden + _attention(weights, hidden, rotary, attend, region, recompute)
     return hidden + _feed_forward(weights, hidden, region, recompute)
 
 
 def _normed_linear(
-    hidden: Tensor, norm: Norm, linear: Linear, region: Region, recompute: bool
+    hidden: Tensor, norm: Norm, of: Linear, region: Region, recompute: Recompute
 ) -> Tensor:
     """linear(norm(hidden)) of all tokens: [rows, hidden] -> [tokens, out / tp]."""
     spec = region.ctx.layout.spec
@@ -94,14 +95,14 @@ def _normed_linear(
     def normed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return region.enter(normalize(hidden, Norm(weight=weight, bias=bias), spec))
 
-    if recompute:
-        return linear_of(normed, linear.weight, linear.bias, hidden, norm.weight, norm.bias)
-    return F.linear(normed(hidden, norm.weight, norm.bias), linear.weight, linear.bias)
+    if recompute == "selective":
+        return linear_of(normed, of.weight, of.bias, hidden, norm.weight, norm.bias)
+    return linear(normed(hidden, norm.weight, norm.bias), of.weight, of.bias)
 
 
 def _attention(
     weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend, region: Region,
-    recompute: bool,
+    recompute: Recompute,
 ) -> Tensor:  # fmt: skip
     ctx = region.ctx
     spec, tp = ctx.layout.spec, ctx.layout.tp
@@ -119,10 +120,12 @@ def _attention(
     q, k = rotate(qk, rotary).split((num_heads, num_kv_heads), dim=1)
     if (repeated := repeated_kv_heads(spec, tp, ctx.tp_rank)) is not None:
         k, v = k[:, repeated], v[:, repeated]
-    return _row_parallel(F.linear(attend(q, k, v).flatten(1), weights.o.weight), weights.o, region)
+    return _row_parallel(linear(attend(q, k, v).flatten(1), weights.o.weight), weights.o, region)
 
 
-def _feed_forward(weights: BlockWeights, hidden: Tensor, region: Region, recompute: bool) -> Tensor:
+def _feed_forward(
+    weights: BlockWeights, hidden: Tensor, region: Region, recompute: Recompute
+) -> Tensor:
     spec, feed_forward = region.ctx.layout.spec, weights.feed_forward
     if isinstance(feed_forward, Experts):
         x = region.enter(normalize(hidden, weights.ffn_norm, spec))
@@ -132,10 +135,10 @@ def _feed_forward(weights: BlockWeights, hidden: Tensor, region: Region, recompu
     return _row_parallel(part, feed_forward.down, region)
 
 
-def _row_parallel(part: Tensor, linear: Linear, region: Region) -> Tensor:
+def _row_parallel(part: Tensor, of: Linear, region: Region) -> Tensor:
     """The sum of the shards' parts, and the bias once."""
     out = region.leave(part)
-    return out if linear.bias is None else out + linear.bias
+    return out if of.bias is None else out + of.bias
 
 
 class DecoderStage:
@@ -280,11 +283,11 @@ class DecoderStage:
         self, weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend,
         region: Region, *, train: bool,
     ) -> Tensor:  # fmt: skip
-        if not (train and self.recompute == "full"):
-            again = train and self.recompute == "selective"
-            return block_forward(weights, hidden, rotary, attend, region, recompute=again)
+        recompute = self.recompute if train else "none"
+        if recompute != "full":
+            return block_forward(weights, hidden, rotary, attend, region, recompute=recompute)
         out: Tensor = checkpoint(
-            block_forward, weights, hidden, rotary, attend, region,
+            block_forward, weights, hidden, rotary, attend, region, recompute=recompute,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         return out
@@ -311,7 +314,7 @@ class DecoderStage:
         with torch.set_grad_enabled(train):
             if self.spec.head == "scalar":
                 return F.linear(hidden.float(), self.head_weight.float())[:, 0]
-            return F.linear(copy_to_tp(hidden, self.ctx), self.head_weight)
+            return linear(copy_to_tp(hidden, self.ctx), self.head_weight)
 
 
 def _accumulate_into(leaf: Tensor, total: Tensor) -> None:

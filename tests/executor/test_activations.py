@@ -69,7 +69,8 @@ class Products(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        aten = torch.ops.aten
+        self.count += func in (aten.mm.default, aten.addmm.default, aten.addmm_.default)
         return func(*args, **(kwargs or {}))
 
 

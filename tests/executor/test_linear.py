@@ -1,0 +1,65 @@
+"""Protects weight gradients that are added in place: those of ``F.linear``, over several passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from executor.model.linear import linear, linear_of
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+
+def double_silu(x: Tensor) -> Tensor:
+    return F.silu(x) * 2.0
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (1, 3)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_those_of_torch(
+    shape: tuple[int, ...], with_bias: bool, recompute: bool
+) -> None:
+    torch.manual_seed(1)
+    x, weight, bias = leaf(*shape), leaf(4, 3), leaf(4) if with_bias else None
+    total = torch.randn(4, 3, dtype=torch.float64)
+    before = total.clone()
+    weight.grad = total
+    for _ in range(2):
+        if recompute:
+            out = linear_of(double_silu, weight, bias, x)
+        else:
+            out = linear(double_silu(x), weight, bias)
+        out.sin().sum().backward()
+    assert weight.grad is total  # the very tensor: a view of the flat one
+    found = [x.grad, total - before, bias.grad if bias is not None else None]
+    x.grad, weight.grad = None, None
+    if bias is not None:
+        bias.grad = None
+    for _ in range(2):
+        F.linear(double_silu(x), weight, bias).sin().sum().backward()
+    wanted = [x.grad, weight.grad, bias.grad if bias is not None else None]
+    for ours, torchs in zip(found, wanted, strict=True):
+        assert (ours is None) == (torchs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, torchs)
+
+
+def test_a_weight_without_a_gradient_tensor_is_autograds() -> None:
+    x, weight = leaf(5, 3), leaf(4, 3)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(4, 3))
+    with torch.no_grad():
+        assert not linear(x, weight).requires_grad
+
+
+def test_nothing_is_done_for_an_input_that_needs_no_gradient() -> None:
+    x, weight = torch.randn(5, 3, dtype=torch.float64), leaf(4, 3)
+    weight.grad = torch.zeros(4, 3, dtype=torch.float64)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(4, 3))
+    assert x.grad is None
