@@ -1,9 +1,17 @@
 """Seconds of one kernel between measured ones: products and attention on one device.
 
-Efficiency ((the shortest kernel's time + the time that peak rates allow) / the time measured) is
-interpolated linearly in the logarithm of every dimension, never the time itself. A time below
-what the memory's rate allows was measured on operands that a cache held, which in a run of many
-layers it does not: it counts as the time that the rate allows (a fifth of the L40S' rows).
+Efficiency ((the shortest kernel's time + the time that rates allow) / the time measured) is
+interpolated linearly in the logarithm of every dimension, never the time itself.
+
+A product that is measured again and again finds its operands in a cache, which in a run of many
+layers they are not: on an L40S (96 MB of cache) products of 8 to 32 MB take half of what its
+memory allows. What products that no cache holds achieve is the rate of memory (``cold_share``:
+0.74 to 0.82 of the peak); a smaller product that took less counts with the time at that rate
+(two fifths of the L40S' rows, next to none of the A100's).
+
+A point of the grid that lacks is filled from its neighbours along every dimension, each weighted
+by how well its like predict the points that are there: along the depth of a product times are
+smooth, along rows and columns they have steps, where tiles no longer fill the device.
 
 Attention depends on batch and heads through their product only: a kernel works on each (sequence,
 kv head) by itself. Of the rows that differ in nothing else half agree to 1-3%, 19 in 20 to 20%;
@@ -19,17 +27,21 @@ import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping
-from statistics import mean
+from statistics import mean, median
 
 from profiles.costs import Cost, Provenance
 from profiles.hardware import DeviceSpec
+from profiles.holes import fill_holes
 from profiles.kernel_tables import KernelTable, shipped_table
 
 logger = logging.getLogger(__name__)
 
 Coordinates = tuple[float, ...]
+_Known = tuple[float, Provenance]
 _RANK = {p: i for i, p in enumerate(Provenance)}
 _VALUE_BYTES = 2  # every shipped table is bf16
+# No device's caches hold so much (the largest of these, a B200's, 126 MB).
+UNCACHED_BYTES = 256e6
 
 
 def _worse(a: Provenance, b: Provenance) -> Provenance:
@@ -39,14 +51,14 @@ def _worse(a: Provenance, b: Provenance) -> Provenance:
 class _Axis:
     """One dimension: sorted coordinates, and below each the next dimension (or a logarithm)."""
 
-    def __init__(self, points: Mapping[Coordinates, float]) -> None:
-        below: dict[float, dict[Coordinates, float]] = {}
+    def __init__(self, points: Mapping[Coordinates, _Known]) -> None:
+        below: dict[float, dict[Coordinates, _Known]] = {}
         for point, value in points.items():
             below.setdefault(point[0], {})[point[1:]] = value
         self.coordinates = sorted(below)
         self.logs = [math.log(x) for x in self.coordinates]
         self.leaf = all(len(point) == 1 for point in points)
-        self.values: list[float] = []
+        self.values: list[_Known] = []
         self.axes: list[_Axis] = []
         for x in self.coordinates:
             if self.leaf:
@@ -56,7 +68,7 @@ class _Axis:
 
     def _value(self, i: int, rest: Coordinates) -> tuple[float, Provenance]:
         if self.leaf:
-            return self.values[i], Provenance.MEASURED
+            return self.values[i]
         return self.axes[i].at(rest)
 
     def at(self, point: Coordinates) -> tuple[float, Provenance]:
@@ -79,19 +91,26 @@ class _Axis:
 class EfficiencyGrid:
     """log(efficiency) over points that need not form a rectangle: nested axes, each logarithmic.
 
-    The last axis is the densest: a point that lacks is filled from its neighbours there, which on
-    whole grids makes no difference.
+    ``filled``: points that were not measured, but guessed. What still lacks is filled from its
+    neighbours on the last axis, the densest.
 
     Below the smallest coordinate the caller asks for the smallest (a launch dominates there);
     above the largest the efficiency stays. Both are EXTRAPOLATED, and warned of once.
     """
 
-    def __init__(self, table: KernelTable, points: Mapping[Coordinates, float]) -> None:
+    def __init__(
+        self,
+        table: KernelTable,
+        points: Mapping[Coordinates, float],
+        filled: Mapping[Coordinates, float] | None = None,
+    ) -> None:
         self.table = table
-        self.points = points
         self.source = f"{table.name.replace('_', ' ')}: {table.source}"
         self.floor_s = shortest_s(table)
-        self._root = _Axis(points)
+        known = {point: (value, Provenance.MEASURED) for point, value in points.items()}
+        for point, value in (filled or {}).items():
+            known[point] = (value, Provenance.INTERPOLATED)
+        self._root = _Axis(known)
         dimensions = range(len(next(iter(points))))
         self.lows = tuple(min(point[i] for point in points) for i in dimensions)
         self.highs = tuple(max(point[i] for point in points) for i in dimensions)
@@ -126,7 +145,8 @@ class KernelSurfaces:
         self.device = device
         self._products: dict[tuple[float, ...], Cost] = {}
         self._attentions: dict[tuple[float, ...], Cost] = {}
-        self.gemm = product_grid(tables["gemm"], measured_on)
+        self.cold_share = cold_share(tables["gemm"], measured_on)
+        self.gemm = product_grid(tables["gemm"], measured_on, self.cold_share)
         self.prefill = attention_grid(tables["prefill_attention"], measured_on, decode=False)
         self.decode = attention_grid(tables["decode_attention"], measured_on, decode=True)
 
@@ -143,11 +163,16 @@ class KernelSurfaces:
         if answer is None:
             m_low, n_low, k_low = self.gemm.lows
             efficiency, known = self.gemm.at((m, n, k))
-            bound_s = product_bound_s(self.device, max(m, m_low), max(n, n_low), max(k, k_low))
-            seconds = (self.gemm.floor_s + bound_s) / efficiency
+            inside = max(m, m_low), max(n, n_low), max(k, k_low)
+            bound_s = product_bound_s(self.device, *inside, cold_share=self.cold_share)
+            seconds = self.least_s(*inside, (self.gemm.floor_s + bound_s) / efficiency)
             answer = Cost(seconds, known, source=self.gemm.source)
             self._products[question] = answer
         return answer
+
+    def least_s(self, m: float, n: float, k: float, seconds: float) -> float:
+        """``seconds`` of a product, or what it takes at least where no cache holds its operands."""
+        return _not_cached_s(self.device, m, n, k, seconds, self.cold_share)
 
     def attention(
         self, *, decode: bool, batch: float, length: int, heads: int, kv_heads: int, head_dim: int
@@ -166,10 +191,43 @@ class KernelSurfaces:
         return answer
 
 
-def product_bound_s(device: DeviceSpec, m: float, n: float, k: float) -> float:
-    """Seconds of [m, k] x [k, n] in bf16 at the peak rates, each matrix read or written once."""
-    num_bytes = _VALUE_BYTES * (m * k + k * n + m * n)
-    return max(2.0 * m * n * k / device.peak_flops, num_bytes / device.memory_bytes_per_s)
+def product_bytes(m: float, n: float, k: float) -> float:
+    """Of [m, k] x [k, n] in bf16, each matrix once."""
+    return _VALUE_BYTES * (m * k + k * n + m * n)
+
+
+def product_bound_s(
+    device: DeviceSpec, m: float, n: float, k: float, *, cold_share: float = 1.0
+) -> float:
+    """Seconds of [m, k] x [k, n] in bf16 at the peak rates, each matrix read or written once;
+
+    of the memory's rate ``cold_share``.
+    """
+    memory_s = product_bytes(m, n, k) / (cold_share * device.memory_bytes_per_s)
+    return max(2.0 * m * n * k / device.peak_flops, memory_s)
+
+
+def _not_cached_s(
+    device: DeviceSpec, m: float, n: float, k: float, seconds: float, cold: float
+) -> float:
+    if product_bytes(m, n, k) >= UNCACHED_BYTES:
+        return seconds
+    return max(seconds, product_bound_s(device, m, n, k, cold_share=cold))
+
+
+def cold_share(table: KernelTable, device: DeviceSpec) -> float:
+    """Of the memory's peak rate, what products achieve that no cache holds: their median.
+
+    Counted are those that memory bounds clearly, twice as long as their arithmetic. 1 where a
+    table has none.
+    """
+    found = []
+    for (m, n, k), seconds in table.rows.items():
+        memory_s = product_bytes(m, n, k) / device.memory_bytes_per_s
+        flops_s = 2.0 * m * n * k / device.peak_flops
+        if product_bytes(m, n, k) >= UNCACHED_BYTES and memory_s > 2.0 * flops_s:
+            found.append(memory_s / seconds)
+    return min(1.0, median(found)) if found else 1.0
 
 
 def attention_point(
@@ -200,14 +258,18 @@ def shortest_s(table: KernelTable) -> float:
     return min(table.rows.values())
 
 
-def product_grid(table: KernelTable, device: DeviceSpec) -> EfficiencyGrid:
-    """Efficiency over (m, n, k) on the device that ``table`` was measured on."""
+def product_grid(table: KernelTable, device: DeviceSpec, cold: float) -> EfficiencyGrid:
+    """Efficiency over (m, n, k) on the device that ``table`` was measured on.
+
+    ``cold``: see ``cold_share``.
+    """
     points: dict[Coordinates, float] = {}
     floor_s = shortest_s(table)
     for (m, n, k), seconds in table.rows.items():
-        bound_s = product_bound_s(device, m, n, k)
-        points[(m, n, k)] = math.log((floor_s + bound_s) / max(seconds, bound_s))
-    return EfficiencyGrid(table, points)
+        bound_s = product_bound_s(device, m, n, k, cold_share=cold)
+        taken_s = _not_cached_s(device, m, n, k, seconds, cold)
+        points[(m, n, k)] = math.log((floor_s + bound_s) / taken_s)
+    return EfficiencyGrid(table, points, fill_holes(points))
 
 
 def attention_grid(table: KernelTable, device: DeviceSpec, *, decode: bool) -> EfficiencyGrid:

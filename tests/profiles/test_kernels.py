@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +15,15 @@ from profiles.clusters import make_cluster
 from profiles.devices import DEVICES
 from profiles.errors import ProfileError
 from profiles.kernel_tables import DATA_FOLDER, LATENCY, load_table, shipped_table
-from profiles.kernels import KernelSurfaces
+from profiles.kernels import KernelSurfaces, product_bytes
 from profiles.shipped import shipped_costs
-from scripts.validate_profiles import MAPE_LIMIT, against_vidur
+from scripts.validate_profiles import (
+    MAPE_LIMIT,
+    MEDIAN_LIMIT,
+    P95_LIMIT,
+    against_vidur,
+    held_out,
+)
 
 HEADER = (
     '#{"schema": "realplan-kernels", "version": 1, "table": "gemm", "device": "a100", '
@@ -78,6 +85,31 @@ def test_a_changed_or_cut_file_never_passes(tmp_path, cut, byte):
 @pytest.mark.parametrize("device", ["a100", "h100"])
 def test_products_agree_with_the_second_source(device):
     assert against_vidur(device)[0] <= MAPE_LIMIT
+
+
+def test_the_most_scattered_table_predicts_what_is_held_out():
+    """L40S products; ``scripts/validate_profiles.py`` does this with every table."""
+    count, errors = held_out("l40s", "gemm")
+    assert count > 1000
+    assert errors[count // 2] <= MEDIAN_LIMIT
+    assert errors[int(0.95 * count)] <= P95_LIMIT
+
+
+def test_a_product_out_of_a_cache_counts_as_out_of_memory():
+    """14 MB measured at 1.3 times the memory's rate; in a run its weights come from memory."""
+    spec = DEVICES["l40s"]
+    surfaces = KernelSurfaces.shipped(spec, spec)
+    row, num_bytes = (4, 3584, 2048), product_bytes(4, 3584, 2048)
+    measured_s = shipped_table("l40s", "gemm").rows[row]
+    assert measured_s < num_bytes / spec.memory_bytes_per_s
+    cold_s = num_bytes / (surfaces.cold_share * spec.memory_bytes_per_s)
+    assert surfaces.product(*row).seconds == pytest.approx(cold_s)
+    assert 0.7 < surfaces.cold_share < 0.9
+    # Twice the memory's rate halves it: the share is the table's, the rate the question's.
+    fast = KernelSurfaces.shipped(
+        replace(spec, memory_bytes_per_s=2 * spec.memory_bytes_per_s), spec
+    )
+    assert fast.product(*row).seconds == pytest.approx(cold_s / 2, rel=0.3)
 
 
 def test_a_measured_point_is_answered_exactly():
