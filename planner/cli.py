@@ -57,6 +57,7 @@ _EXPLAIN_EXAMPLES = """examples:
 """
 _REPORT_EXAMPLES = """examples:
   realplan report plan.json -o report.html --trace predicted.json
+  realplan report plan.json -o report.html --what-if     # and other clusters, and what matters
   realplan report plan.json --trace both.json --run runs/ppo    # predicted above executed
 """
 _CALIBRATE_EXAMPLES = """examples:
@@ -121,7 +122,11 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("plan", metavar="plan.json")
     report.add_argument("-o", "--output", metavar="FILE", help="the page: report.html")
     report.add_argument("--trace", metavar="FILE", help="the predicted steps, for ui.perfetto.dev")
-    report.add_argument("--run", metavar="FOLDER", help="a run's: its steps in the trace as well")
+    report.add_argument("--run", metavar="FOLDER", help="a run's: its steps as well")
+    report.add_argument(
+        "--what-if", action="store_true",
+        help="search other clusters, and what matters most: minutes at 128 devices",
+    )  # fmt: skip
     _add_calibrate(verbs)
     models = verbs.add_parser("models", help="models of the catalogue")
     devices = verbs.add_parser("devices", help="devices of the catalogue")

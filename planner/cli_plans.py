@@ -8,6 +8,7 @@ import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import Any
 
 from rich.table import Table
@@ -29,6 +30,7 @@ from planner.search import estimate_plan
 from planner.simulate import StepPrices, Timeline
 from planner.sources import shares_by_source
 from planner.trace import trace_of_run
+from planner.whatif import WhatIf
 from profiles.catalogue import MODELS
 from profiles.clusters import LAPTOP, SYSTEMS
 from profiles.devices import DEVICES
@@ -117,26 +119,42 @@ def run_explain(args: argparse.Namespace) -> int:
 def run_report(args: argparse.Namespace) -> int:
     """``realplan report``: a page, a trace for Perfetto, or both."""
     plan = load_plan(args.plan)
-    if args.run is not None and args.trace is None:
-        raise ConfigError(
-            "says where a run's trace is, but not where to write", where="--run",
-            remedy="add --trace FILE",
-        )  # fmt: skip
     if args.output is None and args.trace is None:
         raise ConfigError("nothing to write", where="report", remedy="give -o FILE or --trace FILE")
+    _check_figures(args)
+    executed = [] if args.run is None else trace_of_run(args.run)
     table = table_of_plan(plan, args.profile, note)
     costs = make_costs(plan.problem.cluster, table)
     plan, timeline = _timeline(plan, costs)
     if args.output is not None:
         links, device = hardware_levers(table)
         found = explain(plan, costs, links=links, device=device)
-        write_whole(args.output, report_page(plan, timeline, found))
+        if find_spec("plotly") is None:
+            page = report_page(plan, timeline, found)
+        else:
+            from planner.report_figures import draw
+
+            profile = args.profile or plan.provenance.get("profile")
+            what = WhatIf(plan, profile=profile if table else None) if args.what_if else None
+            page = draw(plan, timeline, found, executed=executed, what=what)
+        write_whole(args.output, page)
     if args.trace is not None:
-        save_trace(timeline, args.trace, [] if args.run is None else trace_of_run(args.run))
+        save_trace(timeline, args.trace, executed)
     for path in (args.output, args.trace):
         if path is not None:
             say(output_console(), f"wrote {path}")
     return 0
+
+
+def _check_figures(args: argparse.Namespace) -> None:
+    """What only figures of plotly show is refused where there is none; else it is said."""
+    if args.output is None or find_spec("plotly") is not None:
+        return
+    remedy = "pip install 'realplan[notebook]'"
+    if args.what_if or (args.run is not None and args.trace is None):
+        flag = "--what-if" if args.what_if else "--run"
+        raise ConfigError("this figure needs plotly", where=flag, remedy=remedy)
+    note(f"without plotly the page's figures are static: {remedy}")
 
 
 SHARE_COLUMNS = ("share", "provenance", "source")

@@ -1,5 +1,7 @@
-"""``realplan report``: a plan as one HTML page that needs no network, no script and no plotting
-library: tables, and figures drawn as SVG with a tooltip on every mark.
+"""``realplan report``: a plan as one HTML page that needs no network.
+
+Here are its tables, and figures that need no script and no plotting library: SVG with a tooltip on
+every mark. Where plotly is installed the figures are those of ``report_figures``.
 
 The timeline of a steady step by group of ranks, memory over a step's calls by item, a map of the
 meshes, and what binds. Colours are Okabe and Ito's (2008), which the colour-blind tell apart.
@@ -38,24 +40,41 @@ svg { display: block; font: 11px system-ui, sans-serif; max-width: 100%; height:
 """
 
 
-def report_page(plan: ExecutionPlan, timeline: Timeline, found: Explanation) -> str:
-    """The page; ``plan`` has its estimate, ``timeline`` and ``found`` are of this plan."""
+Section = tuple[str, str]  # heading, HTML
+
+
+def report_page(
+    plan: ExecutionPlan, timeline: Timeline, found: Explanation, *,
+    drawn: Sequence[Section] | None = None, script: str = "",
+) -> str:  # fmt: skip
+    """The page; ``plan`` has its estimate, ``timeline`` and ``found`` are of this plan.
+
+    ``drawn``: figures to have instead of the static ones, with the ``script`` that they need.
+    """
     title = f"{plan.problem.graph.name} on {plan.problem.cluster.name}"
     lines = "".join(f"<li>{escape(line)}</li>" for line in estimate_lines(plan))
-    parts = [
-        f"<h1>{escape(title)}</h1><ul>{lines}</ul>",
-        "<h2>Calls</h2>", _calls(plan),
-        "<h2>One steady step</h2>", _timeline_figure(plan, timeline, found.groups),
-        "<h2>Which devices each call uses</h2>", _mesh_figure(plan),
-        "<h2>Memory of a device at its fullest moment</h2>", _memory_figure(plan),
-        f"<h2>Memory of device {found.fullest.device}, the fullest, call by call</h2>",
-        _moments_figure(plan, found.fullest.device),
-        "<h2>What sets the pace</h2>", _cycle(found),
-        "<h2>The same plan, were one thing faster</h2>", _lever_figure(found),
-    ]  # fmt: skip
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    sections = [
+        ("Calls", _calls(plan)),
+        *(_static(plan, timeline, found) if drawn is None else drawn),
+        ("What sets the pace", _cycle(found)),
+    ]
+    body = "\n".join(f"<h2>{escape(heading)}</h2>\n{html}" for heading, html in sections)
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>{script}'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{escape(title)}</h1>'
+        f"<ul>{lines}</ul>\n{body}</body></html>\n"
+    )
+
+
+def _static(plan: ExecutionPlan, timeline: Timeline, found: Explanation) -> list[Section]:
+    device = found.fullest.device
+    return [
+        ("One steady step", _timeline_figure(plan, timeline, found.groups)),
+        ("Which devices each call uses", _mesh_figure(plan)),
+        ("Memory of a device at its fullest moment", _memory_figure(plan)),
+        (f"Memory of device {device}, the fullest, call by call", _moments_figure(plan, device)),
+        ("The same plan, were one thing faster", _lever_figure(found)),
+    ]
 
 
 # ---- tables -----------------------------------------------------------------------------------

@@ -100,7 +100,6 @@ class WhatIf:
         self.workers = workers or os.cpu_count() or 1
         self.answers = Answers(folder=None if cache is None else Path(cache))
         self._rows: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
-        self._pool: list[ProcessPoolExecutor] = []  # at most one, of all that ``lock`` made
 
     # ---- scenarios ----
 
@@ -194,19 +193,13 @@ class WhatIf:
 
     def _run(self, batches: Sequence[Sequence[Task]]) -> Iterator[list[Answer]]:
         if self.workers == 1 or len(batches) <= 1:
-            return map(solve, batches)
-        if not self._pool:
-            # Not forked: a notebook has threads, whose locks a forked child would hold for ever.
-            context = multiprocessing.get_context("spawn")
-            self._pool.append(
-                ProcessPoolExecutor(self.workers, mp_context=context, initializer=_prepare_process)
-            )
-        return self._pool[0].map(solve, batches)
-
-    def close(self) -> None:
-        """End the processes, which else wait for the next sweep until Python ends."""
-        while self._pool:
-            self._pool.pop().shutdown()
+            yield from map(solve, batches)
+            return
+        # Not forked: a notebook has threads, whose locks a forked child would hold for ever.
+        context = multiprocessing.get_context("spawn")
+        workers = min(self.workers, len(batches))
+        with ProcessPoolExecutor(workers, context, _prepare_process) as pool:
+            yield from pool.map(solve, batches)
 
     def _measures(self, problem: Problem, answer: Answer) -> dict[str, Any]:
         plan = answer.plan
@@ -344,3 +337,23 @@ class WhatIf:
         """Two plans side by side; see ``planner.compare``."""
         costs = [task_costs(plan.problem.cluster, self.table) for plan in (a, b)]
         return compare(a, b, *costs)
+
+    # ---- figures, with the extra ``notebook`` ----
+
+    def draw(self, x: str, y: str) -> Any:
+        """All scenarios so far by two measures, those of ``pareto(x, y)`` joined and named.
+
+        Raises:
+            ConfigError: as ``pareto``, or plotly is not installed.
+        """
+        from planner.figures_sweep import pareto
+
+        front = self.pareto(x, y)
+        axes = dict.fromkeys(name for scenario in self._rows for name, _ in scenario)
+        return pareto(pd.DataFrame(list(self._rows.values())), front, x, y, axes=list(axes))
+
+    def draw_tornado(self, measure: str = "seconds", *, factor: float = 2.0) -> Any:
+        """``tornado`` as a figure; raises ``ConfigError`` where plotly is not installed."""
+        from planner.figures_sweep import tornado
+
+        return tornado(self.tornado(measure, factor=factor), measure, factor=factor)

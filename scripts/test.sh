@@ -31,7 +31,7 @@ check() {
 }
 
 echo "== environment"
-make_environment test --editable '.[executor,ray,slurm,dev]'
+make_environment test --editable '.[executor,ray,slurm,notebook,dev]'
 
 check "ruff check" ruff check .
 check "ruff format --check" ruff format --check .

@@ -430,3 +430,27 @@ def test_json_errors_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", "--model", "x", "--json"]) == 2
     error = json.loads(capsys.readouterr().out)
     assert error["where"] == "--model"
+
+
+def test_a_report_without_plotly_is_static_and_says_so(
+    plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("planner.cli_plans.find_spec", lambda name: None)
+    page = tmp_path / "report.html"
+    assert main(["report", str(plan_file), "-o", str(page)]) == 0
+    assert "<script" not in page.read_text()
+    assert "pip install 'realplan[notebook]'" in capsys.readouterr().err
+    assert main(["report", str(plan_file), "-o", str(page), "--what-if"]) == 2
+    assert "--what-if: this figure needs plotly" in capsys.readouterr().err
+
+
+def test_a_report_searches_other_clusters_where_it_is_asked_to(
+    plan_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("plotly", reason="figures need the extra notebook")
+    page = tmp_path / "report.html"
+    assert main(["report", str(plan_file), "-o", str(page), "--what-if"]) == 0
+    text = page.read_text()
+    for heading in ("The search: ", "Seconds of a step against dollars", "What matters most"):
+        assert f"<h2>{heading}" in text

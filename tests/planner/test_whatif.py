@@ -140,9 +140,7 @@ def test_a_locked_call_is_as_it_is_locked(problem: Problem, what: WhatIf) -> Non
 
 
 def test_processes_find_what_one_finds(problem: Problem, what: WhatIf) -> None:
-    both = WhatIf(problem, workers=2)
-    two = both.sweep(response_len=[8, 16])
-    both.close()
+    two = WhatIf(problem, workers=2).sweep(response_len=[8, 16])
     assert two["seconds"].tolist() == what.sweep(response_len=[8, 16])["seconds"].tolist()
 
 
