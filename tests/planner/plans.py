@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 from experiments.ppo.graph import ALGORITHM
 from planner.algorithm import make_config, make_problem
 from planner.graph import CallKind
 from planner.mesh import DeviceMesh, enumerate_meshes
 from planner.plan import Allocation, ExecutionPlan, Problem, largest_dp, validate_plan
-from planner.strategy import ParallelStrategy, legal_strategies
+from planner.strategy import ParallelStrategy, Recompute, legal_strategies
 from profiles.hardware import ClusterSpec, DeviceSpec, LinkSpec
 from profiles.models import ModelSpec
 
@@ -73,10 +74,13 @@ def random_allocation(rng: random.Random, problem: Problem, call_name: str) -> A
         if legal:
             break
     strategy: ParallelStrategy = rng.choice(legal)
-    if problem.graph.call(call_name).kind is CallKind.TRAIN:
+    kind = problem.graph.call(call_name).kind
+    if kind is CallKind.TRAIN:
         strategy = replace(
-            strategy, zero=rng.choice([0, 1]), recompute=rng.choice(["none", "full"])
+            strategy, zero=rng.choice((0, 1)), recompute=rng.choice(get_args(Recompute))
         )
+    if kind in (CallKind.INFER, CallKind.TRAIN) and strategy.tp > 1:
+        strategy = replace(strategy, sequence_parallel=rng.choice((False, True)))
     num_micro_batches = 1 if spec is None else rng.randint(1, max(1, most // strategy.dp))
     return Allocation(mesh=mesh, strategy=strategy, num_micro_batches=num_micro_batches)
 
