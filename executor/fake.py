@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from executor.buffers import ParameterBuffer
 from executor.dataset import Item
 from executor.generate.kv_cache import Turn
 from executor.model.attention import PackedLengths
@@ -38,6 +39,7 @@ from executor.text import TextCodec
 from executor.trace import TraceWriter
 from executor.training import Passes
 from executor.transfer import Exchange
+from executor.weights import Weights
 from executor.worker import Worker, label_of
 from planner.graph import DataKey, ModelFunctionCall
 from planner.layout import Layout
@@ -276,27 +278,17 @@ class _FakeWorker(Worker):
             data=_Longest(run), text=TextCodec(None), store=dist.HashStore(), trace=trace,
         )  # fmt: skip
         kind = run.plan.problem.cluster.device.kind
-        self.dtype = torch.bfloat16 if kind == "cuda" else torch.float32
-        self.staging_bytes = STAGING_BYTES[kind]
+        self.weights = _FakeWeights(
+            run, self.contexts, rank=rank, device=self.device,
+            dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
+            staging_bytes=STAGING_BYTES[kind],
+        )  # fmt: skip
         self.watch = watch
         self.exchange = _Unanswered(self)
 
     def _carry_out(self, instruction: Instruction) -> None:
         self.watch.begin(label_of(instruction))
         super()._carry_out(instruction)
-
-    def _load(self, load: Load, counts: dict[str, int]) -> None:
-        multiple = load.layout.dp if load.trained else 1
-        buffer = self._buffer(load.role, load.layout, multiple=multiple)
-        if load.trained:
-            self.trainers[load.role] = self._trainer(load.role, load.layout, buffer)
-
-    def _stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
-        stage = super()._stage(role, layout, sequence_parallel=sequence_parallel)
-        if not isinstance(stage, _FewTurns):
-            stage = _FewTurns(stage)
-            self.stages[role, layout, sequence_parallel] = stage
-        return stage
 
     def _passes(self, call: ModelFunctionCall, allocation: Allocation) -> Passes:
         whole = super()._passes(call, allocation)
@@ -305,6 +297,20 @@ class _FakeWorker(Worker):
     def lengths(self, key: DataKey) -> int:
         """Values of a key for one sequence at its longest."""
         return self.problem.workload.max_tokens if key.per == "token" else 1
+
+
+class _FakeWeights(Weights):
+    """No values, and few turns of generation."""
+
+    def _fill(self, role: str, buffer: ParameterBuffer) -> None:
+        pass
+
+    def stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
+        stage = super().stage(role, layout, sequence_parallel=sequence_parallel)
+        if not isinstance(stage, _FewTurns):
+            stage = _FewTurns(stage)
+            self.stages[role, layout, sequence_parallel] = stage
+        return stage
 
 
 class _FirstMiniBatch(Passes):

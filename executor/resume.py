@@ -18,9 +18,10 @@ import torch.distributed as dist
 from executor import run_checkpoint
 from executor.agreement import written_by_all
 from executor.parallel.optimizer import Adam
+from executor.results import reporting_rank
 from executor.run import Run
 from executor.run_checkpoint import Checkpoint, Piece, pieces_of
-from executor.worker import Worker, reporting_rank
+from executor.worker import Worker
 from planner.plan_schema import plan_to_dict
 from planner.program import home_layouts
 from profiles.errors import CheckpointError, ConfigError
@@ -48,8 +49,8 @@ def optimizer_pieces(adam: Adam, *, once: bool) -> list[Piece]:
 def average_pieces(worker: Worker, *, once: bool) -> dict[str, list[Piece]]:
     """This rank's fp32 averages of frozen roles; ``once``: without what another rank writes."""
     found: dict[str, list[Piece]] = {}
-    for (role, layout), average in worker.averages.items():
-        buffer = worker.buffers[role, layout]
+    for (role, layout), average in worker.weights.averages.items():
+        buffer = worker.weights.buffers[role, layout]
         slices = buffer.slices
         if once:
             lower = range(layout.mesh.first, worker.rank)
@@ -106,7 +107,7 @@ def _attempt(action: Any) -> OSError | None:
 
 def _write(worker: Worker, root: Path, step: int) -> None:
     folder = run_checkpoint.partial_folder(root, step)
-    for role, trainer in worker.trainers.items():
+    for role, trainer in worker.weights.trainers.items():
         pieces = optimizer_pieces(trainer.optimizer, once=True)
         if pieces:
             run_checkpoint.write_pieces(folder, role, worker.rank, pieces)
@@ -210,14 +211,14 @@ def restore(worker: Worker, folder: Path) -> int:
     All ranks of the run together. The plan may be another than the one that wrote it.
     """
     checkpoint = Checkpoint(folder)
-    for role, trainer in worker.trainers.items():
+    for role, trainer in worker.weights.trainers.items():
         checkpoint.fill(role, optimizer_pieces(trainer.optimizer, once=False))
         counts = checkpoint.header["optimizers"][role]
         trainer.optimizer.go_on(steps=counts["steps"], updates=counts["updates"])
     for role, pieces in average_pieces(worker, once=False).items():
         checkpoint.fill(role, pieces)
-    for key, average in worker.averages.items():
-        worker.buffers[key].flat.copy_(average)
+    for key, average in worker.weights.averages.items():
+        worker.weights.buffers[key].flat.copy_(average)
     for name, state in checkpoint.header["functions"].items():
         worker.functions[name].restore(state)
     return checkpoint.step

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from executor.batch import SequenceBatch, balanced_groups
-from executor.buffers import ParameterBuffer
 from executor.context import RankContext, build_contexts
 from executor.dataset import Item, Prompts
 from executor.generate.engine import generate
 from executor.metrics import REWARDS, evaluation_moment, post, post_samples, shows_samples
-from executor.model import hf_weights
-from executor.model.transformer import DecoderStage
+from executor.model.hf_save import save
 from executor.out_of_memory import is_out_of_memory, out_of_memory
-from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.pipeline import forward_only
-from executor.reallocate import execute
+from executor.results import (
+    check_finite,
+    generation_statistics,
+    mean_outputs,
+    reporting_rank,
+)
 from executor.run import Run
 from executor.text import TextCodec
 from executor.trace import TraceWriter
-from executor.training import Passes, Trainer, evaluate, sum_over_dp, train
+from executor.training import Passes, evaluate, train
 from executor.transfer import Exchange, SampleStore
+from executor.weights import Weights
 from planner.graph import CallKind, ModelFunctionCall
 from planner.labels import label_of
 from planner.layout import Layout
@@ -52,20 +54,15 @@ from planner.program import (
     Transfer,
     call_layout,
 )
-from planner.reallocation import reallocate
-from planner.transfers import producing_ranks, samples_of
-from profiles.errors import ConfigError, UserError
+from planner.transfers import samples_of
+from profiles.errors import ConfigError
 
 # Beyond the steps of any run: the noise of an evaluation's answers is its own.
 EVALUATION_STEPS = 1 << 40
 
 
-class DivergedError(UserError):
-    """A loss or a gradient is infinite or not a number: going on would learn nothing."""
-
-
 class Worker:
-    """The state of one rank over a run: buffers by (role, layout), trainers by role, samples."""
+    """The state of one rank over a run: its weights and the samples of the step."""
 
     def __init__(
         self,
@@ -88,8 +85,6 @@ class Worker:
         self.program = program
         self.rank = rank
         self.device = device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.staging_bytes: int | None = None  # of reallocations; None: the device's
         self.functions = functions
         self.data = data
         self.text = text
@@ -103,11 +98,10 @@ class Worker:
         self.evaluating = False
         layouts = dict.fromkeys(layout for _, layout in program.layouts)
         self.contexts = build_contexts(layouts, rank=rank, device=device, timeout=message_deadline)
-        self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
-        self.stages: dict[tuple[str, Layout, bool], DecoderStage] = {}
-        self.trainers: dict[str, Trainer] = {}
-        # Averages in fp32, flat as the buffer of (role, layout), which they may be.
-        self.averages: dict[tuple[str, Layout], Tensor] = {}
+        self.weights = Weights(
+            run, self.contexts, rank=rank, device=device,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        )  # fmt: skip
         self.samples = SampleStore(self.problem.graph, device, self.problem.workload.group_size)
         self.exchange = Exchange(self.samples)
         self.handlers: dict[type, Callable[[Any, dict[str, int]], None]] = {
@@ -183,97 +177,18 @@ class Worker:
 
     # ---- weights ------------------------------------------------------------------------------
 
-    def _buffer(
-        self, role: str, layout: Layout, *, multiple: int = 1,
-        lender: ParameterBuffer | None = None,
-    ) -> ParameterBuffer:  # fmt: skip
-        buffer = ParameterBuffer.for_rank(
-            layout, self.rank, dtype=self.dtype, device=self.device, multiple=multiple,
-            lender=lender,
-        )  # fmt: skip
-        self.buffers[(role, layout)] = buffer
-        return buffer
-
     def _load(self, load: Load, counts: dict[str, int]) -> None:
-        zero_multiple = load.layout.dp if load.trained else 1
-        buffer = self._buffer(load.role, load.layout, multiple=zero_multiple)
-        spec, path = self.problem.models[load.role], self.run.model_path(load.role)
-        if path is None:
-            hf_weights.init_random(buffer, spec, seed=self.run.config.seed)
-        else:
-            hf_weights.load(buffer, Path(path), spec, seed=self.run.config.seed)
-        counts["num_bytes"] = buffer.flat.numel() * buffer.flat.element_size()
-        if load.trained:
-            self.trainers[load.role] = self._trainer(load.role, load.layout, buffer)
-        if any(average.role == load.role for average in self.problem.graph.averages):
-            self.averages[load.role, load.layout] = buffer.flat.float()
-
-    def _trainer(self, role: str, layout: Layout, buffer: ParameterBuffer) -> Trainer:
-        call = self.problem.graph.train_call(role)
-        assert call is not None, role
-        strategy = self.plan.allocations[call.name].strategy
-        context = self.contexts[layout]
-        gradients = torch.zeros(buffer.flat.numel(), dtype=torch.float32, device=self.device)
-        stage = DecoderStage(
-            context, buffer, gradients=gradients, recompute=strategy.recompute,
-            sequence_parallel=strategy.sequence_parallel,
-        )  # fmt: skip
-        model = self.run.config.models()[role]
-        config = AdamConfig(
-            lr=model.lr,
-            betas=(model.beta1, model.beta2),
-            eps=model.eps,
-            weight_decay=model.weight_decay,
-            warmup_steps=model.warmup_steps,
-            total_steps=self.run.config.total_steps * call.num_optimizer_steps,
-            schedule=model.schedule,
-            max_grad_norm=model.max_grad_norm,
-        )
-        optimizer = Adam(
-            context, buffer, gradients, config, zero=strategy.zero, partial=stage.partial
-        )
-        return Trainer(gradients=gradients, stage=stage, optimizer=optimizer)
+        counts["num_bytes"] = self.weights.load(load)
 
     def _reallocate(self, instruction: Reallocate, counts: dict[str, int]) -> None:
-        role, destination = instruction.role, instruction.destination
-        plan = reallocate(
-            instruction.source,
-            destination,
-            devices_per_node=self.problem.cluster.devices_per_node,
-        )
-        source = self.buffers.get((role, instruction.source))
-        target = None
-        if self.rank in destination.mesh:
-            target = self._buffer(role, destination, lender=source)
-        counts["num_bytes"] = execute(
-            plan, source, target, rank=self.rank, staging_bytes=self.staging_bytes
-        )
+        counts["num_bytes"] = self.weights.reallocate(instruction)
 
     def _free(self, free: Free, counts: dict[str, int]) -> None:
-        del self.buffers[(free.role, free.layout)]
-        for split in (False, True):
-            self.stages.pop((free.role, free.layout, split), None)
+        self.weights.free(free)
 
     def _average(self, instruction: Average, counts: dict[str, int]) -> None:
-        """A small step is lost in a bf16 weight, so that the average is kept in fp32."""
-        if self.evaluating:
-            return
-        key = (instruction.role, instruction.layout)
-        own, other = self.buffers[key], self.buffers[instruction.of, instruction.layout]
-        for piece in own.slices:
-            average = own.view(piece.name, of=self.averages[key])
-            average.lerp_(other.view(piece.name).float(), instruction.rate)
-        own.flat.copy_(self.averages[key])
-
-    def _stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
-        """The model without gradients in a layout whose weights are here."""
-        key = (role, layout, sequence_parallel)
-        if key not in self.stages:
-            self.stages[key] = DecoderStage(
-                self.contexts[layout], self.buffers[role, layout],
-                sequence_parallel=sequence_parallel,
-            )  # fmt: skip
-        return self.stages[key]
+        if not self.evaluating:
+            self.weights.average(instruction)
 
     # ---- data ---------------------------------------------------------------------------------
 
@@ -334,7 +249,7 @@ class Worker:
         )
         whole = self.problem.workload.group_size
         batch = generate(
-            self._stage(call.role, layout),
+            self.weights.stage(call.role, layout),
             [self.items[sequence // whole].prompt.to(self.device) for sequence in sequences],
             samples=sequences,
             params=self.functions[call.name].sampling(self.text.stop_token_ids),
@@ -345,24 +260,13 @@ class Worker:
         )
         self.samples.put(batch, call)
         counts["num_tokens"] = batch.num_tokens
-        self._report(call, self._generation_statistics(batch, self.contexts[layout]))
-
-    def _generation_statistics(
-        self, batch: SequenceBatch, context: RankContext
-    ) -> dict[str, float]:
-        answers = batch.num_tokens - float(batch.get("prompt_lengths").sum())
-        sums = torch.tensor(
-            [batch.num_sequences, answers, float(batch.get("finished").sum())],
-            dtype=torch.float64,
-        )
-        count, tokens, finished = sum_over_dp(context)(sums).tolist()
-        return {"response_tokens": tokens / count, "finished": finished / count}
+        self._report(call, generation_statistics(batch, self.contexts[layout]))
 
     def _infer(self, instruction: Infer, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
         assert call.role is not None
         context, layout = self._context_of(call.name)
-        stage = self._stage(
+        stage = self.weights.stage(
             call.role, layout, sequence_parallel=allocation.strategy.sequence_parallel
         )
         function = self.functions[call.name]
@@ -380,7 +284,7 @@ class Worker:
         if results is not None:
             for micro_batch, values in zip(micro_batches, results, strict=True):
                 self.samples.put(self._with_outputs(call, micro_batch, values), call)
-            means = self._mean_outputs(call, results, context)
+            means = mean_outputs(self.problem.graph, call, results, context)
         self._report(call, means)
         if self._tells(call):
             self._show_samples(call)
@@ -410,20 +314,6 @@ class Worker:
             per_token={k: v for k, v in values.items() if per[k] == "token"},
             per_sequence={k: v for k, v in values.items() if per[k] == "sequence"},
         )
-
-    def _mean_outputs(
-        self, call: ModelFunctionCall, results: Sequence[Mapping[str, Tensor]], context: RankContext
-    ) -> dict[str, float]:
-        """Mean of each per-sequence output over the whole batch."""
-        means = {}
-        for key in call.outputs:
-            if self.problem.graph.key(key).per == "sequence":
-                name = call.inner_name(key)
-                values = torch.cat([result[name] for result in results]).double()
-                sums = torch.stack([values.sum(), torch.tensor(float(len(values)))])
-                total, count = sum_over_dp(context)(sums).tolist()
-                means[key] = total / count
-        return means
 
     def _function(self, instruction: Function, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
@@ -456,26 +346,15 @@ class Worker:
         own = self._gather(call, self._share(call, allocation, dp_rank))
         passes = self._passes(call, allocation)
         counts["num_tokens"] = own.num_tokens
-        trainer = self.trainers[call.role]
+        trainer = self.weights.trainers[call.role]
         if not self.evaluating:
             statistics = train(trainer, function, own, passes)
-            self._check_finite(call, statistics)
+            check_finite(call, statistics, self.step)
             self._report(call, statistics)
         elif any(other.kind is CallKind.GENERATE for other in self.problem.graph.calls):
             self._report(call, {})  # of sampled answers the rewards are what counts
         else:
             self._report(call, *evaluate(trainer, function, own, passes))
-
-    def _check_finite(self, call: ModelFunctionCall, statistics: Mapping[str, float]) -> None:
-        """Raise ``DivergedError`` where the loss or the gradients are not numbers any more."""
-        for name in ("loss", "grad_norm"):
-            value = statistics.get(name, 0.0)
-            if not isfinite(value):
-                raise DivergedError(
-                    f"{name} is {value} in step {self.step + 1}; no checkpoint has these weights",
-                    where=call.name,
-                    remedy=f"lower {call.role}.lr or {call.role}.max_grad_norm and --resume",
-                )
 
     # ---- results ------------------------------------------------------------------------------
 
@@ -508,9 +387,9 @@ class Worker:
     def save(self, folder: Path) -> list[Path]:
         """Write every trained role as a Hugging Face folder ``<role>/<folder>``; all ranks."""
         written = []
-        for role, trainer in self.trainers.items():
+        for role, trainer in self.weights.trainers.items():
             target, source = self.run.output / role / folder, self.run.model_path(role)
-            hf_weights.save(
+            save(
                 trainer.stage.ctx,
                 trainer.stage.buffer,
                 target,
@@ -519,9 +398,3 @@ class Worker:
             )
             written.append(target)
         return written
-
-
-def reporting_rank(allocation: Allocation, call: ModelFunctionCall) -> int:
-    """The first rank of the last stage of the first replica."""
-    s = allocation.strategy
-    return producing_ranks(call, s, allocation.mesh.first)[0][-1] - (s.tp - 1)

@@ -47,7 +47,7 @@ from executor.buffers import ParameterBuffer
 from executor.context import RankContext, build_contexts, single_process
 from executor.generate.engine import generate
 from executor.generate.sampling import SamplingParams
-from executor.model import hf_weights
+from executor.model import hf_load
 from executor.model.transformer import DecoderStage
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.pipeline import train_1f1b
@@ -172,7 +172,7 @@ def whole_stage(rank: int, path: Path) -> DecoderStage:
     spec = resolve_model(str(path))
     layout = Layout(spec=spec, mesh=DeviceMesh(rank, 1))
     buffer = ParameterBuffer.for_rank(layout, rank, dtype=torch.float32, device="cpu")
-    hf_weights.load(buffer, path, spec, seed=0)
+    hf_load.load(buffer, path, spec, seed=0)
     return DecoderStage(single_process(layout), buffer)
 
 
@@ -212,7 +212,7 @@ def our_training(
     layout = Layout(spec=spec, mesh=DeviceMesh(0, WORLD), dp=WORLD)
     ctx = build_contexts([layout], rank=rank, device=torch.device("cpu"))[layout]
     buffer = ParameterBuffer.for_rank(layout, rank, dtype=torch.float32, device="cpu")
-    hf_weights.load(buffer, path, spec, seed=0)
+    hf_load.load(buffer, path, spec, seed=0)
     gradients = torch.zeros_like(buffer.flat)
     stage = DecoderStage(ctx, buffer, gradients=gradients)
     adam = Adam(ctx, buffer, gradients, AdamConfig(lr=1e-6, eps=1e-8), zero=0)

@@ -178,7 +178,7 @@ def run_rank(
             _, values = json.loads(store.get(f"metrics/{step}/{call.name}/0"))
             metrics[f"{step}/{call.name}"] = values
     slices: dict[str, dict[tuple[str, tuple[int, ...]], torch.Tensor]] = {}
-    for role, trainer in worker.trainers.items():
+    for role, trainer in worker.weights.trainers.items():
         buffer = trainer.stage.buffer
         slices[role] = {
             (piece.name, piece.offset): buffer.view(piece.name).clone() for piece in buffer.slices

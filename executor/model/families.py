@@ -1,7 +1,7 @@
 """Hugging Face's names of tensors and classes for the families that ``DecoderStage`` runs.
 
 Read ``stored`` first: where in a checkpoint one of our parameters lies. A family is a row of
-tables; ``config.json`` is ``profiles.hf_config``'s, files are ``hf_weights``'s.
+tables; ``config.json`` is ``profiles.hf_config``'s, files are ``hf_load`` and ``hf_save``'s.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext, single_process
-from executor.model.hf_weights import load, save
+from executor.model.hf_load import load
+from executor.model.hf_save import save
 from executor.model.random_weights import init_random
 from executor.model.transformer import DecoderStage
 from planner.layout import Layout, parameters

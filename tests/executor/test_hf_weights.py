@@ -23,7 +23,9 @@ from executor.context import build_contexts, single_process
 from executor.generate.engine import generate
 from executor.generate.sampling import SamplingParams
 from executor.model.attention import pack
-from executor.model.hf_weights import init_random, load, save, weight_files
+from executor.model.hf_load import load
+from executor.model.hf_save import save, weight_files
+from executor.model.random_weights import init_random
 from executor.model.transformer import DecoderStage
 from planner.layout import Layout, parameters
 from planner.mesh import DeviceMesh

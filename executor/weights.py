@@ -1,0 +1,150 @@
+"""``Weights``: what one rank holds of every role: buffers, gradients, optimizers, averages.
+
+One method for each kind of instruction that moves or changes weights; each returns the bytes that
+it moved. What the weights are used for is ``worker.py``'s, which messages bring them
+``planner.reallocation``'s, and what a buffer looks like ``buffers.py``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from executor.buffers import ParameterBuffer
+from executor.context import RankContext
+from executor.model.hf_load import load as load_folder
+from executor.model.random_weights import init_random
+from executor.model.transformer import DecoderStage
+from executor.parallel.optimizer import Adam, AdamConfig
+from executor.reallocate import execute
+from executor.run import Run
+from executor.training import Trainer
+from planner.layout import Layout
+from planner.program import Average, Free, Load, Reallocate
+from planner.reallocation import reallocate
+
+
+class Weights:
+    """By (role, layout): the values; by role: who trains it. ``contexts``: the rank's places.
+
+    ``staging_bytes`` of reallocations; None: the device's.
+    """
+
+    def __init__(
+        self, run: Run, contexts: Mapping[Layout, RankContext], *, rank: int,
+        device: torch.device, dtype: torch.dtype, staging_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        self.run = run
+        self.problem = run.plan.problem
+        self.contexts = contexts
+        self.rank = rank
+        self.device = device
+        self.dtype = dtype
+        self.staging_bytes = staging_bytes
+        self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
+        self.stages: dict[tuple[str, Layout, bool], DecoderStage] = {}
+        self.trainers: dict[str, Trainer] = {}
+        # Averages in fp32, flat as the buffer of (role, layout), which they may be.
+        self.averages: dict[tuple[str, Layout], Tensor] = {}
+
+    def stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
+        """The model without gradients in a layout whose weights are here."""
+        key = (role, layout, sequence_parallel)
+        if key not in self.stages:
+            self.stages[key] = DecoderStage(
+                self.contexts[layout], self.buffers[role, layout],
+                sequence_parallel=sequence_parallel,
+            )  # fmt: skip
+        return self.stages[key]
+
+    # ---- loading ------------------------------------------------------------------------------
+
+    def load(self, load: Load) -> int:
+        """Read this rank's slices of a checkpoint, or draw them."""
+        buffer = self._buffer(
+            load.role, load.layout, multiple=load.layout.dp if load.trained else 1
+        )
+        self._fill(load.role, buffer)
+        if load.trained:
+            self.trainers[load.role] = self._trainer(load.role, load.layout, buffer)
+        if any(average.role == load.role for average in self.problem.graph.averages):
+            self.averages[load.role, load.layout] = buffer.flat.float()
+        return buffer.flat.numel() * buffer.flat.element_size()
+
+    def _buffer(
+        self, role: str, layout: Layout, *, multiple: int = 1,
+        lender: ParameterBuffer | None = None,
+    ) -> ParameterBuffer:  # fmt: skip
+        buffer = ParameterBuffer.for_rank(
+            layout, self.rank, dtype=self.dtype, device=self.device, multiple=multiple,
+            lender=lender,
+        )  # fmt: skip
+        self.buffers[(role, layout)] = buffer
+        return buffer
+
+    def _fill(self, role: str, buffer: ParameterBuffer) -> None:
+        spec, path = self.problem.models[role], self.run.model_path(role)
+        if path is None:
+            init_random(buffer, spec, seed=self.run.config.seed)
+        else:
+            load_folder(buffer, Path(path), spec, seed=self.run.config.seed)
+
+    def _trainer(self, role: str, layout: Layout, buffer: ParameterBuffer) -> Trainer:
+        call = self.problem.graph.train_call(role)
+        assert call is not None, role
+        strategy = self.run.plan.allocations[call.name].strategy
+        context = self.contexts[layout]
+        gradients = torch.zeros(buffer.flat.numel(), dtype=torch.float32, device=self.device)
+        stage = DecoderStage(
+            context, buffer, gradients=gradients, recompute=strategy.recompute,
+            sequence_parallel=strategy.sequence_parallel,
+        )  # fmt: skip
+        model = self.run.config.models()[role]
+        config = AdamConfig(
+            lr=model.lr,
+            betas=(model.beta1, model.beta2),
+            eps=model.eps,
+            weight_decay=model.weight_decay,
+            warmup_steps=model.warmup_steps,
+            total_steps=self.run.config.total_steps * call.num_optimizer_steps,
+            schedule=model.schedule,
+            max_grad_norm=model.max_grad_norm,
+        )
+        optimizer = Adam(
+            context, buffer, gradients, config, zero=strategy.zero, partial=stage.partial
+        )
+        return Trainer(gradients=gradients, stage=stage, optimizer=optimizer)
+
+    # ---- between layouts ----------------------------------------------------------------------
+
+    def reallocate(self, instruction: Reallocate) -> int:
+        """Bring a role into another layout; returns the bytes that this rank received."""
+        role, destination = instruction.role, instruction.destination
+        plan = reallocate(
+            instruction.source,
+            destination,
+            devices_per_node=self.problem.cluster.devices_per_node,
+        )
+        source = self.buffers.get((role, instruction.source))
+        target = None
+        if self.rank in destination.mesh:
+            target = self._buffer(role, destination, lender=source)
+        return execute(plan, source, target, rank=self.rank, staging_bytes=self.staging_bytes)
+
+    def free(self, free: Free) -> None:
+        """Drop what ``reallocate`` brought."""
+        del self.buffers[(free.role, free.layout)]
+        for split in (False, True):
+            self.stages.pop((free.role, free.layout, split), None)
+
+    def average(self, instruction: Average) -> None:
+        """A small step is lost in a bf16 weight, so that the average is kept in fp32."""
+        key = (instruction.role, instruction.layout)
+        own, other = self.buffers[key], self.buffers[instruction.of, instruction.layout]
+        for piece in own.slices:
+            average = own.view(piece.name, of=self.averages[key])
+            average.lerp_(other.view(piece.name).float(), instruction.rate)
+        own.flat.copy_(self.averages[key])
