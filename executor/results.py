@@ -13,7 +13,7 @@ from executor.context import RankContext
 from executor.training import sum_over_dp
 from planner.graph import DataflowGraph, ModelFunctionCall
 from planner.plan import Allocation
-from planner.program import producing_ranks
+from planner.transfers import producing_ranks
 from profiles.errors import UserError
 
 
