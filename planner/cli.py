@@ -23,11 +23,13 @@ from planner.cli_plans import (
     run_doctor,
     run_estimate,
     run_explain,
+    run_export,
     run_models,
     run_report,
     run_show,
 )
 from planner.cli_search import run_baselines, run_search
+from planner.export import EXPORTERS
 from planner.search import ENGINES
 from profiles.errors import ConfigError, UserError
 
@@ -63,6 +65,9 @@ _REPORT_EXAMPLES = """examples:
 _CALIBRATE_EXAMPLES = """examples:
   realplan calibrate profile.json runs/ppo runs/ppo2 -o calibrated.json
   realplan search --model models/sft --cluster local --gpus 2 --profile calibrated.json
+"""
+_EXPORT_EXAMPLES = """examples:
+  realplan export plan.json --to verl -o run_verl.sh
 """
 _BASELINES_EXAMPLES = """examples:
   realplan baselines --model llama-13b --gpus 16
@@ -127,6 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--what-if", action="store_true",
         help="search other clusters, and what matters most: minutes at 128 devices",
     )  # fmt: skip
+    export = _verb(
+        verbs, "export", "a plan as options of verl, OpenRLHF or NeMo-RL", _EXPORT_EXAMPLES,
+        "Write a plan as options of another system, and say what these cannot express.",
+    )  # fmt: skip
+    export.add_argument("plan", metavar="plan.json")
+    export.add_argument("--to", required=True, choices=sorted(EXPORTERS), help="the system")
+    export.add_argument("-o", "--output", metavar="FILE", help="a shell script (default: stdout)")
     _add_calibrate(verbs)
     models = verbs.add_parser("models", help="models of the catalogue")
     devices = verbs.add_parser("devices", help="devices of the catalogue")
@@ -136,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     for verb in (show, estimate, compare, explain, report):
         _add_profile(verb)
-    for verb in (show, estimate, compare, explain, models, devices, doctor):
+    for verb in (show, estimate, compare, explain, export, models, devices, doctor):
         verb.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -243,7 +255,7 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
 
 _VERBS = {
     "search": run_search, "baselines": run_baselines, "show": run_show, "estimate": run_estimate,
-    "compare": run_compare, "explain": run_explain, "report": run_report,
+    "compare": run_compare, "explain": run_explain, "report": run_report, "export": run_export,
     "calibrate": run_calibrate, "models": run_models, "devices": run_devices, "doctor": run_doctor,
 }  # fmt: skip
 

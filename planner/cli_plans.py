@@ -1,5 +1,5 @@
-"""The verbs that read: of plans ``show``, ``estimate``, ``compare`` and ``explain``, of the
-catalogue ``models`` and ``devices``, of the installation ``doctor``.
+"""The verbs that read: of plans ``show``, ``estimate``, ``compare``, ``explain``, ``report`` and
+``export``, of the catalogue ``models`` and ``devices``, of the installation ``doctor``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from planner.console import note, output_console, say
 from planner.cost import CostModel
 from planner.doctor import examine
 from planner.explain import explain
+from planner.export import EXPORTERS
 from planner.plan import ExecutionPlan
 from planner.plan_schema import load_plan, plan_to_dict, save_plan
 from planner.report import moments_table, print_plan, program_table
@@ -143,6 +144,21 @@ def run_report(args: argparse.Namespace) -> int:
     for path in (args.output, args.trace):
         if path is not None:
             say(output_console(), f"wrote {path}")
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """``realplan export``: a plan as another system's options, and what these cannot say."""
+    found = EXPORTERS[args.to](load_plan(args.plan))
+    if args.output is not None:
+        write_whole(args.output, found.text)
+        say(output_console(), f"wrote {args.output}")
+        for sentence in found.lost:
+            note(f"{found.system} cannot: {sentence}")
+    elif args.json:
+        print(json.dumps({"settings": dict(found.settings), "lost": found.lost}))
+    else:
+        print(found.text, end="")
     return 0
 
 
