@@ -18,7 +18,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from profiles.bounds import kernel_bound_s
+from profiles.devices import DEVICES
 from profiles.errors import ProfileError
+from profiles.hardware import DeviceSpec
 from profiles.units import US
 
 SCHEMA = "realplan-kernels"
@@ -41,6 +44,14 @@ LATENCY = "latency_us"
 # No kernel takes less than a hundredth of a microsecond or more than ten minutes: such a number
 # is in another unit.
 SMALLEST_US, LARGEST_US = 1e-2, 6e8
+# Nor does any take less than a tenth of what the device's peak rates allow (out of a cache the
+# L40S' take a fifth), or so many times that and 20 us to start. The most that was ever measured:
+# 3 times (products), 34 and 117 (attention with one head), 700 (eight L40S without peer access).
+LEAST_OF_BOUND, START_S = 0.1, 20 * US
+MOST_OF_BOUND: Mapping[str, float] = {
+    "gemm": 100, "prefill_attention": 200, "decode_attention": 400, "all_reduce": 3000,
+    "all_gather": 3000, "reduce_scatter": 3000, "send_recv": 3000,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +92,8 @@ def load_table(path: Path, *, device: str, name: str) -> KernelTable:
 
     Raises:
         ProfileError: missing, truncated or no gzip; a foreign schema, version, device, unit or
-            table; a row that is no row, is repeated, or whose latency is no plausible time.
+            table; a row that is no row, is repeated, or whose latency is no plausible time of
+            that kernel on that device.
             Names the file, the row (from 1, below the columns) and the column.
     """
     try:
@@ -118,11 +130,25 @@ def load_table(path: Path, *, device: str, name: str) -> KernelTable:
         point, seconds = _row(line, columns, f"{path}: row {number}")
         if point in rows:
             raise ProfileError("the same point again", where=f"{path}: row {number}")
+        if device in DEVICES:
+            _check_unit(seconds, DEVICES[device], name, point, f"{path}: row {number}")
         rows[point] = seconds
     factor, least = _sustained(header, path)
     return KernelTable(
         name=name, device=device, source=header["source"], dtype=header["dtype"], rows=rows,
         sustained=factor, sustained_from=least,
+    )  # fmt: skip
+
+
+def _check_unit(
+    seconds: float, device: DeviceSpec, table: str, point: tuple[int, ...], where: str
+) -> None:
+    bound_s = kernel_bound_s(device, table, point)
+    if LEAST_OF_BOUND * bound_s <= seconds <= MOST_OF_BOUND[table] * (bound_s + START_S):
+        return
+    raise ProfileError(
+        f"{seconds / US:g} us, where the peak rates of {device.name} allow {bound_s / US:.3g} us",
+        where=f"{where}.{LATENCY}", remedy="is it in another unit than microseconds?",
     )  # fmt: skip
 
 

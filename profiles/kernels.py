@@ -29,6 +29,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from statistics import mean, median
 
+from profiles.bounds import (
+    Coordinates,
+    attention_bound_s,
+    attention_point,
+    product_bound_s,
+    product_bytes,
+)
 from profiles.costs import Cost, Provenance
 from profiles.hardware import DeviceSpec
 from profiles.holes import fill_holes
@@ -36,10 +43,8 @@ from profiles.kernel_tables import KernelTable, shipped_table
 
 logger = logging.getLogger(__name__)
 
-Coordinates = tuple[float, ...]
 _Known = tuple[float, Provenance]
 _RANK = {p: i for i, p in enumerate(Provenance)}
-_VALUE_BYTES = 2  # every shipped table is bf16
 # No device's caches hold so much (the largest of these, a B200's, 126 MB).
 UNCACHED_BYTES = 256e6
 
@@ -191,22 +196,6 @@ class KernelSurfaces:
         return answer
 
 
-def product_bytes(m: float, n: float, k: float) -> float:
-    """Of [m, k] x [k, n] in bf16, each matrix once."""
-    return _VALUE_BYTES * (m * k + k * n + m * n)
-
-
-def product_bound_s(
-    device: DeviceSpec, m: float, n: float, k: float, *, cold_share: float = 1.0
-) -> float:
-    """Seconds of [m, k] x [k, n] in bf16 at the peak rates, each matrix read or written once;
-
-    of the memory's rate ``cold_share``.
-    """
-    memory_s = product_bytes(m, n, k) / (cold_share * device.memory_bytes_per_s)
-    return max(2.0 * m * n * k / device.peak_flops, memory_s)
-
-
 def _not_cached_s(
     device: DeviceSpec, m: float, n: float, k: float, seconds: float, cold: float
 ) -> float:
@@ -228,29 +217,6 @@ def cold_share(table: KernelTable, device: DeviceSpec) -> float:
         if product_bytes(m, n, k) >= UNCACHED_BYTES and memory_s > 2.0 * flops_s:
             found.append(memory_s / seconds)
     return min(1.0, median(found)) if found else 1.0
-
-
-def attention_point(
-    batch: float, length: float, heads: int, kv_heads: int, head_dim: int
-) -> Coordinates:
-    """Where in its table a kernel is: (head size, heads of a kv head, blocks, length).
-
-    A block is one kv head of one sequence.
-    """
-    return head_dim, heads / kv_heads, batch * kv_heads, length
-
-
-def attention_bound_s(device: DeviceSpec, point: Coordinates, *, decode: bool) -> float:
-    """Seconds at the peak rates of attention at an ``attention_point``.
-
-    4 * head_dim FLOPs for each head and pair of positions, half of the pairs when causal; q, k, v
-    and the result once.
-    """
-    head_dim, group, blocks, length = point
-    queries = 1.0 if decode else length
-    flops = (4.0 if decode else 2.0) * blocks * group * head_dim * queries * length
-    values = 2.0 * blocks * head_dim * (group * queries + length)
-    return max(flops / device.peak_flops, _VALUE_BYTES * values / device.memory_bytes_per_s)
 
 
 def shortest_s(table: KernelTable) -> float:

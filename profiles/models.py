@@ -125,6 +125,11 @@ class ModelSpec:
             self._check_count(field, least=1)
         for field in ("sliding_window", "num_experts", "experts_per_token", "shared_ffn"):
             self._check_count(field, least=0)
+        for field in ("norm_eps", "rope_theta"):
+            value = getattr(self, field)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0.0 <= value < 1e300:
+                raise ConfigError(f"{value!r} is no use", where=f"model {self.name}.{field}")
         if self.num_layers > MAX_LAYERS:
             raise ConfigError(
                 f"{self.num_layers} layers", where=f"model {self.name}.num_layers",

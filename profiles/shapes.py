@@ -42,8 +42,8 @@ _SWITCHES: tuple[tuple[str, str, object], ...] = (
     ("a", "positions", "learned"),
 )
 _SHAPE = re.compile(
-    r"h(\d+)-q(\d+)-k(\d+)-d(\d+)-f(\d+)-v(\d+)-b([0-7])"
-    r"(?:-([unlpa]+))?(?:-e(\d+)\.(\d+)\.(\d+))?-(lm|scalar)"
+    r"h(\d{1,9})-q(\d{1,9})-k(\d{1,9})-d(\d{1,9})-f(\d{1,9})-v(\d{1,9})-b([0-7])"
+    r"(?:-([unlpa]+))?(?:-e(\d{1,9})\.(\d{1,9})\.(\d{1,9}))?-(lm|scalar)"
 )
 
 

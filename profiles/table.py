@@ -13,11 +13,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from profiles.calibration import Calibration
 from profiles.errors import ConfigError, ProfileError
 from profiles.hardware import DeviceSpec
+from profiles.roofline import RooflineCosts
 from profiles.shapes import spec_of_shape
 
 SCHEMA = "realplan-profile"
@@ -32,9 +34,23 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
     "collective": frozenset({"all_reduce", "all_gather", "reduce_scatter", "p2p"}),
 }
 
+UNIT = "s"
+HEADER = (
+    "schema", "version", "unit", "device", "dtype", "date", "source", "versions", "calibration",
+)  # fmt: skip
+DTYPES = ("bf16", "fp32")
+
 # No layer, optimizer step or collective takes hours: such a number is milliseconds or
 # microseconds written as seconds.
 LARGEST_SECONDS = 1e4
+LARGEST_WHOLE = 10**18
+# Nor does any take a hundredth of what the device's own rates in the header suggest, or hundreds
+# of times that and half a second, which a busy machine may add. Blocks in the median take 1 to 5
+# times as long.
+LEAST_OF_RATES, MOST_OF_RATES, START_S = 0.01, 300.0, 0.5
+LEAST_MEDIAN, MOST_MEDIAN = 0.05, 100.0
+# Of a collective between workers of one machine: gloo reaches ten times this.
+SLOWEST_LINK_BYTES_PER_S = 1e8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +94,8 @@ def _row_problem(row: CostRow) -> tuple[str, str] | None:
         value = getattr(row, column)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             return column, f"{value!r} is not a whole number of at least {least}"
+        if value > LARGEST_WHOLE:
+            return column, f"{value!r} is more than there can be"
     for column in ("seconds", "spread"):
         value = getattr(row, column)
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -94,9 +112,11 @@ def _row_problem(row: CostRow) -> tuple[str, str] | None:
         return "workers", f"{row.workers} for a {row.component}: only collectives have several"
     if row.component in ("block", "embedding", "head"):
         try:
-            spec_of_shape(row.shape)
+            heads = spec_of_shape(row.shape).num_heads
         except ProfileError as error:
             return "shape", error.problem
+        if heads % row.tp:
+            return "tp", f"{row.tp} does not divide the {heads} heads of {row.shape}"
     elif row.shape:
         return "shape", f"{row.shape!r} for a {row.component}: leave it empty"
     return None
@@ -121,6 +141,48 @@ def check_rows(rows: Sequence[CostRow]) -> None:
                 where=f"rows[{index}].seconds",
                 remedy="keep one of them",
             )
+
+
+def check_units(rows: Sequence[CostRow], device: DeviceSpec) -> None:
+    """Raise ``ProfileError`` for the first row whose seconds look like another unit's.
+
+    A file's rows are held against formulas on the rates that its own header gives: each by
+    itself, and the blocks' in the median, which tells milliseconds even of tiny models.
+    """
+    roofline = RooflineCosts(device)
+    ratios = {
+        index: row.seconds / _rates_allow(row, roofline)[1]
+        for index, row in enumerate(rows) if row.component == "block"
+    }  # fmt: skip
+    if ratios and not LEAST_MEDIAN <= median(ratios.values()) <= MOST_MEDIAN:
+        raise ProfileError(
+            f"blocks take {median(ratios.values()):.2g} times what this device's rates suggest, in "
+            "the median",
+            where=f"rows[{min(ratios)}].seconds", remedy="is it in another unit than seconds?",
+        )  # fmt: skip
+    for index, row in enumerate(rows):
+        least_s, most_s = _rates_allow(row, roofline)
+        if LEAST_OF_RATES * least_s <= row.seconds <= MOST_OF_RATES * most_s + START_S:
+            continue
+        raise ProfileError(
+            f"{row.seconds!r} s, where this device's rates suggest {most_s:.2g} s",
+            where=f"rows[{index}].seconds", remedy="is it in another unit than seconds?",
+        )  # fmt: skip
+
+
+def _rates_allow(row: CostRow, roofline: RooflineCosts) -> tuple[float, float]:
+    """(seconds at the least, seconds at slow rates) of a row."""
+    if row.component == "collective":
+        memory_s = row.size / roofline.memory_bytes_per_s
+        return memory_s, row.workers * row.size / SLOWEST_LINK_BYTES_PER_S
+    if row.component == "optimizer":
+        seconds = roofline.optimizer_step(row.size).seconds
+        return seconds, seconds
+    seconds = roofline.layer(
+        spec_of_shape(row.shape), row.component, row.operation,  # type: ignore[arg-type]
+        tp=row.tp, size=row.size, length=max(1, row.length),
+    ).seconds  # fmt: skip
+    return seconds, seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +222,7 @@ class CostTable:
 
     def to_dict(self) -> dict[str, Any]:
         header = {
-            "schema": SCHEMA, "version": VERSION, "device": asdict(self.device),
+            "schema": SCHEMA, "version": VERSION, "unit": UNIT, "device": asdict(self.device),
             "dtype": self.dtype, "date": self.date, "source": self.source,
             "versions": dict(self.versions),
         }  # fmt: skip
@@ -198,6 +260,14 @@ class CostTable:
                 f"schema {header.get('schema')!r} version {header.get('version')!r}",
                 where="header", remedy=f"this program reads {SCHEMA!r} version {VERSION}",
             )  # fmt: skip
+        for name in header:
+            if name not in HEADER:
+                raise ProfileError("no such field", where=f"header.{name}")
+        if header.get("unit", UNIT) != UNIT:
+            raise ProfileError(
+                f"{header['unit']!r}", where="header.unit",
+                remedy=f"this program reads seconds, {UNIT!r}",
+            )  # fmt: skip
         try:
             device = DeviceSpec(**_object(header, "device", where="header."))
         except (TypeError, ConfigError) as error:
@@ -205,9 +275,16 @@ class CostTable:
         for name in ("dtype", "date", "source"):
             if not isinstance(header.get(name), str):
                 raise ProfileError("missing or not text", where=f"header.{name}")
+        if header["dtype"] not in DTYPES:
+            raise ProfileError(
+                f"{header['dtype']!r}", where="header.dtype", remedy=f"known: {', '.join(DTYPES)}"
+            )
+        rows = _read_rows(data.get("columns"), data.get("rows"))
+        check_rows(rows)
+        check_units(rows, device)
         return cls(
             device=device,
-            rows=_read_rows(data.get("columns"), data.get("rows")),
+            rows=rows,
             dtype=header["dtype"],
             date=header["date"],
             source=header["source"],

@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
+from profiles.bounds import attention_bound_s, attention_point
 from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
 from profiles.collectives import Collectives
@@ -29,8 +30,6 @@ from profiles.devices import DEVICES
 from profiles.kernel_tables import DATA_FOLDER, shipped_devices, shipped_table
 from profiles.kernels import (
     KernelSurfaces,
-    attention_bound_s,
-    attention_point,
 )
 from profiles.shipped import shipped_costs
 

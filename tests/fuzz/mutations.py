@@ -111,8 +111,8 @@ def same_kind(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
-# Where a number is from, and what a device costs.
-OPTIONAL = {"source", "dollars_per_hour", "price_source"}
+# Where a number is from, what a device costs, and the only unit that there is.
+OPTIONAL = {"source", "dollars_per_hour", "price_source", "unit"}
 
 
 def is_broken(sound: Any, found: Any, *, free: Callable[[Path], bool], at: Path = ()) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
 from profiles.devices import DEVICES
 from profiles.errors import ProfileError
-from profiles.kernel_tables import DATA_FOLDER, LATENCY, load_table, shipped_table
+from profiles.kernel_tables import DATA_FOLDER, LATENCY, TABLES, load_table, shipped_table
 from profiles.kernels import KernelSurfaces, product_bytes
 from profiles.shipped import shipped_costs
 from scripts.validate_profiles import (
@@ -51,6 +52,14 @@ def test_a_sound_file_is_read_in_seconds(tmp_path):
         ("2.75", "nan", rf"row 2\.{LATENCY}"),
         ("2.75", "2.75e-6", rf"row 2\.{LATENCY}"),  # seconds, not microseconds
         ("2.75", "2.75e9", rf"row 2\.{LATENCY}"),  # femtoseconds
+        ("2.75", "2750", rf"row 2\.{LATENCY}: 2750 us.*another unit"),  # nanoseconds
+        ("2.75", "inf", rf"row 2\.{LATENCY}"),
+        ("2.75", "", rf"row 2\.{LATENCY}"),
+        ('"gemm"', '"all_reduce"', r"header\.table"),
+        ('"schema": "realplan-kernels"', '"schema": "other"', r"header\.schema"),
+        ('"dtype": "bf16", ', "", r"header\.dtype"),
+        ('"rows": 2', '"sustained": {"factor": 9, "from": 1}, "rows": 2', r"sustained\.factor: 9"),
+        ('"rows": 2', '"sustained": 1.1, "rows": 2', r"header\.sustained: 1\.1 has not"),
         ("1,32,64", "1,32.5,64", r"row 1\.n"),
         ("1,32,64", "0,32,64", r"row 1\.m"),
         ("2,32,64", "1,32,64", "row 2.*same point"),
@@ -65,6 +74,48 @@ def test_a_sound_file_is_read_in_seconds(tmp_path):
 def test_damage_is_refused_with_row_and_column(tmp_path, old, new, match):
     with pytest.raises(ProfileError, match=match):
         load(tmp_path, TEXT.replace(old, new, 1))
+
+
+# One row of each table that is shipped: a whole number below 1, and time in other units.
+ROWS = {
+    "gemm": "4096,4096,4096",
+    "prefill_attention": "8,2048,32,32,128",
+    "decode_attention": "64,2048,32,8,128",
+    "all_reduce": "8,16777216",
+    "all_gather": "8,16777216",
+    "reduce_scatter": "8,16777216",
+    "send_recv": "2,16777216",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda point, us: (point, us), None),
+        (lambda point, us: (point, us / 1000), r"row 1\.latency_us.*another unit"),
+        (lambda point, us: (point, us * 1e6), r"row 1\.latency_us"),
+        (lambda point, us: (point, -us), r"row 1\.latency_us"),
+        (lambda point, us: (point, math.nan), r"row 1\.latency_us: 'nan'"),
+        (lambda point, us: (f"-{point}", us), r"row 1\.(m|batch|workers): '-\d+' is no positive"),
+        (lambda point, us: (f"nan{point.lstrip('0123456789')}", us), r"row 1\.\w+: 'nan'"),
+        (lambda point, us: (f"{point},1", us), r"row 1: \d values, not \d"),
+    ],
+)
+def test_every_table_refuses_what_its_device_cannot_do(tmp_path, name, damage, match):
+    source = shipped_table("a100", name)
+    point = tuple(map(int, ROWS[name].split(",")))
+    near = min(source.rows, key=lambda row: sum(abs(a - b) for a, b in zip(row, point)))
+    text, us = damage(",".join(map(str, near)), source.rows[near] * 1e6)
+    header = HEADER.replace('"gemm"', f'"{name}"').replace('"rows": 2', '"rows": 1')
+    path = tmp_path / f"{name}.csv.gz"
+    lines = [header, ",".join((*TABLES[name], LATENCY)), f"{text},{us:.6g}"]
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    if match is None:
+        assert load_table(path, device="a100", name=name).rows[near] == pytest.approx(us * 1e-6)
+    else:
+        with pytest.raises(ProfileError, match=match):
+            load_table(path, device="a100", name=name)
 
 
 @settings(

@@ -19,7 +19,7 @@ from profiles.devices import DEVICES
 from profiles.errors import ProfileError
 from profiles.roofline import RooflineCosts
 from profiles.shapes import shape_key, spec_of_shape
-from profiles.table import CostRow, CostTable
+from profiles.table import LARGEST_SECONDS, CostRow, CostTable
 from profiles.table_costs import TableCosts
 
 SPEC = MODELS["smollm2-135m"]
@@ -43,9 +43,13 @@ ROWS = (
 )
 
 
+# A machine on which ``ROWS`` are possible.
+SERVER = replace(DEVICES["cpu"], peak_flops=2e12, memory_bytes_per_s=100e9)
+
+
 def make_table(rows: tuple[CostRow, ...] = ROWS) -> CostTable:
     return CostTable(
-        device=DEVICES["cpu"], rows=rows, dtype="fp32", date="2026-01-01", source="test",
+        device=SERVER, rows=rows, dtype="fp32", date="2026-01-01", source="test",
         versions={"torch": "2.13"},
     )  # fmt: skip
 
@@ -109,7 +113,19 @@ DAMAGES = {
     r"rows\[1\]\.seconds: 0 is not above zero": _damage("seconds", 0),
     r"rows\[1\]\.seconds: '3 ms' is not a number": _damage("seconds", "3 ms"),
     r"rows\[1\]\.seconds: 30000\.0 is hours.*another unit": _damage("seconds", 3e4),
+    r"rows\[1\]\.seconds: 100\.0 s, where this device's rates suggest .* another unit": _damage(
+        "seconds", 100.0  # ms written as seconds
+    ),
+    r"rows\[1\]\.seconds: 1e-06 s, where .* another unit": _damage("seconds", 1e-6),
+    r"header\.unit: 'ms'; this program reads seconds": _set("header", "unit", value="ms"),
+    r"header\.dtype: 'fp8'; known: bf16, fp32": _set("header", "dtype", value="fp8"),
+    r"header\.extra: no such field": _set("header", "extra", value=1),
     r"rows\[1\]\.spread: nan": _damage("spread", float("nan")),
+    r"rows\[1\]\.spread: -0\.5 is below zero": _damage("spread", -0.5),
+    r"rows\[1\]\.samples: nan is not a whole number": _damage("samples", float("nan")),
+    r"rows\[1\]\.length: -1 is not a whole number of at least 0": _damage("length", -1),
+    r"rows\[1\]\.size: 1000000000000000000000 is more than": _damage("size", 10**21),
+    r"rows\[1\]\.tp: 2 does not divide the 9 heads": _damage("tp", 2),
     r"rows\[1\]\.component: 'blok' is unknown; known: block": _damage("component", "blok"),
     r"rows\[1\]\.component: \[\] is not text": _damage("component", []),
     r"rows\[1\]\.shape: None is not text": _damage("shape", None),
@@ -142,6 +158,31 @@ def test_damage_is_refused_by_file_row_and_column(tmp_path: Path, message: str) 
     with pytest.raises(ProfileError, match=message) as caught:
         CostTable.load(path)
     assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("model", ["tiny", "smollm2-135m", "llama-7b"])
+@pytest.mark.parametrize("slower", [0.5, 2.0, 20.0])
+def test_a_table_in_another_unit_is_refused(tmp_path: Path, model: str, slower: float) -> None:
+    """Times from half to twenty times what rates suggest are sound; a thousand times are not."""
+    spec, roofline = MODELS[model], RooflineCosts(SERVER)
+    points = [(op, size) for op in ("forward", "backward", "decode") for size in (16, 64, 256)]
+    rows = [
+        CostRow(
+            component="block", operation=op, shape=shape_key(spec), size=size, length=256,
+            seconds=slower * roofline.layer(spec, "block", op, tp=1, size=size, length=256).seconds,
+        )
+        for op, size in points
+    ]  # fmt: skip
+    path = tmp_path / "profile.json"
+    make_table(tuple(rows)).save(path)
+    assert len(CostTable.load(path).rows) == len(rows)
+    for factor in (1e3, 1e6, 1e-3):
+        other = tuple(replace(row, seconds=row.seconds * factor) for row in rows)
+        if max(row.seconds for row in other) > LARGEST_SECONDS:
+            continue
+        make_table(other).save(path)
+        with pytest.raises(ProfileError, match=r"rows\[\d\]\.seconds: .* in another unit than"):
+            CostTable.load(path)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
