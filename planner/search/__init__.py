@@ -86,7 +86,7 @@ def search(
     seed: int = 1,
     time_limit_s: float = 10.0,
     gap: float = 0.01,
-    max_evaluations: int = 2_000_000,
+    max_evaluations: int = 20_000_000,
     progress: Progress | None = None,
     locks: Mapping[str, Lock] | None = None,
     space: OptionSpace | None = None,

@@ -1,4 +1,4 @@
-"""``prove``: seconds per step that no plan is below, by branch and bound over boxes of options.
+"""``Proof``: seconds per step that no plan is below, by branch and bound over boxes of options.
 
 The box with the least bound (``relaxation.py`` has the proofs) is halved again and again; so at
 any moment the least bound of the open boxes, or the best plan where that is faster, is proven for
@@ -14,11 +14,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from planner.search.evaluate import Evaluator, Score
 from planner.search.options import Assignment
-from planner.search.relaxation import Box, Relaxation
+from planner.search.pools import Box
+from planner.search.relaxation import Relaxation
 
 ROUNDING = 1e-9  # relative: sums in another order than the evaluator's
 
@@ -28,67 +28,76 @@ def lower_bound_s(evaluator: Evaluator, *, max_boxes: int = 200) -> float:
 
     Reallocations are not priced: that is what takes longest. inf where surely nothing fits.
     """
-    return prove(
-        Relaxation(evaluator),
-        best_s=lambda: math.inf,
-        visit=None,
-        stop=lambda proof: proof.boxes >= max_boxes,
-    ).lower_bound_s
+    proof = Proof(Relaxation(evaluator), best_s=lambda: math.inf, visit=None)
+    return proof.run(lambda proof: proof.boxes >= max_boxes).lower_bound_s
 
 
-@dataclass(kw_only=True)
+Visit = Callable[[Assignment], Score]
+
+
 class Proof:
-    """``lower_bound_s`` so far; ``boxes`` that were halved; ``closed``: the best is optimal."""
+    """A branch and bound that can be stopped and continued.
 
-    lower_bound_s: float = 0.0
-    boxes: int = 0
-    closed: bool = False
-
-
-def prove(
-    relaxation: Relaxation,
-    *,
-    best_s: Callable[[], float],
-    visit: Callable[[Assignment], Score] | None,
-    stop: Callable[[Proof], bool],
-    proof: Proof | None = None,
-) -> Proof:
-    """Raise the bound until it meets ``best_s()`` or ``stop`` says so.
-
-    ``visit`` scores an assignment, and may so lower ``best_s``; without it single assignments
-    keep their boxes' bounds and end the search. Same answers of ``best_s`` and ``stop``: same
-    proof, as there is no randomness.
+    ``best_s()``: seconds of the best plan so far; it may fall. ``visit`` scores an assignment, and
+    may so lower it; without it single assignments keep their boxes' bounds and end the search.
+    ``lower_bound_s`` so far; ``boxes`` that were halved; ``closed``: the best is optimal. Same
+    answers of ``best_s`` at the same boxes: same proof, as there is no randomness.
     """
-    proof = Proof() if proof is None else proof
-    root = relaxation.root()
-    heap = [(relaxation.bound_s(root), 0, root, False)]
-    count = 0
-    while heap:
-        bound_s, _, box, priced = heap[0]
-        proof.lower_bound_s = max(proof.lower_bound_s, min(bound_s * (1 - ROUNDING), best_s()))
-        if bound_s * (1 - ROUNDING) >= best_s() or stop(proof):
-            break
-        heapq.heappop(heap)
-        proof.boxes += 1
+
+    def __init__(
+        self, relaxation: Relaxation, *, best_s: Callable[[], float], visit: Visit | None
+    ) -> None:
+        self.relaxation, self.best_s, self.visit = relaxation, best_s, visit
+        self.lower_bound_s = 0.0
+        self.boxes = 0
+        self.closed = False
+        root = relaxation.pools.root()
+        # (bound, order, box, were its reallocations priced)
+        self.heap = [(relaxation.bound_s(root, best_s=best_s()), 0, root, False)]
+        self.count = 0
+
+    def run(self, stop: Callable[[Proof], bool]) -> Proof:
+        """Raise the bound until it meets ``best_s()`` or ``stop`` says so."""
+        while self.heap:
+            bound_s, _, box, priced = self.heap[0]
+            self.lower_bound_s = max(
+                self.lower_bound_s, min(bound_s * (1 - ROUNDING), self.best_s())
+            )
+            if self._is_closed() or stop(self):
+                break
+            heapq.heappop(self.heap)
+            self.boxes += 1
+            if not self._halve(box, bound_s, priced):
+                return self
+        self.closed = self._is_closed()
+        if self.closed:
+            self.lower_bound_s = self.best_s()
+        return self
+
+    def _is_closed(self) -> bool:
+        return not self.heap or self.heap[0][0] * (1 - ROUNDING) >= self.best_s()
+
+    def _halve(self, box: Box, bound_s: float, priced: bool) -> bool:
+        """Put what is left of a box back; False at an assignment that is not to be visited."""
         if not priced:
-            exact_s = max(bound_s, relaxation.bound_s(box, price=visit is not None))
+            price = self.visit is not None
+            exact_s = self.relaxation.bound_s(box, price=price, best_s=self.best_s())
             if exact_s > bound_s:
-                count += 1
-                heapq.heappush(heap, (exact_s, count, box, True))
-                continue
-        assignment = relaxation.assignment(box)
-        if assignment is not None:
-            if visit is None:
-                return proof
-            visit(assignment)
-            continue
-        for half_s, half in _branch(relaxation, box, bound_s, best_s()):
-            count += 1
-            heapq.heappush(heap, (half_s, count, half, False))
-    proof.closed = not heap or heap[0][0] * (1 - ROUNDING) >= best_s()
-    if proof.closed:
-        proof.lower_bound_s = best_s()
-    return proof
+                self._push(exact_s, box, True)
+                return True
+        assignment = self.relaxation.pools.assignment(box)
+        if assignment is None:
+            for half_s, half in _branch(self.relaxation, box, bound_s, self.best_s()):
+                self._push(half_s, half, False)
+            return True
+        if self.visit is None:
+            return False
+        self.visit(assignment)
+        return True
+
+    def _push(self, bound_s: float, box: Box, priced: bool) -> None:
+        self.count += 1
+        heapq.heappush(self.heap, (bound_s, self.count, box, priced))
 
 
 def _branch(
@@ -101,9 +110,9 @@ def _branch(
     halves: dict[int, list[tuple[float, Box]]] = {}
     for i in todo:
         parts = []
-        for half in relaxation.split(box[i]):
+        for half in relaxation.pools.split(box[i]):
             part = (*box[:i], half, *box[i + 1 :])
-            parts.append((max(bound_s, relaxation.bound_s(part)), part))
+            parts.append((max(bound_s, relaxation.bound_s(part, best_s=best_s)), part))
         bounds = sorted(b for b, _ in parts)
         if bounds[0] * (1 - ROUNDING) >= best_s:
             return []

@@ -1,20 +1,21 @@
 """``exact`` and ``auto``: the optimum of the option space, or a plan and a proven bound.
 
-The walk finds good plans fast; ``bounds.prove`` shows how much better a plan can be, and finds
+The walk finds good plans fast; ``bounds.Proof`` shows how much better a plan can be, and finds
 what the walk missed.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
-from planner.search.bounds import Proof, prove
+from planner.search.bounds import Proof
 from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator
-from planner.search.mcmc import walk
+from planner.search.mcmc import Walk
 from planner.search.options import Assignment
 from planner.search.relaxation import Relaxation
+
+FIRST_BOXES = 1_000  # that the proof halves before the walk goes on: about as long as its cycle
 
 
 def exact(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
@@ -25,43 +26,58 @@ def exact(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: 
     record = Record(evaluator=evaluator, budget=budget)
     for start in starts:
         record.score(start)
-    return _proven(record)
-
-
-def auto(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
-    """The walk for a third of the budget, then a proof that also finds what the walk missed.
-
-    Interrupted as ``exact``. With the same seed and no time limit that cuts in the answer is the
-    same.
-    """
-    now = time.monotonic()
-    first = replace(
-        budget,
-        max_evaluations=budget.max_evaluations // 3,
-        deadline_s=now + (budget.deadline_s - now) / 3,
-    )
-    record = walk(evaluator, starts, first, seed)
-    record.budget = budget
-    return record if record.interrupted else _proven(record)
-
-
-def _proven(record: Record) -> Record:
-    """``record`` with the bound and the plans that a proof finds in what is left of the budget."""
-    proof = Proof()
+    proof = _proof(record)
     try:
-        prove(
-            Relaxation(record.evaluator),
-            best_s=lambda: record.best_score.step_s,
-            visit=record.score,
-            stop=lambda proof: _stop(record, proof),
-            proof=proof,
-        )
+        _go_on(record, proof)
     except KeyboardInterrupt:
         record.interrupt()
     record.raise_bound(proof.lower_bound_s)
     return record
 
 
-def _stop(record: Record, proof: Proof) -> bool:
-    record.raise_bound(proof.lower_bound_s)
-    return record.spent
+def auto(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
+    """Walk and proof in turns, each turn twice as long as the one before.
+
+    A better plan lets the proof cut off more, and the proof says when to stop walking. The walk may
+    look at a third of the budget's assignments. Interrupted as ``exact``. With the same seed and no
+    time limit that cuts in the answer is the same.
+    """
+    record = Record(evaluator=evaluator, budget=budget)
+    chains: Walk | None = None
+    proof: Proof | None = None
+    boxes, walking = FIRST_BOXES, replace(budget, max_evaluations=budget.max_evaluations // 3)
+    try:
+        chains = Walk(record, starts, seed)
+        while not record.spent:
+            record.budget = walking
+            walks = not record.spent
+            if walks:
+                chains.cycle()
+            record.budget = budget
+            proof = _proof(record) if proof is None else proof
+            _go_on(record, proof, boxes if walks else None)
+            if proof.closed:
+                break
+            boxes *= 2
+    except KeyboardInterrupt:
+        chains.interrupt() if chains is not None else record.interrupt()
+    if proof is not None:
+        record.raise_bound(proof.lower_bound_s)
+    return record
+
+
+def _proof(record: Record) -> Proof:
+    return Proof(
+        Relaxation(record.evaluator), best_s=lambda: record.best_score.step_s, visit=record.score
+    )
+
+
+def _go_on(record: Record, proof: Proof, boxes: int | None = None) -> None:
+    """Halve so many boxes, or as many as the budget allows."""
+    last = None if boxes is None else proof.boxes + boxes
+
+    def stop(proof: Proof) -> bool:
+        record.raise_bound(proof.lower_bound_s)
+        return record.spent or (last is not None and proof.boxes >= last)
+
+    proof.run(stop)

@@ -8,7 +8,7 @@ the chains go on from the best of all and half from their own best.
 
 All that is random follows from one seed, chains do not see each other within a cycle, and the
 budget counts evaluations: the answer is the same whatever the threads do. The clock is looked at
-between rounds of at most ``ROUND`` proposals. Read ``walk``; the loop is ``chain.run_chain``.
+between rounds of at most ``ROUND`` proposals. Read ``Walk``; the loop is ``chain.run_chain``.
 """
 
 from __future__ import annotations
@@ -80,39 +80,60 @@ class _Walker:
         return Place(mesh=found.mesh[kind], row=found.row[kind], energy=math.inf)
 
 
+class Walk:
+    """A walk that goes on cycle by cycle from ``starts``, none of which is lost."""
+
+    def __init__(self, record: Record, starts: Sequence[Assignment], seed: int) -> None:
+        self.record = record
+        self.rng = random.Random(seed)
+        evaluator = record.evaluator
+        self.walkers = [_Walker.of(evaluator, self.rng.getrandbits(64)) for _ in range(NUM_CHAINS)]
+        starts = [*starts, fastest(evaluator)]
+        for start in starts:
+            record.score(start)
+        places = sorted((place_of(evaluator, s) for s in starts), key=lambda place: place.energy)
+        self.ends = [places[k % len(places)] for k in range(NUM_CHAINS)]
+        self.rounds, self.stale = FIRST_CYCLE, 0
+
+    def cycle(self) -> None:
+        """One cycle, or what the budget leaves of it; the next is twice as long.
+
+        ``stale``: so many cycles in a row have found nothing better.
+        """
+        record, before_s = self.record, self.record.best_score.step_s
+        for walker, place in zip(self.walkers, self.ends, strict=True):
+            walker.start(place)
+        with ThreadPoolExecutor(min(NUM_CHAINS, os.cpu_count() or 1)) as pool:
+            _cycle(record, self.walkers, self.rounds, pool)
+        if record.spent:  # a chain may not even have begun
+            return
+        self.ends = _polished(record, self.walkers, self.rng)
+        self.stale = 0 if record.best_score.step_s < before_s * (1 - 1e-6) else self.stale + 1
+        self.rounds *= 2
+
+    def interrupt(self) -> None:
+        """Ctrl-C: what the chains have found is not lost."""
+        for walker in self.walkers:
+            merge(self.record, walker.chain.found)
+        self.record.interrupt()
+
+
 def walk(
     evaluator: Evaluator, starts: Sequence[Assignment], budget: Budget, seed: int
 ) -> Record:  # fmt: skip
-    """The record of a search from ``starts``, none of which is lost.
+    """The record of a walk from ``starts``.
 
     Ends when the budget is spent, or after ``STALE_CYCLES`` cycles that found nothing better; an
     interrupt (Ctrl-C) ends it with what it has.
     """
     record = Record(evaluator=evaluator, budget=budget)
-    rng = random.Random(seed)
-    walkers = [_Walker.of(evaluator, rng.getrandbits(64)) for _ in range(NUM_CHAINS)]
+    chains: Walk | None = None
     try:
-        for start in [*starts, fastest(evaluator)]:
-            record.score(start)
-        places = [place_of(evaluator, start) for start in [*starts, fastest(evaluator)]]
-        places.sort(key=lambda place: place.energy)
-        ends = [places[k % len(places)] for k in range(NUM_CHAINS)]
-        rounds, stale = FIRST_CYCLE, 0
-        with ThreadPoolExecutor(min(NUM_CHAINS, os.cpu_count() or 1)) as pool:
-            while stale < STALE_CYCLES and not record.spent:
-                before_s = record.best_score.step_s
-                for walker, place in zip(walkers, ends, strict=True):
-                    walker.start(place)
-                _cycle(record, walkers, rounds, pool)
-                if record.spent:  # a chain may not even have begun
-                    break
-                ends = _polished(record, walkers, rng)
-                stale = 0 if record.best_score.step_s < before_s * (1 - 1e-6) else stale + 1
-                rounds *= 2
+        chains = Walk(record, starts, seed)
+        while chains.stale < STALE_CYCLES and not record.spent:
+            chains.cycle()
     except KeyboardInterrupt:
-        for walker in walkers:
-            merge(record, walker.chain.found)
-        record.interrupt()
+        chains.interrupt() if chains is not None else record.interrupt()
     return record
 
 

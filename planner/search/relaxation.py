@@ -1,8 +1,7 @@
 """``Relaxation.bound_s``: seconds that no assignment of a *box* is below; the proof is here.
 
-A box holds, for each call, a ``Pool``: a set of its options. A pool splits in two, first by size
-of mesh, then by what a choice costs, then by position; so a box can be halved until it is one
-assignment. ``bounds.py`` and ``exact.py`` branch on boxes, this file bounds them.
+A box holds, for each call, a ``Pool``: a set of its options (``pools.py``). ``bounds.py`` branches
+on boxes, this file bounds them.
 
 Let T be the steady seconds per step of any assignment of the box that fits, N the devices, and
 for each call c ``s_c`` seconds on ``n_c`` devices. Minima below are over the options of a pool.
@@ -28,7 +27,9 @@ for each call c ``s_c`` seconds on ``n_c`` devices. Minima below are over the op
    leave to a call's fullest stage at most the rest. A box in which the minima break this is empty.
 6. *Reallocation.* Where the layouts of a role's home and of its reader surely differ, and no
    earlier reader has brought them, the move is one more event on all devices of both, before the
-   reader. It is priced where both are fixed; else it takes no time but waits as any other.
+   reader. Where only positions are open it takes what it takes at the best of them; before that
+   it takes no time but waits as any other.
+7. *Patterns.* Who can share a device in T seconds and in its bytes: ``patterns.py``.
 
 Transfers are left out: simulated times are sums and maxima, so they only make T larger.
 """
@@ -37,67 +38,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.graph import CallKind
 from planner.memory import RESERVE_BYTES
+from planner.search.cycles import Order, longest_cycle_s
 from planner.search.evaluate import Evaluator
-from planner.search.options import Assignment, Choice, Option, OptionSpace
+from planner.search.options import OptionSpace
+from planner.search.patterns import MOST_CALLS, pattern_bound_s
+from planner.search.pools import Box, Cycle, Pool, Pools
 
 Floats = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Table:
-    """All choices of a call by row; see ``_Tables`` for the columns."""
-
-    choices: Sequence[tuple[int, Choice]]  # (size of mesh, choice)
-    seconds: Floats
-    size: npt.NDArray[np.int64]
-    held: Floats  # bytes over all devices
-    need: Floats  # bytes while it runs, over all devices, beside what is resident
-    borrow: Floats  # bytes of borrowed weights, over all devices
-    peak: Floats  # bytes on its fullest device, its own resident weights included
-    peak_borrow: Floats  # the same where the weights are borrowed
-    floor: Floats  # bytes that its weights keep on every device of the cluster
-    terms: Floats  # [rows, num_terms]: bound 4
-    layout: npt.NDArray[np.int64]  # equal for equal (size, axes)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Pool:
-    """Options of one call: rows of its table, at the positions ``[first, last)`` of their size.
-
-    Positions are restricted only where one choice is left. ``shared``: the devices that every
-    mesh of the pool has, as an interval. ``halves`` is filled on the first split.
-    """
-
-    call: int
-    rows: npt.NDArray[np.int64]
-    positions: tuple[int, int] | None
-    shared: tuple[int, int]
-    seconds: float
-    size: int
-    held: float
-    need: float
-    need_borrow: float
-    peak: float
-    peak_borrow: float
-    floor: float
-    terms: Floats
-    layouts: frozenset[int]
-    halves: tuple[Pool, Pool] | None = field(default=None)
-
-    @property
-    def is_single(self) -> bool:
-        return self.positions is not None and self.positions[1] - self.positions[0] == 1
-
-
-Box = tuple[Pool, ...]  # one pool for each call, in the graph's order
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +90,33 @@ class Relaxation:
         readers = [(i, h) for i, h in enumerate(self.home) if h is not None and h != i]
         homes = [h for _, h in readers]
         self.sole_readers = {i for i, h in readers if homes.count(h) == 1}
-        self.tables = [self._table(i) for i in range(len(self.calls))]
+        self.pools = Pools(
+            self.space, home=self.home, keeps=self.keeps, cycles=self.cycles, weights=self.weights
+        )
+        self.windows = np.array(
+            [(first, last, sum(1 << i for i in inside)) for _, inside, first, last in self.cycles
+             if inside], dtype=np.int64,
+        ).reshape(-1, 3)  # fmt: skip
+        count = len(self.calls)
+        self.order = Order(
+            events=np.array(
+                [(e.call, -1 if e.home is None else e.home) for e in self.events], dtype=np.int64
+            ),
+            reads=np.array(
+                [[int(p in self.data[i]) for p in range(count)] for i in range(count)],
+                dtype=np.int64,
+            ),
+            home=np.array([-1 if h is None else h for h in self.home], dtype=np.int64),
+            waits=np.array(
+                [int(c.kind is not CallKind.FUNCTION) for c in self.calls], dtype=np.int64
+            ),
+        )
+        self._places = np.zeros((count, 3), dtype=np.int64)
+        self._seconds, self._far = np.zeros((2, len(self.events)))
+        self._meets = np.zeros((len(self.events), len(self.events)), dtype=np.int64)
+        self._least_moves: dict[tuple[int, int, int, int], float] = {}
+        self._rows, self._room = np.zeros((count, 5)), np.zeros((count + 3, count))
+        self._patterns = np.zeros((2, 1 << min(count, MOST_CALLS)))
 
     # ---- what the graph alone decides ----
 
@@ -152,7 +133,7 @@ class Relaxation:
         return [{pair.producer for pair in self.evaluator.pairs if pair.consumer == i}
                 for i in range(len(self.calls))]  # fmt: skip
 
-    def _find_cycles(self) -> list[tuple[frozenset[int], frozenset[int], int, int]]:
+    def _find_cycles(self) -> list[Cycle]:
         """(path, window, first, last) of bounds 3 and 4, joined by data alone."""
         before: list[set[int]] = []
         for direct in self.data:
@@ -170,119 +151,9 @@ class Relaxation:
                     found.append((frozenset((r, t)), between, r, t))
         return found or [(frozenset(), frozenset(), -1, -1)]
 
-    # ---- tables and pools ----
-
-    def _table(self, i: int) -> _Table:
-        name, num_devices = self.calls[i].name, self.num_devices
-        rows = [(size, c) for size, group in self.space.choices[name].items() for c in group]
-        codes: dict[tuple[int, tuple[int, int, int]], int] = {}
-        always = self.home[i] is None or self.home[i] == i  # its own weights are resident
-
-        def total(size: int, by_stage: Sequence[int]) -> float:
-            return float(sum(by_stage)) * size / len(by_stage)
-
-        def fullest(choice: Choice, beside: Sequence[int]) -> float:
-            return float(max(a + b for a, b in zip(choice.running, beside, strict=True)))
-
-        seconds = np.array([c.seconds for _, c in rows])
-        size = np.array([n for n, _ in rows])
-        share = size / num_devices
-        busy = np.array([c.busy_s for _, c in rows])
-        terms = [
-            (1 - u) * seconds * ((i in path) + share * (i in window)) + u * busy * share
-            for path, window, _, _ in self.cycles
-            for u in self.weights
-        ]
-        return _Table(
-            choices=rows, seconds=seconds, size=size,
-            held=np.array([total(n, c.held) for n, c in rows]),
-            need=np.array([total(n, c.running) for n, c in rows]),
-            borrow=np.array([total(n, c.borrowed) for n, c in rows]),
-            peak=np.array([fullest(c, c.held if always else [0] * len(c.running))
-                           for _, c in rows]),
-            peak_borrow=np.array([fullest(c, c.borrowed) for _, c in rows]),
-            floor=np.array([float(min(c.held)) if n == num_devices else 0.0 for n, c in rows]),
-            terms=np.stack(terms, axis=1),
-            layout=np.array([codes.setdefault((n, c.axes), hash((n, c.axes))) for n, c in rows]),
-        )  # fmt: skip
-
-    def root(self) -> Box:
-        """Every option of every call."""
-        return tuple(
-            self._pool(i, np.arange(len(table.choices)), None)
-            for i, table in enumerate(self.tables)
-        )
-
-    def _pool(self, i: int, rows: npt.NDArray[np.int64], positions: tuple[int, int] | None) -> Pool:
-        table = self.tables[i]
-        sizes = sorted(set(table.size[rows].tolist()))
-        lo, hi = 0, self.num_devices
-        if len(rows) == 1 and positions is None:
-            positions = (0, len(self.space.meshes_of(self.calls[i].name, sizes[0])))
-        for size in sizes:
-            meshes = self.space.meshes_of(self.calls[i].name, size)
-            meshes = meshes[slice(*(positions or (None, None)))]
-            lo = max(lo, *(mesh.first for mesh in (meshes[0], meshes[-1])))
-            hi = min(hi, *(mesh.first + size for mesh in (meshes[0], meshes[-1])))
-        return Pool(
-            call=i, rows=rows, positions=positions, shared=(lo, hi),
-            seconds=float(table.seconds[rows].min()), size=sizes[0],
-            held=float(table.held[rows].min()), need=float(table.need[rows].min()),
-            need_borrow=float((table.need[rows] + table.borrow[rows]).min()),
-            peak=float(table.peak[rows].min()), peak_borrow=float(table.peak_borrow[rows].min()),
-            floor=float(table.floor[rows].min()), terms=table.terms[rows].min(axis=0),
-            layouts=frozenset(table.layout[rows].tolist()),
-        )  # fmt: skip
-
-    def split(self, pool: Pool) -> tuple[Pool, Pool]:
-        """Two pools that together are ``pool``; it has more than one option."""
-        if pool.halves is None:
-            if pool.positions is not None:
-                first, last = pool.positions
-                middle = (first + last) // 2
-                parts = [(pool.rows, (first, middle)), (pool.rows, (middle, last))]
-                pool.halves = tuple(self._pool(pool.call, *part) for part in parts)  # type: ignore[assignment]
-            else:
-                low = self._low_half(pool)
-                pool.halves = (
-                    self._pool(pool.call, pool.rows[low], None),
-                    self._pool(pool.call, pool.rows[~low], None),
-                )
-        assert pool.halves is not None
-        return pool.halves
-
-    def _low_half(self, pool: Pool) -> npt.NDArray[np.bool_]:
-        """Small meshes; of one size, the low end of the column that is spread most."""
-        table, rows = self.tables[pool.call], pool.rows
-        sizes = np.unique(table.size[rows])
-        if len(sizes) > 1:
-            # Large meshes are rarely wrong, so the largest goes alone.
-            return np.asarray(table.size[rows] < sizes[-1])
-        columns = [table.seconds, table.held, table.need + table.borrow, table.peak]
-        spread = [np.ptp(c[rows]) / max(1e-300, c[rows].max()) for c in columns]
-        column = columns[int(np.argmax(spread))][rows]
-        low = column < (column.max() + column.min()) / 2
-        if not low.any():  # all equal: any two halves
-            low = np.arange(len(rows)) < len(rows) // 2
-        return np.asarray(low)
-
-    def option(self, pool: Pool) -> Option:
-        """The only option of a single pool."""
-        assert pool.positions is not None
-        assert pool.is_single
-        size, choice = self.tables[pool.call].choices[int(pool.rows[0])]
-        mesh = self.space.meshes_of(self.calls[pool.call].name, size)[pool.positions[0]]
-        return self.space.option(self.calls[pool.call].name, mesh, choice)
-
-    def assignment(self, box: Box) -> Assignment | None:
-        """The box's only assignment; None where it has more."""
-        if not all(pool.is_single for pool in box):
-            return None
-        return tuple(self.option(pool) for pool in box)
-
     # ---- the bound ----
 
-    def bound_s(self, box: Box, *, price: bool = False) -> float:
+    def bound_s(self, box: Box, *, price: bool = False, best_s: float = math.inf) -> float:
         """Seconds that no assignment of ``box`` that fits is below; inf where none fits.
 
         ``price``: reallocations that were never priced are; else they take no time.
@@ -305,8 +176,26 @@ class Relaxation:
                         work = work if event.call in self.sole_readers else 0.0
                         for n, u in enumerate(self.weights):
                             terms[k * num_weights + n] += (1 - u) * own + u * work
-        best = float(terms.max())
-        return max(best, self._longest_cycle_s(box, moves_s))
+        best = max(float(terms.max()), self._longest_cycle_s(box, moves_s))
+        return best if best >= best_s else self._patterns_s(box, moves_s, best, best_s)
+
+    def _patterns_s(self, box: Box, moves_s: Sequence[float], low_s: float, best_s: float) -> float:
+        """Bound 7, at least ``low_s``."""
+        if len(box) > MOST_CALLS:
+            return low_s
+        returns_s = np.zeros(len(self.windows))
+        for event, seconds in zip(self.events, moves_s):
+            if event.home is not None and seconds > 0:
+                own = (self.windows[:, 0] == event.call) & (self.windows[:, 1] == event.home)
+                returns_s[own] = seconds
+        for i, pool in enumerate(box):
+            home = self.home[i]
+            moves = home is not None and home != i and not pool.layouts & box[home].layouts
+            self._rows[i] = pool.pattern if moves else pool.pattern_home
+        return pattern_bound_s(
+            self._rows, self.windows, returns_s, float(self.num_devices), self.free_bytes, low_s,
+            best_s, self._room, self._patterns,
+        )  # fmt: skip
 
     def _fits(self, box: Box) -> bool:
         """Bound 5."""
@@ -343,8 +232,8 @@ class Relaxation:
             if self.home[i] == event.home and box[i].layouts & here.layouts:
                 return -1.0
         if not one_pair:
-            return 0.0
-        source, layout = self.option(home).layout, self.option(here).layout
+            return self._least_move_s(here, home, price) if self._is_pair(here, home) else 0.0
+        source, layout = self.pools.option(home).layout, self.pools.option(here).layout
         assert source is not None
         assert layout is not None
         if source == layout:
@@ -354,41 +243,31 @@ class Relaxation:
             return prices.reallocation_s(source, layout)
         return prices.known_reallocation_s(source, layout)
 
-    def _longest_cycle_s(self, box: Box, moves_s: Sequence[float]) -> float:
-        """Bound 2: O(events^3)."""
-        live = [n for n, e in enumerate(self.events) if e.home is None or moves_s[n] >= 0]
-        events = [self.events[n] for n in live]
-        seconds = [box[e.call].seconds if e.home is None else moves_s[n]
-                   for n, e in zip(live, events)]  # fmt: skip
-        count, best = len(events), 0.0
-        meets = [[a <= b and self._meet(box, events[a], events[b]) for b in range(count)]
-                 for a in range(count)]  # fmt: skip
-        for a in range(count):
-            far = [-1.0] * count
-            far[a] = seconds[a]
-            for b in range(a, count):
-                here, call = events[b], events[b].call
-                for p in range(a, b):
-                    joined = meets[p][b] or (
-                        here.home is None and events[p].home is None
-                        and events[p].call in self.data[call]
-                    )  # fmt: skip
-                    if joined and far[p] >= 0:
-                        far[b] = max(far[b], far[p] + seconds[b])
-                closes = meets[a][b] or (self.home[events[a].call] == call and here.home is None)
-                if closes:
-                    best = max(best, far[b])
-        return best
+    def _is_pair(self, here: Pool, home: Pool) -> bool:
+        return len(here.rows) == len(home.rows) == 1
 
-    def _meet(self, box: Box, a: _Event, b: _Event) -> bool:
-        """Do two events surely share a device that runs them in order?"""
-        if CallKind.FUNCTION in (self.calls[a.call].kind, self.calls[b.call].kind):
-            return False
-        for i in (a.call,) if a.home is None else (a.call, a.home):
-            for j in (b.call,) if b.home is None else (b.call, b.home):
-                if i == j or box[i].size + box[j].size > self.num_devices:
-                    return True
-                (lo, hi), (start, end) = box[i].shared, box[j].shared
-                if max(lo, start) < min(hi, end):
-                    return True
-        return False
+    def _least_move_s(self, here: Pool, home: Pool, price: bool) -> float:
+        """Of one choice to another, wherever they are; 0 where it is not known and not to be."""
+        key = (home.call, int(home.rows[0]), here.call, int(here.rows[0]))
+        if key not in self._least_moves and price:
+            ends = []
+            for pool in (home, here):
+                size, choice = self.pools.tables[pool.call].choices[int(pool.rows[0])]
+                name = self.calls[pool.call].name
+                meshes = self.space.meshes_of(name, size)
+                ends.append([self.space.option(name, mesh, choice).layout for mesh in meshes])
+            self._least_moves[key] = min(
+                self.space.prices.reallocation_s(a, b)
+                for a, b in product(*ends) if a is not None and b is not None
+            )  # fmt: skip
+        return self._least_moves.get(key, 0.0)
+
+    def _longest_cycle_s(self, box: Box, moves_s: Sequence[float]) -> float:
+        """Bound 2."""
+        for i, pool in enumerate(box):
+            self._places[i] = (pool.size, *pool.shared)
+        for n, event in enumerate(self.events):
+            self._seconds[n] = box[event.call].seconds if event.home is None else moves_s[n]
+        return longest_cycle_s(
+            self.order, self._places, self.num_devices, self._seconds, self._far, self._meets
+        )

@@ -14,7 +14,9 @@ from planner.cost.lanes import lane_loads
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.search.chain import Chain, Found, run_chain, scan_call
+from planner.search.cycles import Order, longest_cycle_s
 from planner.search.kernels import evaluate
+from planner.search.patterns import pattern_bound_s
 from planner.search.prices import empty_prices
 from planner.search.records import CALL, MESH, PAIR, RANGE, ROW, Records, Tables
 from planner.search.tables import make_scratch
@@ -49,7 +51,17 @@ def run_all() -> None:
     one = t._replace(calls=np.zeros(1, dtype=CALL))  # a call that has no option
     state, best = np.zeros(5, dtype=np.int64), np.zeros(1)
     column = np.zeros((2, 1), dtype=np.int64)
+    _bound_nothing()
     scan_call(one, prices, scratch, column, column, 0, False, state, best, found)
+
+
+def _bound_nothing() -> None:
+    pools, seconds, none = np.zeros((0, 5)), np.zeros(0), np.zeros((0, 3), dtype=np.int64)
+    room, patterns = np.zeros((3, 0)), np.zeros((2, 1))
+    pattern_bound_s(pools, none, seconds, 1.0, 1.0, 0.0, 1.0, room, patterns)
+    pair, one = np.zeros((0, 0), dtype=np.int64), np.zeros(0, dtype=np.int64)
+    order = Order(events=none[:, :2].copy(), reads=pair, home=one, waits=one)
+    longest_cycle_s(order, none, 1, seconds, seconds, pair)
 
 
 def _no_tables() -> Tables:

@@ -15,7 +15,7 @@ import pytest
 from planner.memory import RESERVE_BYTES
 from planner.plan import Problem
 from planner.search import search
-from planner.search.bounds import Proof, lower_bound_s, prove
+from planner.search.bounds import Proof, lower_bound_s
 from planner.search.evaluate import Evaluator, Score
 from planner.search.options import Assignment, OptionSpace
 from planner.search.relaxation import Relaxation
@@ -59,10 +59,8 @@ def proof_of(evaluator: Evaluator) -> tuple[Proof, float]:
             seen.append(score.step_s)
         return score
 
-    proof = prove(
-        Relaxation(evaluator), best_s=lambda: min(seen), visit=visit, stop=lambda _: False
-    )
-    return proof, min(seen)
+    proof = Proof(Relaxation(evaluator), best_s=lambda: min(seen), visit=visit)
+    return proof.run(lambda _: False), min(seen)
 
 
 @pytest.mark.parametrize("seed", range(36))
@@ -97,16 +95,16 @@ def test_a_box_bounds_its_assignments(seed: int) -> None:
     evaluator = Evaluator(space)
     relaxation = Relaxation(evaluator)
     for _ in range(20):
-        box = relaxation.root()
+        box = relaxation.pools.root()
         last_s = relaxation.bound_s(box)
-        while relaxation.assignment(box) is None:
+        while relaxation.pools.assignment(box) is None:
             i = rng.choice([i for i, pool in enumerate(box) if not pool.is_single])
-            half = relaxation.split(box[i])[rng.randrange(2)]
+            half = relaxation.pools.split(box[i])[rng.randrange(2)]
             box = (*box[:i], half, *box[i + 1 :])
             bound_s = relaxation.bound_s(box, price=True)
             assert bound_s >= last_s * (1 - 1e-9)
             last_s = bound_s
-        assignment = relaxation.assignment(box)
+        assignment = relaxation.pools.assignment(box)
         assert assignment is not None
         score = evaluator.score(assignment)
         assert last_s <= score.step_s * (1 + 1e-9) or score.overshoot > 0
