@@ -39,6 +39,8 @@ class TraceSpan:
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "kind": str, "label": str, "start_s": (int, float), "end_s": (int, float),
 }  # fmt: skip
+# No rank, step, number of bytes or second since 1970 is as large.
+MOST = 1 << 50
 _NEEDED = frozenset(f.name for f in fields(TraceSpan)[:7])
 
 
@@ -85,8 +87,10 @@ def _span(line: str, where: str) -> TraceSpan:
         known = _TYPES.get(name, int)
         if not isinstance(value, known) or isinstance(value, bool):
             raise ConfigError(f"{name} is {value!r}", where=where, remedy=remedy)
+        if isinstance(value, int) and not 0 <= value < MOST:
+            raise ConfigError(f"{name} is {value!r}", where=where, remedy=remedy)
     span = TraceSpan(**values)
-    if not 0 <= span.start_s <= span.end_s < float("inf"):
+    if not 0 <= span.start_s <= span.end_s < MOST:
         raise ConfigError(
             f"from {span.start_s!r} s to {span.end_s!r} s is no time", where=where, remedy=remedy
         )

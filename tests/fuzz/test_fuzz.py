@@ -15,7 +15,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,12 +45,13 @@ from tests.fuzz.mutations import (
     mutate_lines,
     parse,
 )
+from tests.profiles.test_calibration import calibration
 from tests.profiles.test_table import make_table
 from tests.runs import make_plan
 
 TIME_LIMIT_S = 30
 PLAN = plan_to_dict(make_plan(2, "0:d2p1m1:1", actor_gen="0:d1p1m2:1", critic_inf="1:d1p1m1:1"))
-PROFILE = make_table().to_dict()
+PROFILE = json.loads(json.dumps(replace(make_table(), calibration=calibration()).to_dict()))
 CLUSTER = make_cluster("a100", 8).to_dict()
 HF_CONFIG = hf_config(MODELS["llama-7b"])
 PROMPTS = "".join(
@@ -147,8 +148,13 @@ def profile_case(folder: Path, rng: random.Random) -> Case:
     else:
         outcome = by_loader(lambda: CostTable.load(file))
     whole, found = parse(file.read_bytes())
-    # A table's rows have texts, numbers or nothing in a column, as the component has it.
-    free = lambda at: at[:1] in (("rows",), ("columns",)) or "versions" in at  # noqa: E731
+
+    # A table's rows have texts, numbers or nothing in a column, as the component has it; what was
+    # seen once has no interval.
+    def free(at: Place) -> bool:
+        own = at[:1] in (("rows",), ("columns",)) or "versions" in at
+        return own or at[-1:] in (("low",), ("high",), ("spread",))
+
     return outcome, not whole or is_broken(PROFILE, found, free=free)
 
 
@@ -205,6 +211,39 @@ def hf_config_case(folder: Path, rng: random.Random) -> Case:
         return outcome, True
     values = [found.get(name) for name in NEEDED_OF_HF]
     return outcome, not all(type(v) in (int, float) and v == v and v >= 1 for v in values)
+
+
+SPAN = {
+    "rank": 0, "step": 1, "index": 3, "kind": "train", "label": "actor_train", "start_s": 1e9 + 1.0,
+    "end_s": 1e9 + 2.0, "num_bytes": 0, "num_tokens": 7, "peak_bytes": 10,
+}  # fmt: skip
+
+
+def trace_case(folder: Path, rng: random.Random) -> Case:
+    """A run's output folder, one line of whose trace is damaged."""
+    run, profile, plan = folder / "run", folder / "calibrated.json", folder / "run" / "plan.json"
+    (run / "trace").mkdir(parents=True, exist_ok=True)
+    plan.write_text(dumps(PLAN))
+    (folder / "sound_profile.json").write_text(json.dumps(PROFILE))
+    spans = [{**SPAN, "step": step, "start_s": 1e9 + step, "end_s": 1e9 + step + 0.5} for step in
+             range(3)]  # fmt: skip
+    text = "".join(json.dumps(span) + "\n" for span in spans)
+    file = run / "trace" / "rank0.jsonl"
+    file.write_bytes(mutate_lines(text, rng))
+    if rng.random() < 0.5:
+        words = ("calibrate", str(folder / "sound_profile.json"), str(run), "-o", str(profile))
+    else:
+        words = ("report", str(plan), "--trace", str(profile), "--run", str(run))
+    outcome = by_command(realplan, *words)
+    return outcome, any(_is_no_span(line) for line in file.read_bytes().split(b"\n")[:-1])
+
+
+def _is_no_span(line: bytes) -> bool:
+    whole, found = parse(line)
+    if not whole or not isinstance(found, dict):
+        return True
+    # Counts may be absent.
+    return is_broken(SPAN, {**dict.fromkeys(list(SPAN)[7:], 0), **found}, free=lambda at: False)
 
 
 WORDS = (
@@ -265,7 +304,8 @@ def job_case(folder: Path, rng: random.Random) -> Case:
 
 KINDS: Sequence[tuple[str, int, Callable[[Path, random.Random], Case]]] = (
     # (name, cases of 2,000, reader)
-    ("plan", 900, plan_case),
+    ("plan", 800, plan_case),
+    ("trace", 100, trace_case),
     ("profile", 250, profile_case),
     ("cluster", 250, cluster_case),
     ("data", 200, data_case),
