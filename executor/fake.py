@@ -34,6 +34,7 @@ from executor.dataset import Item
 from executor.generate.kv_cache import Turn
 from executor.model.attention import PackedLengths
 from executor.model.transformer import DecoderStage
+from executor.offload import Offloadable
 from executor.run import Run, functions_of
 from executor.text import TextCodec
 from executor.trace import TraceWriter
@@ -52,6 +53,7 @@ from planner.program import (
     Infer,
     Instruction,
     Load,
+    Offload,
     Program,
     Reallocate,
     Train,
@@ -202,9 +204,12 @@ class _Watch(TorchDispatchMode):
             self.held -= num_bytes
 
         self.seen[key] = weakref.ref(storage, gone)
+        self.hold(num_bytes)
+
+    def hold(self, num_bytes: int) -> None:
+        """So many bytes more are held from now on."""
         self.held += num_bytes
-        if self.held > self.peaks.get(self.label, 0):
-            self.peaks[self.label] = self.held
+        self.peaks[self.label] = max(self.held, self.peaks.get(self.label, 0))
 
 
 @cache
@@ -281,7 +286,7 @@ class _FakeWorker(Worker):
         self.weights = _FakeWeights(
             run, self.contexts, rank=rank, device=self.device,
             dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
-            staging_bytes=STAGING_BYTES[kind],
+            staging_bytes=STAGING_BYTES[kind], watch=watch,
         )  # fmt: skip
         self.watch = watch
         self.exchange = _Unanswered(self)
@@ -302,6 +307,15 @@ class _FakeWorker(Worker):
 class _FakeWeights(Weights):
     """No values, and few turns of generation."""
 
+    def __init__(self, *args: Any, watch: _Watch, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.watch = watch
+
+    def _offloadable(self, offload: Offload) -> Offloadable:
+        # A CPU's memory is the host's.
+        leaves = self.problem.cluster.device.kind != "cpu"
+        return _FakeOffloadable(super()._offloadable(offload), self.watch, leaves=leaves)
+
     def _fill(self, role: str, buffer: ParameterBuffer) -> None:
         pass
 
@@ -311,6 +325,24 @@ class _FakeWeights(Weights):
             stage = _FewTurns(stage)
             self.stages[role, layout, sequence_parallel] = stage
         return stage
+
+
+class _FakeOffloadable(Offloadable):
+    """Nothing moves, but the device's memory is counted without what is away."""
+
+    def __init__(self, real: Offloadable, watch: _Watch, *, leaves: bool) -> None:
+        super().__init__(real.kept, real.cleared)
+        self.watch = watch
+        tensors = (*real.kept, *real.cleared)
+        self.num_bytes = sum(x.untyped_storage().nbytes() for x in tensors) if leaves else 0
+
+    def offload(self) -> int:
+        self.watch.hold(-self.num_bytes)
+        return 0
+
+    def reload(self) -> int:
+        self.watch.hold(self.num_bytes)
+        return 0
 
 
 class _FirstMiniBatch(Passes):

@@ -106,7 +106,11 @@ def _attempt(action: Any) -> OSError | None:
 
 
 def _write(worker: Worker, root: Path, step: int) -> None:
-    folder = run_checkpoint.partial_folder(root, step)
+    with worker.weights.all_here():
+        _write_state(worker, run_checkpoint.partial_folder(root, step), step)
+
+
+def _write_state(worker: Worker, folder: Path, step: int) -> None:
     for role, trainer in worker.weights.trainers.items():
         pieces = optimizer_pieces(trainer.optimizer, once=True)
         if pieces:
@@ -211,10 +215,11 @@ def restore(worker: Worker, folder: Path) -> int:
     All ranks of the run together. The plan may be another than the one that wrote it.
     """
     checkpoint = Checkpoint(folder)
-    for role, trainer in worker.weights.trainers.items():
-        checkpoint.fill(role, optimizer_pieces(trainer.optimizer, once=False))
-        counts = checkpoint.header["optimizers"][role]
-        trainer.optimizer.go_on(steps=counts["steps"], updates=counts["updates"])
+    with worker.weights.all_here():
+        for role, trainer in worker.weights.trainers.items():
+            checkpoint.fill(role, optimizer_pieces(trainer.optimizer, once=False))
+            counts = checkpoint.header["optimizers"][role]
+            trainer.optimizer.go_on(steps=counts["steps"], updates=counts["updates"])
     for role, pieces in average_pieces(worker, once=False).items():
         checkpoint.fill(role, pieces)
     for key, average in worker.weights.averages.items():

@@ -7,7 +7,8 @@ it moved. What the weights are used for is ``worker.py``'s, which messages bring
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from executor.context import RankContext
 from executor.model.hf_load import load as load_folder
 from executor.model.random_weights import init_random
 from executor.model.transformer import DecoderStage
+from executor.offload import Offloadable
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.reallocate import execute
 from executor.run import Run
 from executor.training import Trainer
 from planner.layout import Layout
-from planner.program import Average, Free, Load, Reallocate
+from planner.program import Average, Free, Load, Offload, Reallocate, Reload
 from planner.reallocation import reallocate
 
 
@@ -49,6 +51,7 @@ class Weights:
         self.trainers: dict[str, Trainer] = {}
         # Averages in fp32, flat as the buffer of (role, layout), which they may be.
         self.averages: dict[tuple[str, Layout], Tensor] = {}
+        self.offloadable: dict[tuple[str, Layout], Offloadable] = {}
 
     def stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
         """The model without gradients in a layout whose weights are here."""
@@ -117,6 +120,35 @@ class Weights:
             context, buffer, gradients, config, zero=strategy.zero, partial=stage.partial
         )
         return Trainer(gradients=gradients, stage=stage, optimizer=optimizer)
+
+    # ---- between device and host --------------------------------------------------------------
+
+    def offload(self, offload: Offload) -> int:
+        """Bytes that crossed to the host's memory, which has what the instruction names."""
+        key = (offload.role, offload.layout)
+        if key not in self.offloadable:
+            self.offloadable[key] = self._offloadable(offload)
+        return self.offloadable[key].offload()
+
+    def reload(self, reload: Reload) -> int:
+        """Bytes that came back."""
+        return self.offloadable[reload.role, reload.layout].reload()
+
+    def _offloadable(self, offload: Offload) -> Offloadable:
+        if offload.what == "weights":
+            return Offloadable([self.buffers[offload.role, offload.layout].flat], constant=True)
+        trainer = self.trainers[offload.role]
+        return Offloadable(trainer.optimizer.own_state, [trainer.gradients])
+
+    @contextmanager
+    def all_here(self) -> Iterator[None]:
+        """Between steps: what is in the host's memory is on the device meanwhile."""
+        away = [one for one in self.offloadable.values() if one.away]
+        for one in away:
+            one.reload()
+        yield
+        for one in away:
+            one.offload()
 
     # ---- between layouts ----------------------------------------------------------------------
 

@@ -48,8 +48,10 @@ from planner.program import (
     Infer,
     Instruction,
     Load,
+    Offload,
     Program,
     Reallocate,
+    Reload,
     Train,
     Transfer,
     call_layout,
@@ -114,6 +116,8 @@ class Worker:
             Reallocate: self._reallocate,
             Free: self._free,
             Average: self._average,
+            Offload: self._offload,
+            Reload: self._reload,
         }
 
     # ---- the interpreter ----------------------------------------------------------------------
@@ -189,6 +193,12 @@ class Worker:
     def _average(self, instruction: Average, counts: dict[str, int]) -> None:
         if not self.evaluating:
             self.weights.average(instruction)
+
+    def _offload(self, offload: Offload, counts: dict[str, int]) -> None:
+        counts["num_bytes"] = self.weights.offload(offload)
+
+    def _reload(self, reload: Reload, counts: dict[str, int]) -> None:
+        counts["num_bytes"] = self.weights.reload(reload)
 
     # ---- data ---------------------------------------------------------------------------------
 

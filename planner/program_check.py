@@ -21,11 +21,13 @@ from planner.program import (
     Instruction,
     Load,
     Offload,
+    Offloaded,
     Program,
     Reallocate,
     Reload,
     Train,
     Transfer,
+    what_leaves,
 )
 from profiles.errors import PlanError
 
@@ -122,13 +124,13 @@ def _check_weights(plan: ExecutionPlan, program: Program, rank: int) -> None:
     present: set[tuple[str, Layout]] = {
         (i.role, i.layout) for i in program.setup.get(rank, ()) if isinstance(i, Load)
     }
-    away: set[tuple[str, Layout]] = set()  # offloaded
+    away: set[tuple[str, Layout, Offloaded]] = set()
     calls_run: list[str] = []
     for instruction in (*program.setup.get(rank, ()), *program.step[rank]):
         if isinstance(instruction, Offload):
-            away.add((instruction.role, instruction.layout))
+            away.add((instruction.role, instruction.layout, instruction.what))
         elif isinstance(instruction, Reload):
-            away.remove((instruction.role, instruction.layout))
+            away.remove((instruction.role, instruction.layout, instruction.what))
         elif isinstance(instruction, Reallocate) and rank in instruction.destination.mesh:
             present.add((instruction.role, instruction.destination))
         elif isinstance(instruction, Free):
@@ -152,7 +154,8 @@ def _check_weights(plan: ExecutionPlan, program: Program, rank: int) -> None:
                     f"{call.name} reads {call.role} in {layout.key}, which is not there",
                     where=f"rank {rank}",
                 )
-            if (call.role, layout) in away:
+            # Of a trained role the optimizer leaves, which other calls do not need.
+            if (call.role, layout, what_leaves(call)) in away:
                 raise PlanError(
                     f"{call.name} needs what {call.role} has offloaded from {layout.key}",
                     where=f"rank {rank}",

@@ -95,7 +95,7 @@ def make_plan(
     """Calls as "first:d1p2m1:micro-batches[:FLAG…]"; ``default`` for the rest.
 
     Flags: ``zero``, ``recompute``, ``selective``, ``sp`` (sequence parallel), ``rows=N`` (the
-    generation batch).
+    generation batch), ``offload``.
     """
     chosen = ALGORITHMS[algorithm]
     if algorithm == "ppo":
@@ -122,8 +122,9 @@ def make_plan(
         mesh = DeviceMesh(int(first), strategy.num_devices)
         rows = [int(flag.removeprefix("rows=")) for flag in flags if flag.startswith("rows=")]
         return Allocation(
-            mesh=mesh, strategy=strategy, num_micro_batches=int(micro), generation_batch=sum(rows)
-        )
+            mesh=mesh, strategy=strategy, num_micro_batches=int(micro), generation_batch=sum(rows),
+            offload="offload" in flags,
+        )  # fmt: skip
 
     allocations = {c.name: allocation(calls.get(c.name, default)) for c in problem.graph.calls}
     plan = ExecutionPlan(problem=problem, allocations=allocations)

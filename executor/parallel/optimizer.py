@@ -121,6 +121,12 @@ class Adam:
         self.counted = _ranges(buffer, self.is_counted, self.own)[True]
 
     @property
+    def own_state(self) -> tuple[Tensor, ...]:
+        """What nothing but ``step`` reads: moments, and masters where they are not the weights."""
+        masters = () if self.masters is self.weights else (self.masters,)
+        return (*self.moments, *masters)
+
+    @property
     def is_replica(self) -> bool:
         """Another data-parallel rank has the same state."""
         return self.shard_group is None and self.ctx.dp_rank > 0

@@ -48,6 +48,14 @@ PLANS = {
         actor_train="0:d1p2m2:2:sp:selective",
         critic_train="0:d1p1m4:2:sp:recompute:zero",
     ),
+    "offloaded": make_plan(
+        2,
+        "0:d1p1m2:1",
+        ref_inf="0:d1p1m2:1:offload",
+        rew_inf="0:d2p1m1:1:offload",
+        actor_train="0:d2p1m1:1:zero:offload",
+        critic_train="0:d1p1m2:2:offload",
+    ),
     "trained beside, generated on all": make_plan(
         4,
         "0:d4p1m1:1",
@@ -84,9 +92,9 @@ FAMILIES = {
 
 
 FAMILY_PLAN = {
-    "actor_gen": "0:d2p1m2:2", "rew_inf": "2:d1p2m1:2", "ref_inf": "0:d1p1m2:2",
+    "actor_gen": "0:d2p1m2:2:rows=2", "rew_inf": "2:d1p2m1:2", "ref_inf": "0:d1p1m2:2:offload",
     "critic_inf": "2:d1p1m2:1", "actor_train": "0:d1p2m2:2:recompute",
-    "critic_train": "0:d2p1m2:2:zero",
+    "critic_train": "0:d2p1m2:2:zero:offload:sp",
 }  # fmt: skip
 
 

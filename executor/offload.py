@@ -1,0 +1,76 @@
+"""``Offloadable``: tensors of one owner that are on the device or in the host's memory.
+
+Read ``offload`` and ``reload``. Only the storages come and go, the tensors stay: views of them (the
+slices of a buffer, the ``.grad`` of every weight) are right again when the storage is back. When
+that happens is the program's (``Offload``, ``Reload``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Offloadable:
+    """``kept`` tensors come back with their values, ``cleared`` ones with zeros.
+
+    Each must be the whole of its storage. ``constant``: nobody writes ``kept`` ones, so that they
+    cross to the host once. In the host's memory they lie in pinned buffers, which stay for the next
+    time; a CPU's are pageable, and are there only while the tensors are not.
+    """
+
+    def __init__(
+        self, kept: Sequence[Tensor], cleared: Sequence[Tensor] = (), *, constant: bool = False
+    ) -> None:
+        self.kept, self.cleared = tuple(kept), tuple(cleared)
+        self.constant = constant
+        self.host: list[Tensor] = []
+        self.away = False
+        for tensor in (*self.kept, *self.cleared):
+            assert _num_bytes(tensor) == tensor.untyped_storage().nbytes(), tensor.shape
+
+    def offload(self) -> int:
+        """Give up the device's memory; returns the bytes that crossed to the host."""
+        assert not self.away
+        moved = 0
+        if not (self.constant and self.host):
+            self.host = self.host or [_like(tensor) for tensor in self.kept]
+            for there, here in zip(self.host, self.kept, strict=True):
+                there.copy_(here, non_blocking=True)
+                moved += _num_bytes(here)
+            _wait(self.kept)  # the memory is another's from here on
+        for tensor in (*self.kept, *self.cleared):
+            tensor.untyped_storage().resize_(0)
+        self.away = True
+        return moved
+
+    def reload(self) -> int:
+        """Have everything on the device again; returns the bytes that crossed from the host."""
+        assert self.away
+        for tensor in (*self.kept, *self.cleared):
+            tensor.untyped_storage().resize_(_num_bytes(tensor))
+        for there, here in zip(self.host, self.kept, strict=True):
+            here.copy_(there, non_blocking=True)
+        for tensor in self.cleared:
+            tensor.zero_()
+        _wait(self.kept)
+        if not any(tensor.is_cuda for tensor in self.kept):
+            self.host = []
+        self.away = False
+        return sum(_num_bytes(tensor) for tensor in self.kept)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _wait(tensors: Sequence[Tensor]) -> None:
+    """Until copies that were only begun are done."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
