@@ -44,7 +44,7 @@ except ModuleNotFoundError as missing:
 PALETTE = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999",
 )  # fmt: skip
-_MOVES, _TRANSFERS, _IDLE = "#000000", "#666666", "#eeeeee"
+_MOVES, _TRANSFERS, _IDLE = "#000000", "#bbbbbb", "#eeeeee"
 _MOST_ROWS = 32
 _ROW_PIXELS = 26
 
@@ -81,7 +81,8 @@ class Bar:
     label: str
     start_s: float
     end_s: float
-    tip: str = ""
+    tip: str
+    kind: str  # call, reallocation (all that moves weights) or transfer
 
 
 def timeline(plan: ExecutionPlan, steps: Timeline | None = None) -> Any:
@@ -93,10 +94,15 @@ def timeline(plan: ExecutionPlan, steps: Timeline | None = None) -> Any:
     groups = rank_groups(steps)
     shown = groups[:_MOST_ROWS]
     start_s, end_s = _window(steps)
-    names = {group.ranks[0]: ranges_text(group.ranks, most=2) for group in shown}
+    # Words, for plotly takes the text "3" on an axis for the third row.
+    names = {
+        group.ranks[0]: f"rank{'s' * (len(group.ranks) > 1)} {ranges_text(group.ranks, most=2)}"
+        for group in shown
+    }
     bars = [
         Bar(row=names[span.rank], label=span.label, start_s=max(span.start_s, start_s) - start_s,
-            end_s=min(span.end_s, end_s) - start_s, tip=format_seconds(span.seconds))
+            end_s=min(span.end_s, end_s) - start_s, tip=format_seconds(span.seconds),
+            kind=_kind(span.kind))
         for span in steps.spans
         if span.rank in names and span.end_s > start_s and span.start_s < end_s
     ]  # fmt: skip
@@ -110,29 +116,38 @@ def timeline(plan: ExecutionPlan, steps: Timeline | None = None) -> Any:
 def executed(spans: Sequence[TraceSpan], *, steps: int = 1) -> Any:
     """The first ``steps`` warm steps of a run as its ranks executed them.
 
+    A transfer is also the wait for what is received, and counts as idle.
+
     Raises:
-        ConfigError: the trace has no warm step.
+        ConfigError: the trace has no step.
     """
     first = first_warm_step(spans)
     if first is None:
-        raise ConfigError("the trace has no step after the first", where="figures.executed")
+        raise ConfigError("the trace has no step", where="figures.executed")
     shown = [span for span in spans if first <= span.step < first + steps]
     begin_s = min(span.start_s for span in shown)
     bars = [
         Bar(row=f"rank {span.rank}", label=span.label, start_s=span.start_s - begin_s,
-            end_s=span.end_s - begin_s, tip=format_seconds(span.end_s - span.start_s))
+            end_s=span.end_s - begin_s, tip=format_seconds(span.end_s - span.start_s),
+            kind=_kind(span.kind))
         for span in sorted(shown, key=lambda span: (span.rank, span.start_s))
+        if span.kind != "free"
     ]  # fmt: skip
     whole_s = max(bar.end_s for bar in bars)
-    busy: dict[str, float] = {}
+    idle = {bar.row: 1.0 for bar in bars}
     for bar in bars:
-        busy[bar.row] = busy.get(bar.row, 0.0) + bar.end_s - bar.start_s
-    idle = {row: max(0.0, 1.0 - seconds / whole_s) for row, seconds in busy.items()}
-    moves = ("reallocate", "reload", "offload", "average", "receive", "send")
-    calls = [bar.label for bar in bars if not bar.label.startswith(moves)]
+        if bar.kind != "transfer":
+            idle[bar.row] -= (bar.end_s - bar.start_s) / whole_s
+    in_order = sorted((s for s in shown if _kind(s.kind) == "call"), key=lambda s: s.index)
     which = f"steps {first} to {first + steps - 1}" if steps > 1 else f"step {first}"
     title = f"Executed, {which}: {format_seconds(whole_s)}"
-    return _gantt(bars, list(dict.fromkeys(calls)), idle, title=title)
+    return _gantt(bars, list(dict.fromkeys(s.label for s in in_order)), idle, title=title)
+
+
+def _kind(kind: str) -> str:
+    """Of a bar, from an instruction's."""
+    calls = ("generate", "infer", "train", "function")
+    return "call" if kind in calls else "transfer" if kind == "transfer" else "reallocation"
 
 
 def _simulated(plan: ExecutionPlan) -> Timeline:
@@ -161,9 +176,7 @@ def _gantt(
     colours = call_colours(calls)
     by_name: dict[str, list[Bar]] = {name: [] for name in [*calls, "reallocation", "transfer"]}
     for bar in bars:
-        transfer = bar.label.startswith(("receive", "send"))
-        name = bar.label if bar.label in colours else "transfer" if transfer else "reallocation"
-        by_name[name].append(bar)
+        by_name[bar.label if bar.kind == "call" else bar.kind].append(bar)
     for name, found in by_name.items():
         if not found:
             continue
@@ -187,15 +200,13 @@ def _gantt(
         uniformtext={"minsize": 10, "mode": "hide"},
     )  # fmt: skip
     figure.update_xaxes(title_text="seconds", range=[0, whole_s])
-    figure.update_yaxes(
-        title_text="ranks", type="category", categoryorder="array", categoryarray=rows[::-1],
-    )  # fmt: skip
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=rows[::-1])
     return figure
 
 
 def _ink(colour: str) -> str:
     """Of text on a colour."""
-    return "#fff" if colour in (PALETTE[0], PALETTE[2], PALETTE[5], _MOVES, _TRANSFERS) else "#222"
+    return "#fff" if colour in (PALETTE[0], PALETTE[2], PALETTE[5], _MOVES) else "#222"
 
 
 def call_colours(calls: Iterable[str]) -> dict[str, str]:

@@ -59,7 +59,7 @@ def pareto(
         line={"color": PALETTE[0], "width": 1.5}, marker={"size": 10, "symbol": "diamond"},
         text=names, textposition="top right", hovertext=names, hoverinfo="text", cliponaxis=False,
     )  # fmt: skip
-    styled(figure, title=f"{x_text.capitalize()} against {y_text}", height=420)
+    styled(figure, title=f"{x_text[0].upper()}{x_text[1:]} against {y_text}", height=420)
     figure.update_layout(margin_r=170)
     figure.update_xaxes(title_text=x_text, rangemode="tozero")
     figure.update_yaxes(title_text=y_text, rangemode="tozero")
@@ -80,7 +80,8 @@ def lines(frame: pd.DataFrame, x: str, y: str, *, by: str | None = None) -> Any:
             line={"color": PALETTE[i % len(PALETTE)]}, showlegend=by is not None,
             marker={"symbol": _MARKS[i % len(_MARKS)], "size": 8},
         )  # fmt: skip
-    styled(figure, title=f"{y_text.capitalize()} over {x_text}", height=380)
+    styled(figure, title=f"{y_text[0].upper()}{y_text[1:]} over {x_text}", height=380)
+    figure.update_layout(margin_t=78 if by else 46)
     figure.update_xaxes(title_text=x_text, tickvals=sorted(known[x].unique()))
     figure.update_yaxes(title_text=y_text, rangemode="tozero")
     return figure

@@ -210,6 +210,11 @@ class ExecutionPlan:
     def num_devices(self) -> int:
         return self.problem.cluster.num_devices
 
+    def __str__(self) -> str:
+        """For tables of plans: what of, and how fast."""
+        seconds = f", {self.estimate.step_s:.4g} s a step" if self.estimate else ""
+        return f"{self.problem.graph.name} on {self.problem.cluster.name}{seconds}"
+
 
 def largest_dp(problem: Problem, call_name: str) -> int:
     """The most data-parallel ranks that all get at least one group of every mini-batch."""

@@ -22,7 +22,8 @@ from profiles.clusters import PLATFORMS
 
 # Devices that a report puts beside the plan's own, where that is one of the catalogue's.
 _BESIDE = ("a100", "h100", "h200")
-_CONFIG = {"displaylogo": False, "responsive": True}
+# Without plotly's buttons, which lie over legends: drag to zoom, double-click to go back.
+_CONFIG = {"displayModeBar": False, "responsive": True}
 
 
 def draw(

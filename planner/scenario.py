@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ class Task:
 
     @property
     def key(self) -> str:
-        """Of the cache: a digest of everything that the answer depends on."""
+        """Of the cache: a digest of everything that the answer depends on, our code included."""
         table = None if self.table is None else self.table.to_dict()
-        return _digest([*self._question, table, self.gap, self.time_limit_s])
+        return _digest([*self._question, table, self.gap, self.time_limit_s, _code()])
 
     @property
     def family(self) -> str:
@@ -62,6 +63,14 @@ class Task:
     def _question(self) -> list[Any]:
         plan = plan_to_dict(ExecutionPlan(problem=self.problem, allocations={}))
         return [plan, self.seed, {name: asdict(lock) for name, lock in self.locks.items()}]
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A digest of what estimates and searches: an answer of other code is another answer."""
+    planner = Path(__file__).parent
+    files = sorted([*planner.rglob("*.py"), *(planner.parent / "profiles").rglob("*.py")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _digest(question: Any) -> str:

@@ -333,10 +333,12 @@ class WhatIf:
         links, device = hardware_levers(self.table if same else None)
         return explain(plan, task_costs(cluster, self.table), links=links, device=device)
 
-    def compare(self, a: ExecutionPlan, b: ExecutionPlan) -> Comparison:
+    def compare(
+        self, a: ExecutionPlan, b: ExecutionPlan, *, names: tuple[str, str] = ("a", "b")
+    ) -> Comparison:
         """Two plans side by side; see ``planner.compare``."""
         costs = [task_costs(plan.problem.cluster, self.table) for plan in (a, b)]
-        return compare(a, b, *costs)
+        return compare(a, b, *costs, names=names)
 
     # ---- figures, with the extra ``notebook`` ----
 

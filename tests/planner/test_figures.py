@@ -48,6 +48,9 @@ def test_bars_of_the_timeline_add_up_to_what_ranks_do(seed: int) -> None:
             assert seconds >= 0
     for row, group in zip(idle.y, groups):
         assert drawn[row] == pytest.approx(sum(group.busy_s.values()), rel=1e-6)
+    shares = {note.y: note.text for note in figure.layout.annotations}
+    assert shares == {y: f"{g.idle_share:.0%} idle" for y, g in zip(idle.y, groups)}
+    assert not [y for y in shares if y.isdecimal()]  # a number would be the row of that number
     assert {t.name for t in traces} <= {*steps.call_order, "reallocation", "transfer"}
 
 
@@ -107,15 +110,17 @@ def test_the_course_of_a_search_is_that_of_its_plan() -> None:
 def test_an_executed_step_is_drawn_from_its_first_span() -> None:
     """Oracle: two ranks, a first step that is warm-up, then one of 4 s in which rank 1 idles."""
 
-    def span(rank: int, step: int, label: str, start_s: float, end_s: float) -> TraceSpan:
+    def span(rank: int, kind: str, label: str, start_s: float, end_s: float) -> TraceSpan:
+        step = 0 if start_s < 200 else 1
         return TraceSpan(
-            rank=rank, step=step, index=0, kind="infer", label=label, start_s=start_s, end_s=end_s
+            rank=rank, step=step, index=0, kind=kind, label=label, start_s=start_s, end_s=end_s
         )
 
     spans = [
-        span(0, 0, "ref_inf", 100, 190), span(0, 1, "ref_inf", 200, 203),
-        span(1, 1, "receive sequences", 200, 201), span(0, 1, "reallocate actor", 203, 204),
-        span(1, 1, "ref_inf", 201, 202),
+        span(0, "infer", "ref_inf", 100, 190), span(0, "infer", "ref_inf", 200, 203),
+        span(1, "transfer", "receive sequences", 200, 201), span(1, "infer", "ref_inf", 201, 202),
+        span(0, "reallocate", "reallocate actor", 203, 204),
+        span(0, "free", "free actor", 204, 204),
     ]  # fmt: skip
     figure = figures.executed(spans)
     drawn = {
@@ -128,6 +133,6 @@ def test_an_executed_step_is_drawn_from_its_first_span() -> None:
         ("transfer", "rank 1"): (0, 1), ("reallocation", "rank 0"): (3, 1),
     }  # fmt: skip
     shown = {note.y: note.text for note in figure.layout.annotations}
-    assert shown == {"rank 0": "0% idle", "rank 1": "50% idle"}
+    assert shown == {"rank 0": "0% idle", "rank 1": "75% idle"}  # what waits to receive is idle
     with pytest.raises(ConfigError, match="no step"):
         figures.executed([])

@@ -51,6 +51,7 @@ def test_a_row_is_what_a_search_says(problem: Problem, what: WhatIf) -> None:
     assert found.estimate is not None
     assert row["seconds"] == found.estimate.step_s
     assert row["plan"].allocations == found.allocations
+    assert str(row["plan"]) == f"ppo on 2 x a100, {row['seconds']:.4g} s a step"
     assert row["dollars"] == pytest.approx(row["seconds"] / 3600 * 2 * 2.0)
     assert row["tokens_per_s"] == pytest.approx(8 * 32 / row["seconds"])
     assert row["peak_memory"] + row["headroom"] == changed.cluster.device.memory_bytes
