@@ -118,7 +118,7 @@ def run_search(args: argparse.Namespace) -> int:
 
         result = search(
             problem, costs, engine=args.engine, seed=seed, time_limit_s=time_limit_s,
-            progress=tell, gap=overrides.gap, locks=overrides.locks,
+            progress=tell, gap=overrides.gap, locks=overrides.locks, offload=overrides.offload,
         )  # fmt: skip
     provenance = {
         **_provenance(args, result.evaluations),

@@ -9,6 +9,7 @@
 | ``lock.CALL.offload=true`` | as in a plan |
 | ``memory_limit=70GiB`` | of each device, at most what it has |
 | ``max_staleness=0`` | generation always runs on the newest weights: nothing else is planned |
+| ``offload=false`` | nothing is in the host's memory between calls, whatever would pay |
 | ``gap=0.02`` | stop when at most this share of a step can be saved |
 | ``cluster.inter_link.bytes_per_s=12.5GB`` | any field of the cluster |
 
@@ -35,7 +36,7 @@ from profiles.hardware import ClusterSpec
 from profiles.units import format_bytes, parse_bytes
 
 DEFAULT_GAP = 0.01  # as search's
-_PLANNER_WORDS = ("lock", "memory_limit", "max_staleness", "gap", "cluster")
+_PLANNER_WORDS = ("lock", "memory_limit", "max_staleness", "offload", "gap", "cluster")
 _LOCK_FIELDS = ("mesh", "strategy", "num_micro_batches", "offload")
 
 
@@ -45,6 +46,7 @@ class Overrides:
 
     locks: Mapping[str, Lock] = field(default_factory=dict)
     memory_limit_bytes: int | None = None
+    offload: bool = True
     gap: float = DEFAULT_GAP
     cluster: Mapping[str, Any] = field(default_factory=dict)
     algorithm: tuple[str, ...] = ()
@@ -123,6 +125,8 @@ def _with(found: Overrides, key: str, value: Any, word: str) -> Overrides:
         raise ConfigError("is not understood", where=key, remedy=remedy)
     if head == "max_staleness":
         return _on_policy(found, value)
+    if head == "offload":
+        return replace(found, offload=_truth(value, "offload"))
     if head == "gap":
         return replace(found, gap=_gap(value))
     limit_bytes = parse_bytes(str(value), where="memory_limit")
@@ -138,6 +142,12 @@ def _on_policy(found: Overrides, value: Any) -> Overrides:
             remedy="use 0, or leave it out",
         )  # fmt: skip
     return found
+
+
+def _truth(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{value!r} is not true or false", where=where)
+    return value
 
 
 def _gap(value: Any) -> float:
@@ -168,9 +178,7 @@ def _locked(lock: Lock, name: str, part: str, value: Any) -> Lock:
             raise ConfigError(f"{value!r} is not a positive whole number", where=where)
         return replace(lock, num_micro_batches=value)
     if part == "offload":
-        if not isinstance(value, bool):
-            raise ConfigError(f"{value!r} is not true or false", where=where)
-        return replace(lock, offload=value)
+        return replace(lock, offload=_truth(value, where))
     raise unknown_name("part", part, _LOCK_FIELDS, where=where)
 
 

@@ -24,7 +24,7 @@ from planner.search.engine import Budget, Engine, Progress, Record
 from planner.search.evaluate import Evaluator
 from planner.search.exact import auto, exact
 from planner.search.mcmc import walk
-from planner.search.options import OptionSpace, more_memory
+from planner.search.options import Assignment, Option, OptionSpace, more_memory
 from planner.search.warm import warm_up
 from planner.simulate import StepPrices, Timeline, run_program
 from profiles.costs import Provenance
@@ -89,10 +89,12 @@ def search(
     max_evaluations: int = 20_000_000,
     progress: Progress | None = None,
     locks: Mapping[str, Lock] | None = None,
+    offload: bool = True,
     space: OptionSpace | None = None,
 ) -> SearchResult:
     """The best plan found; it fits the devices' memory, and its calls are as ``locks`` say.
 
+    ``offload``: state of roles may be in the host's memory between calls, where that pays.
     ``space``: the options of ``problem`` under ``costs`` and ``locks``, where they are costed.
 
     Stops after ``max_evaluations``, at a plan within ``gap`` of the lower bound, or, whatever
@@ -109,7 +111,7 @@ def search(
         )
     began_s = time.monotonic()
     warm_up()
-    space = space or OptionSpace(problem, StepPrices(problem, costs), locks)
+    space = space or OptionSpace(problem, StepPrices(problem, costs), locks, offload=offload)
     evaluator = Evaluator(space)
     bound_s = lower_bound_s(evaluator)
     found = baselines(evaluator)
@@ -125,10 +127,9 @@ def search(
     if record.best is None:
         raise _nothing_fits(evaluator, record)
     seconds = {name: b.score.step_s for name, b in found.items()}
+    plan = evaluator.plan(resident_again(evaluator, record.best), seed=seed)
     plan, timeline = estimate_plan(
-        replace(evaluator.plan(record.best, seed=seed), baselines=seconds),
-        space.prices,
-        lower_bound=record.lower_bound_s,
+        replace(plan, baselines=seconds), space.prices, lower_bound=record.lower_bound_s
     )
     return SearchResult(
         plan=plan, baselines=seconds,
@@ -136,6 +137,31 @@ def search(
         timeline=timeline, evaluations=record.evaluations, seed=seed,
         engine=engine, wall_s=time.monotonic() - began_s, cut_by_time=record.cut_by_time,
     )  # fmt: skip
+
+
+def resident_again(evaluator: Evaluator, best: Assignment) -> Assignment:
+    """``best`` without offloads that save nothing: role by role, where it fits and is no slower."""
+    space = evaluator.space
+    for role in dict.fromkeys(call.role for call in space.calls):
+        trial = tuple(
+            _resident(space, option) if call.role == role and option.choice.offload else option
+            for call, option in zip(space.calls, best, strict=True)
+        )
+        if trial != best and space.allows(trial):
+            score = evaluator.score(trial)
+            if score.overshoot == 0 and score.step_s <= evaluator.score(best).step_s:
+                best = trial
+    return best
+
+
+def _resident(space: OptionSpace, option: Option) -> Option:
+    """The same without offload; itself where that was not worth keeping."""
+    wanted = replace(option.allocation, offload=False)
+    for choice in space.choices[option.call][option.mesh.num_devices]:
+        twin = space.option(option.call, option.mesh, choice)
+        if twin.allocation == wanted:
+            return twin
+    return option
 
 
 def _nothing_fits(evaluator: Evaluator, record: Record) -> InfeasibleError:

@@ -29,18 +29,18 @@ class Baseline:
 def symmetric(evaluator: Evaluator) -> Baseline | None:
     """The best single layout: every call on all devices under one (pp, tp, dp).
 
-    Each call has its own micro-batches, each training its own ZeRO stage and recomputation; all
-    are tried that matter. None where no single layout fits.
+    Each call has its own micro-batches and its own offload, each training its own ZeRO stage and
+    recomputation; all are tried that matter. None where no single layout fits.
     """
     space = evaluator.space
     whole = DeviceMesh(0, space.problem.cluster.num_devices)
     everything = range(len(space.calls))
-    found: list[Baseline] = []
+    best: Baseline | None = None
     for axes in _axes(space, everything, whole):
         options = _fill(space, everything, whole, axes)
         if options is not None:
-            found += _fitting(evaluator, [options])
-    return min(found, key=_seconds, default=None)
+            best = _better(evaluator, [options], best)
+    return best
 
 
 def split(evaluator: Evaluator) -> Baseline | None:
@@ -64,11 +64,8 @@ def split(evaluator: Evaluator) -> Baseline | None:
         for a, b in product(_axes(space, first, left), _axes(space, second, right)):
             parts = [_fill(space, first, left, a), _fill(space, second, right, b)]
             found = [part for part in parts if part is not None]
-            if len(found) < 2 or (best and _floor_s(evaluator, found) >= _seconds(best)):
-                continue
-            best = min(
-                [*_fitting(evaluator, found), *([best] if best else [])], key=_seconds, default=None
-            )
+            if len(found) == 2:
+                best = _better(evaluator, found, best)
     return best
 
 
@@ -116,10 +113,9 @@ def _faster(space: OptionSpace, than: Option) -> Iterator[Option]:
             yield space.option(than.call, mesh, choice)
 
 
-def _floor_s(evaluator: Evaluator, parts: Sequence[Mapping[int, list[Option]]]) -> float:
+def _floor_s(evaluator: Evaluator, pools: Mapping[int, Sequence[Option]]) -> float:
     """Seconds of a step at least, every call at its fastest."""
-    fastest = {i: options[0] for part in parts for i, options in part.items()}
-    return evaluator.floor_s(tuple(fastest[i] for i in sorted(fastest)))
+    return evaluator.floor_s(tuple(pools[i][0] for i in sorted(pools)))
 
 
 def _seconds(baseline: Baseline) -> float:
@@ -155,20 +151,30 @@ def _fill(
     return found
 
 
-def _fitting(evaluator: Evaluator, parts: Sequence[Mapping[int, list[Option]]]) -> list[Baseline]:
-    """For each way to keep trained state, the fastest options that fit beside it."""
-    space = evaluator.space
+def _better(
+    evaluator: Evaluator, parts: Sequence[Mapping[int, list[Option]]], best: Baseline | None
+) -> Baseline | None:
+    """For each way to keep what is resident the fastest options that fit beside it; or ``best``."""
     by_call = {i: options for part in parts for i, options in part.items()}
-    trains = [i for i in by_call if space.calls[i].kind is CallKind.TRAIN]
-    found = []
-    for zeros in product(*({o.choice.strategy.zero for o in by_call[i]} for i in trains)):
-        pools = {i: list(options) for i, options in by_call.items()}
-        for i, zero in zip(trains, zeros):
-            pools[i] = [o for o in pools[i] if o.choice.strategy.zero == zero]
+    ways = product(*(sorted({_way(o) for o in options}) for options in by_call.values()))
+    for way in sorted(ways, key=lambda way: sum(offload for offload, _ in way)):
+        pools = {
+            i: [o for o in options if _way(o) == own]
+            for (i, options), own in zip(by_call.items(), way, strict=True)
+        }
+        if best is not None and _floor_s(evaluator, pools) >= best.score.step_s:
+            continue
         assignment = _fastest_that_fits(evaluator, pools)
         if assignment is not None:
-            found.append(Baseline(assignment, evaluator.score(assignment)))
-    return found
+            score = evaluator.score(assignment)
+            if best is None or score.step_s < best.score.step_s:
+                best = Baseline(assignment, score)
+    return best
+
+
+def _way(option: Option) -> tuple[bool, int]:
+    """What of the call's role stays on its devices: (is it offloaded, ZeRO stage)."""
+    return option.choice.offload, option.choice.strategy.zero
 
 
 def _fastest_that_fits(

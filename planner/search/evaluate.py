@@ -128,7 +128,7 @@ class Evaluator:
         # Without a trained role no step waits for the step before: there is no chain.
         cycles = (sum(assignment[i].seconds for i in chain) for chain in self.chains)
         busy = (
-            sum(other.seconds for other in assignment if here.mesh.first in other.mesh)
+            sum(other.choice.busy_s for other in assignment if here.mesh.first in other.mesh)
             for here in assignment
         )
         return max(max(cycles, default=0.0), max(busy))

@@ -134,7 +134,7 @@ class OptionSpace:
 
     def __init__(
         self, problem: Problem, prices: StepPrices, locks: Mapping[str, Lock] | None = None, *,
-        offload: bool = False, larger: OptionSpace | None = None,
+        offload: bool = True, larger: OptionSpace | None = None,
     ) -> None:  # fmt: skip
         self.problem = problem
         self._larger = larger
@@ -228,7 +228,8 @@ class OptionSpace:
     def _choices_of(self, call: ModelFunctionCall, size: int) -> tuple[Choice, ...]:
         """Choices on meshes of one size that no other beats, fastest first."""
         meshes, larger = self.meshes_of(call.name, size), self._larger
-        if larger is not None and meshes and larger.meshes_of(call.name, size):
+        shared = larger is not None and larger.offload == self.offload
+        if larger is not None and shared and meshes and larger.meshes_of(call.name, size):
             return larger.choices[call.name].get(size, ())
         groups: dict[tuple[int, int, int], list[Choice]] = {}
         for choice in self._fitting(call, meshes):

@@ -22,7 +22,10 @@ SEEDS = range(48)
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Any graph, unlike models, one to four devices of one to four nodes, any memory and links."""
+    """Any graph, unlike models, one to four devices of one to four nodes, any memory and links;
+
+    on some of them offload is worth trying.
+    """
     name, *overrides = rng.choice(sorted(CALLS)).split()
     spec = replace(
         SPEC, num_layers=rng.choice([1, 2, 3, 5]), ffn=rng.choice([32, 128]),
@@ -34,6 +37,11 @@ def draw_problem(rng: random.Random) -> Problem:
     if rng.random() < 0.5:  # moving weights costs as much as a call
         slow = replace(cluster.intra_link, bytes_per_s=rng.choice([1e6, 1e7]))
         cluster = replace(cluster, intra_link=slow, inter_link=slow)
+    if rng.random() < 0.4:  # state of roles may be in the host's memory
+        more = RESERVE_BYTES["cuda"] - RESERVE_BYTES["cpu"]
+        device = replace(cluster.device, kind="cuda", memory_bytes=memory_bytes + more)
+        host = replace(cluster.host_link, bytes_per_s=rng.choice([1e8, 1e9]))
+        cluster = replace(cluster, device=device, host_link=host)
     found = find_algorithm(name)
     overrides += [f"batch_size={rng.choice([1, 2, 4])}", "prompt_len=16", "response_len=16"]
     if name == "ppo":

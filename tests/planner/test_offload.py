@@ -13,18 +13,21 @@ from planner.lock import Lock
 from planner.mesh import DeviceMesh
 from planner.overrides import parse_overrides
 from planner.plan import Allocation, ExecutionPlan, Problem, validate_plan
-from planner.plan_memory import memory_over_time, plan_memory
+from planner.plan_memory import check_memory, memory_over_time, plan_memory
 from planner.plan_schema import plan_from_dict, plan_to_dict
 from planner.program import Infer, Offload, Reload, Train, compile_plan
 from planner.program_check import check_program
 from planner.resolve import make_costs
+from planner.search import search
 from planner.search.evaluate import Evaluator
 from planner.search.options import OptionSpace
 from planner.simulate import StepPrices, run_program
 from planner.strategy import ParallelStrategy
 from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
-from profiles.errors import ConfigError, PlanError
+from profiles.errors import ConfigError, InfeasibleError, PlanError
+from profiles.units import GIB
+from tests.planner import instances
 from tests.planner.plans import make_test_cluster, ppo, random_plan
 from tests.planner.test_search import random_assignment
 
@@ -200,3 +203,31 @@ def test_a_file_of_version_4_is_read() -> None:
     data["version"] = 5
     with pytest.raises(PlanError, match="missing field"):
         plan_from_dict(data)
+
+
+def test_offload_is_chosen_where_memory_binds() -> None:
+    """7B twice on 8 GPUs of 24 GiB: with everything resident a device lacks a third of it."""
+    cluster = make_cluster("h100", 8).with_memory_limit(24 * GIB)
+    problem = ppo(cluster, ["batch_size=64"], spec=MODELS["llama-7b"])
+    costs = make_costs(cluster, None)
+    with pytest.raises(InfeasibleError, match="no plan fits"):
+        search(problem, costs, offload=False, max_evaluations=60_000, time_limit_s=3)
+    plan = search(problem, costs, max_evaluations=200_000, gap=0.1, time_limit_s=20).plan
+    assert plan.allocations["actor_train"].offload
+    check_memory(plan)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_fits_is_no_slower_for_the_choice(seed: int) -> None:
+    """Where memory is ample the optimum is the same, and what saves nothing is not offloaded."""
+    problem = instances.draw_problem(random.Random(seed))
+    device = replace(problem.cluster.device, kind="cuda", memory_bytes=1 << 36)
+    cluster = replace(problem.cluster, device=device)
+    problem = replace(problem, cluster=cluster)
+    costs = make_costs(cluster, None)
+    found = [
+        search(problem, costs, engine="exact", gap=0.0, offload=offload, time_limit_s=60)
+        for offload in (False, True)
+    ]
+    assert found[1].step_s == pytest.approx(found[0].step_s, rel=1e-9)
+    assert not any(a.offload for a in found[1].plan.allocations.values())
