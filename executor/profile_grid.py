@@ -156,6 +156,7 @@ class _Search:
         errors = [
             HeldOut(operation=op, point=tested, predicted_s=guess, measured_s=measured[op].seconds)
             for op, guess in predicted.items()
+            if op in measured
         ]
         self.held_out += errors
         missed = _total_error(errors) > ERROR_LIMIT

@@ -23,6 +23,7 @@ from executor.model.attention import pack
 from executor.model.transformer import DecoderStage, normalize
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.tensor import vocab_parallel_log_probs
+from executor.profile_graph import Capture
 from executor.profile_measure import Action, Probe
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
@@ -53,12 +54,21 @@ def stage_of(spec: ModelSpec, place: Place, *, tp: int, num_layers: int) -> Layo
 class LayerBench:
     """One tensor-parallel shard of ``spec``'s layers on ``device``, and probes of its costs.
 
-    Weights are random: time does not depend on them.
+    Weights are random: time does not depend on them. With ``capture`` decode steps of blocks are
+    measured as graphs as well; once it fails, no more.
     """
 
     def __init__(
-        self, spec: ModelSpec, *, tp: int, device: torch.device, dtype: torch.dtype, seed: int = 0
+        self,
+        spec: ModelSpec,
+        *,
+        tp: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int = 0,
+        capture: Capture | None = None,
     ) -> None:
+        self.capture = capture
         self.spec = spec
         self.tp = tp
         self.device = device
@@ -92,9 +102,18 @@ class LayerBench:
         stage = self._stage("middle", num_layers=depth)
         hidden = self._hidden(num_sequences)
         turn = self._turn(num_sequences, context, depth)
+
+        @torch.no_grad()
+        def step() -> Tensor:
+            return stage.forward(hidden, turn.packed, turn)
+
+        replay = self.capture(step) if self.capture is not None else None
+        if replay is None:
+            self.capture = None
+            return Probe(actions=(step,), readings={"decode": (1,)}, count=depth)
         return Probe(
-            actions=(lambda: stage.forward(hidden, turn.packed, turn),),  # no gradient is kept
-            readings={"decode": (1,)},
+            actions=(step, replay),
+            readings={"decode": (1, 0), "decode_graph": (0, 1)},
             count=depth,
         )
 

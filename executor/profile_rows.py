@@ -45,5 +45,9 @@ def collective_row(operation: str, workers: int, num_bytes: int, measured: Measu
 
 def predict_seconds(found: Found, operation: str, point: Point) -> float:
     """What the finished table will say of ``point``, from the points found so far."""
-    known = {where: operations[operation].seconds for where, operations in found.items()}
+    known = {
+        where: operations[operation].seconds
+        for where, operations in found.items()
+        if operation in operations
+    }
     return Surface(known).at(*point).seconds

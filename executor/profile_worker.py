@@ -26,6 +26,7 @@ from executor.profile_device import (
     group_sizes,
     measure_device,
 )
+from executor.profile_graph import capture
 from executor.profile_grid import Allowance, Grid, HeldOut, Point, Target, explore
 from executor.profile_layers import LayerBench
 from executor.profile_measure import Lockstep, Measurement, Probe
@@ -110,8 +111,8 @@ PROBES: Mapping[tuple[str, str], Callable[[LayerBench, int, int], Probe]] = {
 def tasks_of(job: WorkerJob) -> list[Task]:
     """In the order in which they are measured."""
     spec, limits = job.spec, job.limits
-    lengths = tuple(n for n in (32, 256, 1024, 4096) if n <= limits.length)
-    tokens = tuple(4**i for i in range(3, 10) if 4**i <= limits.tokens)
+    lengths = tuple(n for n in (8, 32, 256, 1024, 4096) if n <= limits.length)
+    tokens = tuple(4**i for i in range(2, 10) if 4**i <= limits.tokens)
     head_tokens = tuple(n for n in tokens if n <= limits.head_tokens)
     sequences = tuple(4**i for i in range(8) if 4**i <= limits.sequences)
     found = [Task(kind="device", share=0.05)]
@@ -234,7 +235,10 @@ class _Worker:
         """Kept while tasks ask for the same: they share the weights."""
         if (spec, tp) not in self.benches:
             self.benches.clear()
-            self.benches[spec, tp] = LayerBench(spec, tp=tp, device=self.device, dtype=self.dtype)
+            self.benches[spec, tp] = LayerBench(
+                spec, tp=tp, device=self.device, dtype=self.dtype,
+                capture=capture if self.device.type == "cuda" else None,
+            )  # fmt: skip
         return self.benches[spec, tp]
 
     def _collectives(self, task: Task, budget_s: float) -> None:

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from executor import profiler
+from executor import profile_graph, profiler
 from executor.profile_grid import Allowance, Found, Grid, Point, Target, explore
 from executor.profile_layers import LayerBench
 from executor.profile_measure import Lockstep, Measurement, Probe
-from executor.profile_rows import predict_seconds
+from executor.profile_rows import layer_rows, predict_seconds
 from executor.profile_worker import PROBES, Limits, WorkerJob
 from executor.profiler import ProfileRequest, load_partial, partial_path, profile
 from profiles.catalogue import MODELS
 from profiles.errors import ConfigError
-from profiles.table import CostTable
+from profiles.table import CostTable, check_rows
 from tests.spawn import spawn
 
 TINY = MODELS["tiny"]
@@ -158,6 +158,44 @@ def test_a_shard_runs_alone(kind: str, phase: str, head: str, tp: int) -> None:
         assert stage.layers[0].feed_forward.down.weight.shape == (TINY.hidden, TINY.ffn // tp)
         assert stage.embedding is None
         assert stage.final_norm is None
+
+
+def test_decode_steps_are_measured_as_graphs_where_they_can_be_captured() -> None:
+    """CUDA's part is ``test_a_captured_step_computes_the_same``'s; here captures are scripted."""
+    captured: list[object] = []
+
+    def capture(action: object) -> object:
+        captured.append(action)
+        return action if len(captured) < 3 else None
+
+    bench = LayerBench(TINY, tp=1, device=torch.device("cpu"), dtype=torch.float32, capture=capture)  # type: ignore[arg-type]
+    lockstep = Lockstep(torch.device("cpu"), world_size=1)
+    for context in (8, 32):
+        probe = bench.block_decode(2, context)
+        found = lockstep.measure(probe, cap_s=0.05)
+        assert set(found) == {"decode", "decode_graph"}
+        rows = layer_rows(TINY, "block", 1, {(2, context): found})
+        check_rows(rows)
+    for _ in range(2):
+        assert set(bench.block_decode(2, 64).readings) == {"decode"}
+    assert len(captured) == 3, "what could not be captured once is not tried again"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_computes_the_same() -> None:
+    bench = LayerBench(
+        TINY, tp=1, device=torch.device("cuda"), dtype=torch.bfloat16, capture=profile_graph.capture
+    )
+    probe = bench.block_decode(4, 32)
+    assert set(probe.readings) == {"decode", "decode_graph"}
+    kept = torch.zeros(4, 8, device="cuda")
+    replay = profile_graph.capture(lambda: kept.add_(1.0))
+    assert replay is not None
+    before = kept.clone()
+    replay()
+    assert torch.equal(kept, before + 1.0)
+    assert profile_graph.capture(lambda: kept.sum().item()) is None
 
 
 class Scripted(Lockstep):
