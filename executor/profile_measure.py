@@ -26,6 +26,8 @@ MIN_SAMPLE_S = 4e-3
 MIN_SAMPLES, MAX_SAMPLES = 3, 25
 # Relative inter-quartile range below which a median is taken as known.
 SMALL_SPREAD = 0.05
+# Of the actions' seconds together, the least that a reading is.
+SMALLEST_PART = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,10 +153,15 @@ class Lockstep:
             low, middle, high = quartiles(values)
             mine += [middle, (high - low) / max(abs(middle), 1e-9)]
         medians = self.gather(torch.tensor(mine, dtype=torch.float64)).quantile(0.5, dim=0).tolist()
+        whole_s = max(statistics.median(sum(sample) for sample in samples) / probe.count, 1e-9)
+        whole_s = self.maximum(whole_s)
         return {
-            # A difference of two noisy times may fall below zero where it is next to nothing.
+            # A difference of two noisy times may fall below zero where it is next to nothing: what
+            # cannot be told from noise counts as a fiftieth of the whole.
             name: Measurement(
-                seconds=max(medians[2 * i], 1e-9), spread=medians[2 * i + 1], samples=len(samples)
+                seconds=max(medians[2 * i], SMALLEST_PART * whole_s),
+                spread=medians[2 * i + 1],
+                samples=len(samples),
             )
             for i, name in enumerate(probe.readings)
         }

@@ -23,7 +23,7 @@ def _row(
     The switches that a family implies need not be given.
     """
     num_layers, hidden, num_heads, num_kv_heads, head_dim, ffn = shape
-    source = f"config.json of {source}" if "/" in source else source
+    source = f"config.json of {source}" if "/" in source and "ours" not in source else source
     return ModelSpec(
         name=name, num_layers=num_layers, hidden=hidden, num_heads=num_heads,
         num_kv_heads=num_kv_heads, head_dim=head_dim, ffn=ffn, vocab=vocab, source=source,
@@ -175,6 +175,14 @@ _MODEL_ROWS = (
     _row(
         "qwen2-57b-a14b", (28, 3584, 28, 4, 128, 2560), 151936, "Qwen/Qwen2-57B-A14B-Instruct",
         num_experts=64, experts_per_token=8, shared_ffn=20480, **_QWEN2_MOE,
+    ),
+    _row(
+        "deepseek-v2-lite-type", (27, 2048, 16, 16, 128, 1408), 102400,
+        "ours: layers, widths and experts of deepseek-ai/DeepSeek-V2-Lite, with plain attention "
+        "for its latent one and experts in its first layer too; a shape to plan with and run from "
+        "random weights, its checkpoints are not read",
+        num_experts=64, experts_per_token=6, shared_ffn=2816,
+        **{**_QWEN2_MOE, "rope_theta": 1e4},
     ),
     _row("qwen3-30b-a3b", (48, 2048, 32, 4, 128, 768), 151936, "Qwen/Qwen3-30B-A3B", **_QWEN3_MOE),
     _row(

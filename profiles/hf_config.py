@@ -170,6 +170,19 @@ def read_hf_config(path: str | Path, *, head: HeadKind = "lm") -> ModelSpec:
     return spec_from_hf(config, head=head, where=str(file), name=file.parent.name or "model")
 
 
+_LATENT = " (its latent attention is not; a shape like it is --model deepseek-v2-lite-type)"
+# What the decoder would have to compute for families that users ask for.
+LACKS: Mapping[str, str] = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "gemma2": " (its soft-capped logits and norms behind each part are not)",
+    "gemma3": " (its layers with two kinds of attention are not)",
+    "llama4": " (its layers with two kinds of attention are not)",
+    "phi": " (its heads that are rotated in part are not)",
+    "gpt_oss": " (its attention sinks are not)",
+}
+
+
 def spec_from_hf(
     config: Mapping[str, Any], *, head: HeadKind = "lm", where: str = "config.json", name: str
 ) -> ModelSpec:
@@ -178,7 +191,7 @@ def spec_from_hf(
     family = FAMILIES.get(str(model_type))
     if family is None:
         raise ConfigError(
-            f"model_type {model_type!r} is not supported",
+            f"model_type {model_type!r} is not supported{LACKS.get(str(model_type), '')}",
             where=where,
             remedy=f"supported: {', '.join(sorted(FAMILIES))}",
         )

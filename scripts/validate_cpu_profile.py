@@ -6,12 +6,14 @@
 Every worker builds the whole model (random weights) and, at the same time as the others, runs
 inference, training with its optimizer step, and generation, on batches and lengths that no
 profile has as points. The predictions are ``planner.cost``'s for one device. Prints one row for
-each case, and the median error of each kind and of all.
+each case, and the median error of each kind and of all. Exits with 1 where the median error of
+all is above 10%. The profile takes a minute or two, this a few.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +53,8 @@ from profiles.roofline import RooflineCosts
 from profiles.table import CostTable
 from profiles.table_costs import TableCosts
 
+LIMIT = 0.10
+
 Kind = Literal["infer", "train", "generate"]
 Shapes = tuple[tuple[int, int, int], ...]  # sequences, prompt, response
 
@@ -71,9 +75,9 @@ class Case:
 
 # Off every grid: no power of two among the numbers of sequences or the lengths.
 SHAPES: Mapping[Kind, Shapes] = {
-    "infer": ((3, 60, 36), (7, 61, 24), (5, 50, 110), (1, 500, 180)),
-    "train": ((3, 60, 36), (5, 61, 24), (2, 150, 60), (1, 500, 100)),
-    "generate": ((3, 40, 20), (7, 90, 15), (23, 20, 15), (12, 300, 8)),
+    "infer": ((3, 60, 36), (7, 61, 24), (5, 50, 110), (1, 500, 180), (11, 12, 9)),
+    "train": ((3, 60, 36), (5, 61, 24), (2, 150, 60), (1, 500, 100), (9, 12, 9)),
+    "generate": ((3, 40, 20), (7, 90, 15), (23, 20, 15), (12, 300, 8), (5, 12, 40)),
 }
 CASES = tuple(
     Case(kind=kind, sequences=n, prompt=prompt, response=response)
@@ -195,8 +199,8 @@ def measure(spec: ModelSpec, workers: int) -> Iterator[tuple[float, float]]:
 ROW = "{:<9} {:>9} {:>11} {:>11} {:>10} {:>7} {:>7}"
 
 
-def report(table: CostTable, spec: ModelSpec, workers: int) -> None:
-    """One line for each case as it is measured, then the errors."""
+def report(table: CostTable, spec: ModelSpec, workers: int) -> bool:
+    """One line for each case as it is measured, then the errors; whether they are small enough."""
     print(ROW.format("call", "sequences", "tokens", "predicted s", "measured s", "spread", "error"))
     errors: dict[str, list[float]] = {}
     for case, (measured_s, spread) in zip(CASES, measure(spec, workers)):
@@ -208,7 +212,9 @@ def report(table: CostTable, spec: ModelSpec, workers: int) -> None:
         print(ROW.format(case.kind, case.sequences, tokens, *numbers), flush=True)
     for kind, values in errors.items():
         print(f"{kind}: median error {median(values):.1%}, largest {max(values):.1%}")
-    print(f"all: median error {median(v for values in errors.values() for v in values):.1%}")
+    total = median(error for values in errors.values() for error in values)
+    print(f"all: median error {total:.1%} (limit {LIMIT:.0%})")
+    return total <= LIMIT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,12 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m", help="default smollm2-135m")
     parser.add_argument("--workers", type=int, default=2, help="as profiled (default 2)")
     args = parser.parse_args(argv)
+    # As realexec's workers have it, in a profile and in a run: see ``executor.cli.main``.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
-        report(CostTable.load(args.profile), resolve_model(args.model), args.workers)
+        good = report(CostTable.load(args.profile), resolve_model(args.model), args.workers)
     except UserError as error:
         print(f"validate_cpu_profile: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -110,6 +110,13 @@ def test_models_have_the_published_number_of_active_parameters(name: str) -> Non
     assert MODELS[name].active_parameters / 1e9 == pytest.approx(PUBLISHED_ACTIVE[name], rel=0.04)
 
 
+def test_the_shape_like_deepseek_v2_lite_is_of_its_size() -> None:
+    """15.7 billion, of which a token passes 2.4 (its card); plain attention has some more."""
+    spec = MODELS["deepseek-v2-lite-type"]
+    assert spec.num_parameters / 1e9 == pytest.approx(15.7, rel=0.05)
+    assert spec.active_parameters / 1e9 == pytest.approx(2.4, rel=0.15)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_layout_has_every_parameter_that_is_counted(name: str) -> None:
     for head in ("lm", "scalar"):
@@ -127,7 +134,9 @@ def test_a_model_is_read_back_from_its_config(name: str) -> None:
 
 
 def test_every_row_has_a_source() -> None:
-    assert set(MODELS) == {*PUBLISHED_PARAMETERS, *PUBLISHED_BILLIONS, "tiny"}
+    ours = {"tiny", "deepseek-v2-lite-type"}
+    assert set(MODELS) == {*PUBLISHED_PARAMETERS, *PUBLISHED_BILLIONS, *ours}
+    assert all(MODELS[name].source.startswith("ours: ") for name in ours)
     rows = [*MODELS.values(), *DEVICES.values()]
     links = [link for p in PLATFORMS.values() for link in (p.intra, p.inter, p.host)]
     assert all(row.source for row in rows)

@@ -103,8 +103,9 @@ def test_a_window_counts_where_the_family_uses_it(fields: dict[str, Any], window
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: gemma, gpt2"),
-        ({"model_type": "deepseek_v2"}, "model_type 'deepseek_v2' is not supported"),
+        ({"model_type": "gemma2"}, r"'gemma2' is not supported \(its soft-capped logits"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: gemma, gpt2"),
+        ({"model_type": "deepseek_v2"}, r"its latent attention is not.*deepseek-v2-lite-type"),
         ({"hidden_size": "64"}, "hidden_size is '64'; it must be a whole number"),
         ({"intermediate_size": None}, "intermediate_size is None"),
         ({"hidden_act": "relu"}, "the activation 'relu' is not supported; supported: silu"),
