@@ -378,10 +378,17 @@ class _Longest:
     def batch(self, step: int, batch_size: int) -> list[Item]:
         config = self.run.config
         each = {"prompts": 0, "answers": 1, "pairs": 2}[self.run.algorithm.data]
-        prompt = torch.ones(config.prompt_len, dtype=torch.int64)
         answer = torch.ones(config.response_len, dtype=torch.int64)
-        item = Item(record={"id": "", "prompt": ""}, prompt=prompt, answers=(answer,) * each)
-        return [item] * batch_size
+        # Neighbours are unlike, as prompts of a data set: generation shares what is alike.
+        items = [
+            Item(
+                record={"id": "", "prompt": ""},
+                prompt=torch.full((config.prompt_len,), token, dtype=torch.int64),
+                answers=(answer,) * each,
+            )
+            for token in (0, 1)
+        ]
+        return [items[index % 2] for index in range(batch_size)]
 
 
 class _Unanswered(Exchange):

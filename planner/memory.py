@@ -251,7 +251,9 @@ def _running_generate(
     kv_width = 2 * spec.cached_kv_heads(s.tp) * spec.head_dim
     rows_bytes = rows * workload.max_tokens * kv_width * value_bytes
     limit = max(MAX_PROMPT_TOKENS, workload.prompt_tokens)
-    tokens = min(group * workload.prompt_tokens, limit) + group
+    # Sequences of one prompt share its pass; rows that are no whole number of prompts cut one more.
+    prompts = min(group, ceil(group / workload.group_size) + (group % workload.group_size > 0))
+    tokens = min(prompts * workload.prompt_tokens, limit) + group
     logits = group * spec.vocab * (2 * value_bytes + 3 * 4) if shape.last else 0
     return MemoryBreakdown(
         kv_cache=shape.num_layers * rows_bytes,

@@ -3,6 +3,8 @@
 Read ``generate`` first. Sequences stand in rows of a cache and get one token a turn; those that
 end leave at once and waiting prompts take their places (continuous batching, Yu et al. 2022,
 Orca), so a turn's forward pass holds one token of old rows and whole prompts of new ones.
+Neighbours with one and the same prompt that enter together share its pass: their rows begin as
+copies, and differ by their noise.
 
 With pipeline stages, sequences are in groups, and every stage works on another group. All
 stages keep the same books, tick by tick: in a tick every stage runs the turn that it holds, then
@@ -70,7 +72,7 @@ def generate(
         FloatingPointError: a logit is not finite; names the sample.
     """
     sequences = [
-        _Sequence(sample=sample, prompt=prompt, limit=_limit(stage, prompt, params))
+        _Sequence(sample=sample, prompt=prompt.cpu(), limit=_limit(stage, prompt, params))
         for sample, prompt in zip(samples, prompts, strict=True)
     ]
     _check(stage, sequences, params, num_groups, max_rows)
@@ -170,8 +172,9 @@ class _Ticks:
             new = self._admit(group.cache.max_rows - len(old))
             if old or new:
                 group.sequences = [*old, *new]
-                inputs = _input_ids(old, new).to(self.ctx.device) if self._is_first else None
-                turn = group.cache.turn([len(sequence.prompt) for sequence in new])
+                prompts, copies = _distinct(new)
+                inputs = _input_ids(old, prompts).to(self.ctx.device) if self._is_first else None
+                turn = group.cache.turn([len(prompt) for prompt in prompts], copies)
                 return _Flight(group=group, turn=turn, inputs=inputs)
             # Without rows and with nobody waiting, the group has nothing to do ever again.
         return None
@@ -181,7 +184,8 @@ class _Ticks:
         new: list[_Sequence] = []
         num_tokens = 0
         while self.waiting and len(new) < free_rows:
-            num_tokens += len(self.waiting[0].prompt)
+            if not new or not _alike(new[-1], self.waiting[0]):
+                num_tokens += len(self.waiting[0].prompt)
             if new and num_tokens > self.max_prompt_tokens:
                 break
             new.append(self.waiting.popleft())
@@ -341,10 +345,27 @@ def _cache(stage: DecoderStage, sequences: Sequence[_Sequence], max_rows: int) -
     )
 
 
-def _input_ids(old: Sequence[_Sequence], new: Sequence[_Sequence]) -> Tensor:
-    """The last token of each old sequence, then the new prompts: [tokens] int64."""
+def _alike(one: _Sequence, other: _Sequence) -> bool:
+    return one.prompt is other.prompt or torch.equal(one.prompt, other.prompt)
+
+
+def _distinct(sequences: Sequence[_Sequence]) -> tuple[list[Tensor], list[int]]:
+    """Prompts of neighbours that are alike once, and how many sequences begin with each."""
+    prompts: list[Tensor] = []
+    copies: list[int] = []
+    for index, sequence in enumerate(sequences):
+        if index and _alike(sequences[index - 1], sequence):
+            copies[-1] += 1
+        else:
+            prompts.append(sequence.prompt)
+            copies.append(1)
+    return prompts, copies
+
+
+def _input_ids(old: Sequence[_Sequence], prompts: Sequence[Tensor]) -> Tensor:
+    """The last token of each old sequence, then new prompts: [tokens] int64."""
     last = torch.tensor([sequence.answer[-1] for sequence in old], dtype=torch.long)
-    return torch.cat([last, *(sequence.prompt.cpu() for sequence in new)])
+    return torch.cat([last, *prompts])
 
 
 def _batch(sequences: Sequence[_Sequence], device: torch.device) -> SequenceBatch:
@@ -352,7 +373,7 @@ def _batch(sequences: Sequence[_Sequence], device: torch.device) -> SequenceBatc
     ids: list[Tensor] = [torch.zeros(0, dtype=torch.long)]
     log_probs: list[Tensor] = [torch.zeros(0)]
     for sequence in sequences:
-        ids += [sequence.prompt.cpu(), torch.tensor(sequence.answer)]
+        ids += [sequence.prompt, torch.tensor(sequence.answer)]
         log_probs += [torch.zeros(len(sequence.prompt)), torch.tensor(sequence.log_probs)]
     batch = SequenceBatch(
         samples=tuple(sequence.sample for sequence in sequences),

@@ -61,31 +61,45 @@ class KVCache:
         """Of all rows and columns, used or not."""
         return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
 
-    def turn(self, prompt_lengths: Sequence[int] = ()) -> Turn:
+    def turn(self, prompt_lengths: Sequence[int] = (), copies: Sequence[int] = ()) -> Turn:
         """One more token for every row in use, and then new rows with whole prompts.
 
         The forward pass that gets this ``Turn`` as its cache brings the tokens in that order:
-        ``Turn.packed`` says the same in the model's words.
+        ``Turn.packed`` says the same in the model's words. ``copies``: rows that begin with each
+        prompt, side by side, for which it is brought once; one each, if empty.
         """
         num_old, device = self.num_rows, self.keys[0].device
+        copies = tuple(copies) or (1,) * len(prompt_lengths)
+        packed_lengths = (*[1] * num_old, *prompt_lengths)
         positions = torch.cat(
             [torch.tensor(self.lengths, dtype=torch.long)]
             + [torch.arange(length) for length in prompt_lengths]
         )
-        self.lengths = [length + 1 for length in self.lengths] + list(prompt_lengths)
+        new_lengths = [n for n, times in zip(prompt_lengths, copies, strict=True)
+                       for _ in range(times)]  # fmt: skip
+        self.lengths = [length + 1 for length in self.lengths] + new_lengths
         assert self.num_rows <= self.max_rows, (self.num_rows, self.max_rows)
         self._hold(max(self.lengths))
-        new_rows = torch.arange(num_old, self.num_rows)
-        rows = torch.cat(
-            [torch.arange(num_old), new_rows.repeat_interleave(torch.tensor(prompt_lengths).long())]
+        # Of every row: which of the packed sequences it gets, and where that begins.
+        of_row = torch.arange(len(packed_lengths)).repeat_interleave(
+            torch.tensor((*[1] * num_old, *copies), dtype=torch.long)
         )
+        lengths = torch.tensor(packed_lengths, dtype=torch.long)
+        ends = lengths.cumsum(0)
+        stored_of_row = lengths[of_row]
+        rows = torch.arange(self.num_rows).repeat_interleave(stored_of_row)
+        first_stored = stored_of_row.cumsum(0) - stored_of_row
+        stored = torch.arange(len(rows)) + ((ends - lengths)[of_row] - first_stored)[rows]
+        shared = self.num_rows > len(packed_lengths)
         return Turn(
             cache=self,
-            packed=pack((*[1] * num_old, *prompt_lengths), device, positions=positions),
-            slots=(rows * self.num_columns + positions).to(device),
+            packed=pack(packed_lengths, device, positions=positions),
+            slots=(rows * self.num_columns + positions[stored]).to(device),
+            stored=stored.to(device) if shared else None,
             old_lengths=torch.tensor(self.lengths[:num_old], device=device),
             max_old_length=max(self.lengths[:num_old], default=0),
             prompts=pack(prompt_lengths, device) if prompt_lengths else None,
+            last_tokens=(ends[of_row] - 1).to(device) if prompt_lengths else None,
         )
 
     def compact(self, kept: Sequence[int]) -> list[int]:
@@ -136,30 +150,30 @@ def compaction(num_rows: int, kept: Sequence[int]) -> list[int]:
 class Turn:
     """What one forward pass brings into the cache; the stage's ``KVCacheLike``.
 
-    ``packed``: one token of each old row, then the prompts of the new rows. ``slots`` [tokens]:
-    row * columns + position of every token. ``old_lengths`` [old rows]: tokens of the old rows,
-    the new one included, at most ``max_old_length``. ``prompts``: the prompts alone, or None.
+    ``packed``: one token of each old row, then the prompts of the new rows. ``slots`` [stored]:
+    row * columns + position of every key that is stored, of the packed token ``stored`` [stored];
+    None: each token's once. ``old_lengths`` [old rows]: tokens of the old rows, the new one
+    included, at most ``max_old_length``. ``prompts``: the prompts alone, or None.
+    ``last_tokens`` [rows]: index of every row's last token in the packed batch; None: all of them.
     """
 
     cache: KVCache
     packed: PackedLengths
     slots: Tensor
+    stored: Tensor | None
     old_lengths: Tensor
     max_old_length: int
     prompts: PackedLengths | None
-
-    @property
-    def last_tokens(self) -> Tensor | None:
-        """Index of every row's last token in the packed batch [rows]; None: all of them."""
-        return None if self.prompts is None else self.packed.cu_seqlens[1:].long() - 1
+    last_tokens: Tensor | None
 
     def attend(
         self, layer_index: int, q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths
     ) -> Tensor:
         """Stores k and v, and attends; shapes as ``KVCacheLike`` says."""
         keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]
-        keys.view(-1, *k.shape[1:]).index_copy_(0, self.slots, k)
-        values.view(-1, *v.shape[1:]).index_copy_(0, self.slots, v)
+        for cached, new in ((keys, k), (values, v)):
+            once = new if self.stored is None else new[self.stored]
+            cached.view(-1, *new.shape[1:]).index_copy_(0, self.slots, once)
         num_old = len(self.old_lengths)
         parts = []
         if num_old:

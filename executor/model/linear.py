@@ -20,6 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Rows whose product MKL computes slower than that of 16: up to 2.1 times, of one thread's fp32
+# products of SmolLM2-135M's shapes (Xeon with AVX-512, MKL 2024.2, torch 2.13).
+SLOW_ROWS = range(7, 16)
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: [..., in] -> [..., out]; backward adds to ``weight.grad`` where there is one.
@@ -27,6 +31,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     A weight without ``.grad``, or with one of another type, is autograd's as always.
     """
     if weight.grad is None or not torch.is_grad_enabled():
+        if x.device.type == "cpu" and not x.requires_grad and x.shape[0] in SLOW_ROWS:
+            padded = F.pad(x, (0, 0, 0, SLOW_ROWS.stop - x.shape[0]))
+            return F.linear(padded, weight, bias)[: x.shape[0]]
         return F.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x, weight, bias)
     return out

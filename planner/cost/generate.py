@@ -126,21 +126,23 @@ def _prefill(
     model: CostModel,
     num_sequences: int,
 ) -> Priced:
-    """The prompts' forward pass; the head sees each prompt's last token only.
+    """The prompts' forward pass; the head sees the last token of each sequence's prompt only.
 
-    Prompts enter in turns of at most ``MAX_PROMPT_TOKENS`` tokens.
+    Sequences of a group share their prompt's pass. Prompts enter in turns of at most
+    ``MAX_PROMPT_TOKENS`` tokens.
     """
     s, tokens = allocation.strategy, workload.expected_prompt_tokens
     shapes = stage_shapes(spec, s.pp)
     most_at_once = max(1, int(MAX_PROMPT_TOKENS // tokens))
-    groups = min(allocation.num_micro_batches, num_sequences)
-    turns = max(groups, ceil(num_sequences / most_at_once))
+    num_prompts = ceil(num_sequences / workload.group_size)
+    groups = min(allocation.num_micro_batches, num_prompts)
+    turns = max(groups, ceil(num_prompts / most_at_once))
     kinds = []
-    for sequences, count in micro_batch_sizes(num_sequences, turns):
-        size = max(1, round(sequences * tokens))
+    for prompts, count in micro_batch_sizes(num_prompts, turns):
+        size = max(1, round(prompts * tokens))
         stages = _stages(
             spec, shapes, model, "prefill", tp=s.tp, size=size, length=max(1, round(tokens)),
-            rows=sequences,
+            rows=min(prompts * workload.group_size, num_sequences),
         )  # fmt: skip
         hops = model.hops(allocation, float(size) * spec.hidden * model.value_bytes)
         kinds.append(PipelinePass(stages, hops, count))

@@ -272,6 +272,36 @@ def test_every_token_is_computed_once_and_rows_are_full_while_prompts_wait(monke
     assert len(turns) == max(ends)
 
 
+@pytest.mark.parametrize(
+    ("options", "most_prompts"),
+    [({}, 4), ({"max_rows": 5}, None), ({"num_groups": 2}, 4), ({"max_prompt_tokens": 15}, 4)],
+)
+def test_answers_to_one_prompt_share_its_pass(monkeypatch, options, most_prompts):
+    """Each as if it were alone; where all enter at once a prompt's tokens are computed once."""
+    stage = single_stage(small_spec())
+    prompts = [prompt for prompt in random_prompts(stage.spec)[:4] for _ in range(3)]
+    samples = range(20, 32)
+    expected: dict[int, list[int]] = {}
+    log_probs = []
+    for sample, prompt in zip(samples, prompts, strict=True):
+        alone = run(stage, params(), prompts=[prompt.clone()], samples=[sample])
+        expected |= sequences_of(alone)
+        log_probs.append(alone.get("log_probs"))
+    brought: list[int] = []
+    forward = stage.forward
+
+    def counting(inputs, packed, cache):
+        brought.extend(cache.prompts.lengths if cache.prompts else ())
+        return forward(inputs, packed, cache)
+
+    monkeypatch.setattr(stage, "forward", counting)
+    together = run(stage, params(), prompts=prompts, samples=samples, **options)
+    assert sequences_of(together) == expected
+    torch.testing.assert_close(together.get("log_probs"), torch.cat(log_probs), atol=1e-5, rtol=0)
+    assert 4 <= len(brought) < len(prompts)
+    assert most_prompts is None or len(brought) == most_prompts
+
+
 def test_stages_of_a_pipeline_work_at_once():
     """Four answers of 6 tokens on two stages: one group crosses both for every token; two groups
     take twice the turns and only the tick of the last one's second half more.

@@ -63,3 +63,15 @@ def test_nothing_is_done_for_an_input_that_needs_no_gradient() -> None:
     linear(x, weight).sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(0).expand(4, 3))
     assert x.grad is None
+
+
+@pytest.mark.parametrize("num_rows", [1, 6, 7, 15, 16, 40])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_of_few_rows_are_the_rows_of_a_larger_one(num_rows: int, with_bias: bool) -> None:
+    """Some numbers of rows are computed in a product of more rows: which ones must not show."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(40, 24), torch.randn(10, 24)
+    bias = torch.randn(10) if with_bias else None
+    out = linear(x[:num_rows], weight, bias)
+    assert out.shape == (num_rows, 10)
+    torch.testing.assert_close(out, F.linear(x, weight, bias)[:num_rows], rtol=1e-5, atol=1e-5)
