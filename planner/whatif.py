@@ -214,7 +214,7 @@ class WhatIf:
             "peak_memory": estimate.peak_bytes,
             "gap": estimate.gap,
             "lower_bound": estimate.lower_bound_s,
-            "tokens_per_s": workload.batch_size * workload.expected_tokens / estimate.step_s,
+            "tokens_per_s": workload.num_sequences * workload.expected_tokens / estimate.step_s,
             "headroom": cluster.device.memory_bytes - estimate.peak_bytes,
             "vs_symmetric": symmetric_s / estimate.step_s,
             "extrapolated": estimate.provenance.get(Provenance.EXTRAPOLATED.value, 0.0),
@@ -228,9 +228,9 @@ class WhatIf:
         given = self.dollars_per_hour
         if isinstance(given, Mapping):
             given = given.get(device.name)
-        return float("nan") if given is None and not device.dollars_per_hour else (
-            device.dollars_per_hour if given is None else given
-        )  # fmt: skip
+        if given is None:
+            return device.dollars_per_hour or float("nan")
+        return given
 
     # ---- answers ----
 

@@ -39,7 +39,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
     notebook = stored(name)
     resources = {"metadata": {"path": str(NOTEBOOKS)}}
-    client.NotebookClient(notebook, timeout=280, resources=resources).execute()
+    client.NotebookClient(notebook, timeout=600, resources=resources).execute()
     return notebook
 
 
@@ -59,6 +59,7 @@ def test_a_trace_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # about a minute on two cores that have nothing else to do
 def test_a_70b_run_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     check("what_if", run("what_if", monkeypatch))
 
