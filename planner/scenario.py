@@ -37,7 +37,7 @@ from profiles.table import CostTable
 class Task:
     """What is to be searched, and how: equal tasks have equal answers, but for the clock.
 
-    ``table``: measured costs, used on the device that they are of.
+    ``table``: measured costs, used on the device that they are of. ``offload``: as in ``search``.
     """
 
     problem: Problem
@@ -46,6 +46,7 @@ class Task:
     gap: float
     time_limit_s: float
     locks: Mapping[str, Lock] = field(default_factory=dict)
+    offload: bool = True
 
     @property
     def key(self) -> str:
@@ -62,7 +63,8 @@ class Task:
     @property
     def _question(self) -> list[Any]:
         plan = plan_to_dict(ExecutionPlan(problem=self.problem, allocations={}))
-        return [plan, self.seed, {name: asdict(lock) for name, lock in self.locks.items()}]
+        locks = {name: asdict(lock) for name, lock in self.locks.items()}
+        return [plan, self.seed, locks, self.offload]
 
 
 @lru_cache(maxsize=1)
@@ -112,7 +114,7 @@ def _solve(task: Task, larger: OptionSpace | None) -> tuple[Answer, OptionSpace 
     else:
         prices = larger.prices.on(problem)
     try:
-        space = OptionSpace(problem, prices, task.locks, larger=larger)
+        space = OptionSpace(problem, prices, task.locks, offload=task.offload, larger=larger)
         result = search(
             problem, prices.model, seed=task.seed, gap=task.gap, time_limit_s=task.time_limit_s,
             locks=task.locks, space=space, progress=course.add,

@@ -106,6 +106,7 @@ class WhatIf:
     def sweep(self, **axes: Any) -> pd.DataFrame:
         """One row for each combination of the axes' values; see ``scenario.scenario_problem``.
 
+        ``offload=False`` leaves nothing in the host's memory between calls, whatever would pay.
         Axes with a dot in their name go as ``sweep(**{"ppo.num_mini_batches": [4, 8]})``.
         Columns: the axes, seconds and tokens_per_s of a step, dollars of a step (NaN without a
         price), lower_bound (seconds), gap, peak_memory and headroom (bytes of the fullest
@@ -170,9 +171,13 @@ class WhatIf:
         return locked
 
     def _task(self, changes: Mapping[str, Any]) -> Task:
+        offload = changes.get("offload", True)
+        if not isinstance(offload, bool):
+            raise ConfigError(f"{offload!r} is neither True nor False", where="offload")
+        others = {name: value for name, value in changes.items() if name != "offload"}
         return Task(
-            problem=scenario_problem(self.problem, changes), table=self.table, seed=self.seed,
-            gap=self.gap, time_limit_s=self.time_limit_s, locks=self.locks,
+            problem=scenario_problem(self.problem, others), table=self.table, seed=self.seed,
+            gap=self.gap, time_limit_s=self.time_limit_s, locks=self.locks, offload=offload,
         )  # fmt: skip
 
     def _solve(self, tasks: Sequence[Task]) -> list[Answer]:

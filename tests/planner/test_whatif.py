@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 import planner.whatif as module
+from experiments.grpo.graph import ALGORITHM as GRPO
 from experiments.ppo.graph import ALGORITHM
 from planner.algorithm import make_config, make_problem
 from planner.plan import Problem
@@ -151,6 +152,24 @@ def test_what_does_not_fit_is_a_row(problem: Problem, what: WhatIf) -> None:
     assert "does not fit" in frame["reason"][0]
     with pytest.raises(ConfigError, match="does not fit"):
         what.best(memory_limit="3GiB", model="llama-7b")
+
+
+def test_what_offload_buys_is_a_scenario(problem: Problem, what: WhatIf) -> None:
+    """Without it no plan is faster than with it, and none has it."""
+    with_it, without = what.sweep(offload=[True, False], memory_limit="2200MiB")["plan"]
+    assert not any(a.offload for a in without.allocations.values())
+    assert with_it.estimate.lower_bound_s <= without.estimate.step_s
+    with pytest.raises(ConfigError, match="offload: 'no' is neither True nor False"):
+        what.sweep(offload="no")
+
+
+def test_tokens_are_those_of_all_answers() -> None:
+    words = ["batch_size=4", "samples_per_prompt=3", "prompt_len=16", "response_len=16",
+             "reward.source=vader"]  # fmt: skip
+    spec, config = MODELS["tiny"], make_config(GRPO.config_class, words)
+    grpo = make_problem(GRPO, config, model=spec, critic=spec, cluster=make_cluster("a100", 1))
+    row = WhatIf(grpo, workers=1).sweep().iloc[0]
+    assert row["tokens_per_s"] == pytest.approx(4 * 3 * 32 / row["seconds"])
 
 
 def test_pareto_is_what_no_other_beats(what: WhatIf) -> None:
