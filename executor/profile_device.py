@@ -6,6 +6,7 @@ Collectives are timed over the process group and through the functions that a ru
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from profiles.units import KIB, MIB
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "p2p")
 COLLECTIVE_BYTES = (KIB, 32 * KIB, 256 * KIB, MIB, 8 * MIB, 64 * MIB)
 COPY_BYTES = 256 * MIB
+_DRIVER = Path("/proc/driver/nvidia/version")
 # Rows of the matrix products whose best rate stands for the device's peak.
 PEAK_ROWS = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
 
@@ -51,7 +53,19 @@ def versions(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cuda":
         found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["driver"] = driver_version(_DRIVER)
     return found
+
+
+def driver_version(file: Path) -> str:
+    """NVIDIA's, as its kernel module gives it: the first number with two points."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "unknown"
+    found = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", text)
+    return found[0] if found else "unknown"
 
 
 def memory_bytes(device: torch.device, workers: int) -> int:

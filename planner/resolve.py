@@ -17,7 +17,7 @@ from planner.plan import ExecutionPlan
 from profiles.clusters import PLATFORMS, SYSTEMS, local_cluster, make_cluster
 from profiles.errors import ConfigError
 from profiles.hardware import ClusterSpec
-from profiles.shipped import shipped_costs
+from profiles.shipped import shipped_costs, tables_of
 from profiles.table import CostTable
 from profiles.table_costs import TableCosts
 
@@ -70,8 +70,7 @@ def _this_machine(count: int, table: CostTable | None) -> ClusterSpec:
         measured = dataclasses.replace(table.device, memory_bytes=cpu.device.memory_bytes)
         return dataclasses.replace(cpu, device=measured)
     # The links of the server that usually has this GPU; PCIe where it is unknown.
-    known = [p for name, p in PLATFORMS.items() if name in table.device.name.lower()]
-    platform = known[0] if known else PLATFORMS["l40s"]
+    platform = PLATFORMS[tables_of(table.device) or "l40s"]
     return ClusterSpec(
         name=f"{count} x {table.device.name}", device=table.device, num_nodes=1,
         devices_per_node=count, intra_link=platform.intra, inter_link=platform.inter,

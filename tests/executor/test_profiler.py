@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from executor import profile_graph, profiler
+from executor.profile_device import driver_version
 from executor.profile_grid import Allowance, Found, Grid, Point, Target, explore
 from executor.profile_layers import LayerBench
 from executor.profile_measure import Lockstep, Measurement, Probe
@@ -80,6 +81,33 @@ def test_every_question_of_a_planner_has_rows(resumed: tuple[dict, list[str], Pa
     assert table.device.kind == "cpu"
     assert "2 workers" in table.device.name
     assert table.versions["torch"] == torch.__version__
+
+
+# A 70B's heads, kv heads and proportions, an eighth as wide a head.
+NARROW_70B = replace(
+    MODELS["llama-70b"], num_layers=2, hidden=512, head_dim=8, ffn=1792, vocab=1024
+)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_one_device_measures_every_shard_of_a_wide_layer(tp: int) -> None:
+    """A shard needs itself only: the heads, columns and kv heads of one of ``tp`` devices."""
+    device = torch.device("cpu")
+    bench = LayerBench(NARROW_70B, tp=tp, device=device, dtype=torch.float32)
+    probe = bench.block_train(16, 8)
+    found = Lockstep(device, world_size=1).measure(probe, cap_s=0.05)
+    check_rows(layer_rows(NARROW_70B, "block", tp, {(16, 8): found}))
+    layer = bench._stages["middle", probe.count].layers[0]
+    assert layer.feed_forward.down.weight.shape == (512, 1792 // tp)
+    for more in (bench.block_decode(2, 8), bench.head_train(16, 8), bench.embedding_train(16, 8)):
+        more.actions[0]()
+
+
+def test_the_drivers_version_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "version"
+    file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar 5\n")
+    assert driver_version(file) == "550.54.15"
+    assert driver_version(tmp_path / "none") == "unknown"
 
 
 @pytest.mark.parametrize("context", [32, 1024])
