@@ -3,7 +3,8 @@
     python scripts/validate_profiles.py [DEVICE ...]
 
 Prints (a) the products' times against another publisher's measurements of LLaMA's shapes,
-(b) for each table its held-out points predicted from the rest, (c) the network's formula against
+(b) for each table of kernels its held-out points predicted from the rest, and without a limit the
+same of collectives, (c) the network's formula against
 that publisher's messages between two nodes, (d) a LLaMA layer's seconds.
 Exits with 1 where (a) is above 12.5% on average, or (b) above 5% in the median or 15% at the 95th
 percentile.
@@ -27,7 +28,8 @@ from profiles.clusters import make_cluster
 from profiles.collectives import Collectives
 from profiles.costs import Cost, Operation, Provenance
 from profiles.devices import DEVICES
-from profiles.kernel_tables import DATA_FOLDER, shipped_devices, shipped_table
+from profiles.interpolate import Surface
+from profiles.kernel_tables import DATA_FOLDER, has_table, shipped_devices, shipped_table
 from profiles.kernels import (
     KernelSurfaces,
 )
@@ -36,6 +38,7 @@ from profiles.shipped import shipped_costs
 MAPE_LIMIT, MEDIAN_LIMIT, P95_LIMIT = 0.125, 0.05, 0.15
 # Of these rows every HELD_OUT-th is left out at once, from each of OFFSETS on.
 HELD_OUT, OFFSETS = 29, (0, 7, 13)
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
 KERNELS = ("gemm", "prefill_attention", "decode_attention")
 
 
@@ -114,6 +117,18 @@ def disorder(device: str) -> list[float]:
     return sorted(breaks)
 
 
+def held_out_collectives(device: str, name: str) -> list[float]:
+    """Relative errors, ascending, of each size but the ends, from its workers' other sizes."""
+    rows = shipped_table(device, name).rows
+    errors = []
+    for workers in sorted({workers for workers, _ in rows}):
+        line = {size: s for (count, size), s in rows.items() if count == workers}
+        for size in sorted(line)[1:-1]:
+            others = {(other, 0): s for other, s in line.items() if other != size}
+            errors.append(abs(Surface(others).at(size, 0).seconds / line[size] - 1.0))
+    return sorted(errors)
+
+
 def network_check(device: str) -> tuple[float, list[float]]:
     """(rate of the link in bytes/s, relative errors) of messages between two nodes by the formula.
 
@@ -172,6 +187,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"  {sum(b > P95_LIMIT for b in breaks) / len(breaks):.1%} of these products break "
             f"their neighbours' order by more than {P95_LIMIT:.0%} (more work in less time)"
         )
+    print("collectives, one size left out at a time: its neighbours are four times apart, and NCCL")
+    print("may change its protocol between them; not limited")
+    for device in devices:
+        for name in [n for n in COLLECTIVES if has_table(device, n)]:
+            errors = held_out_collectives(device, name)
+            median, p95 = statistics.median(errors), errors[int(0.95 * len(errors))]
+            print(f"{device} {name}: {len(errors)}, median {median:.1%}, p95 {p95:.1%}")
     for device in [d for d in devices if d in ("a100", "h100")]:
         rate, errors = network_check(device)
         print(
