@@ -69,7 +69,8 @@ def make_search_problem(
         paths=role_paths(algorithm, config, model=args.model, critic=args.critic), cluster=cluster,
     )  # fmt: skip
     overrides.check_calls(problem.graph)
-    return problem
+    graph = dataclasses.replace(problem.graph, max_staleness=overrides.max_staleness)
+    return dataclasses.replace(problem, graph=graph)
 
 
 def _resolve_critic(name: str) -> Any:

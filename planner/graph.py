@@ -162,6 +162,23 @@ class DataflowGraph:
                         where=f"graph.{call.name}.inputs",
                     )
 
+    @property
+    def ahead(self) -> tuple[ModelFunctionCall, ...]:
+        """Calls that work for the next step: with ``max_staleness`` a trained role's generation."""
+        if self.max_staleness == 0:
+            return ()
+        return tuple(
+            call
+            for call in self.calls
+            if call.kind is CallKind.GENERATE and call.role and self.train_call(call.role)
+        )
+
+    @property
+    def step_calls(self) -> tuple[ModelFunctionCall, ...]:
+        """In the order in which a device takes them: ``calls``, those for the next step last."""
+        ahead = self.ahead
+        return (*(call for call in self.calls if call not in ahead), *ahead)
+
     def call(self, name: str) -> ModelFunctionCall:
         return next(call for call in self.calls if call.name == name)
 

@@ -8,7 +8,7 @@
 | ``lock.CALL.num_micro_batches=4`` | as in a plan |
 | ``lock.CALL.offload=true`` | as in a plan |
 | ``memory_limit=70GiB`` | of each device, at most what it has |
-| ``max_staleness=0`` | generation always runs on the newest weights: nothing else is planned |
+| ``max_staleness=1`` | generation may run a step ahead, on weights that lack one update |
 | ``offload=false`` | nothing is in the host's memory between calls, whatever would pay |
 | ``gap=0.02`` | stop when at most this share of a step can be saved |
 | ``cluster.inter_link.bytes_per_s=12.5GB`` | any field of the cluster |
@@ -46,6 +46,7 @@ class Overrides:
 
     locks: Mapping[str, Lock] = field(default_factory=dict)
     memory_limit_bytes: int | None = None
+    max_staleness: int = 0
     offload: bool = True
     gap: float = DEFAULT_GAP
     cluster: Mapping[str, Any] = field(default_factory=dict)
@@ -124,7 +125,11 @@ def _with(found: Overrides, key: str, value: Any, word: str) -> Overrides:
         remedy = "write cluster.FIELD=…" if head == "cluster" else f"write {head}=…"
         raise ConfigError("is not understood", where=key, remedy=remedy)
     if head == "max_staleness":
-        return _on_policy(found, value)
+        if type(value) is not int or value not in (0, 1):
+            raise ConfigError(
+                f"{value!r} steps are not planned", where="max_staleness", remedy="use 0 or 1"
+            )
+        return replace(found, max_staleness=value)
     if head == "offload":
         return replace(found, offload=_truth(value, "offload"))
     if head == "gap":
@@ -133,15 +138,6 @@ def _with(found: Overrides, key: str, value: Any, word: str) -> Overrides:
     if limit_bytes < 1:
         raise ConfigError("is not above 0", where="memory_limit")
     return replace(found, memory_limit_bytes=limit_bytes)
-
-
-def _on_policy(found: Overrides, value: Any) -> Overrides:
-    if type(value) is not int or value != 0:
-        raise ConfigError(
-            f"{value!r}: generation on older weights is not planned yet", where="max_staleness",
-            remedy="use 0, or leave it out",
-        )  # fmt: skip
-    return found
 
 
 def _truth(value: Any, where: str) -> bool:

@@ -65,7 +65,7 @@ def memory_over_time(plan: ExecutionPlan) -> Mapping[int, tuple[MemoryMoment, ..
     resident = _resident(plan, homes)
     borrowed = _borrowed(plan, homes)
     found = {device: [MemoryMoment("", need)] for device, need in resident.items()}
-    for position, call in enumerate(problem.graph.calls):
+    for position, call in enumerate(problem.graph.step_calls):
         allocation = plan.allocations[call.name]
         spec = problem.spec_of(call.name)
         stages: list[MemoryBreakdown] = [MemoryBreakdown()]
@@ -204,12 +204,13 @@ def _borrowed(
 ) -> dict[tuple[str, Layout], tuple[int, int]]:
     """Layouts that exist for a part of the step: positions of their first and last call."""
     found: dict[tuple[str, Layout], tuple[int, int]] = {}
-    for position, call in enumerate(plan.problem.graph.calls):
+    ahead = plan.problem.graph.ahead
+    for position, call in enumerate(plan.problem.graph.step_calls):
         if call.role is None:
             continue
         allocation = plan.allocations[call.name]
         layout = Layout.of(plan.problem.models[call.role], allocation.mesh, allocation.strategy)
         if layout not in homes[call.role]:
             first, _ = found.get((call.role, layout), (position, position))
-            found[(call.role, layout)] = (first, position)
+            found[(call.role, layout)] = (0 if call in ahead else first, position)
     return found

@@ -246,7 +246,7 @@ class _Compiler:
     def last_use(self) -> dict[tuple[str, Layout], str]:
         """The last call of the step that reads a borrowed layout, by (role, layout)."""
         last: dict[tuple[str, Layout], str] = {}
-        for call in self.graph.calls:
+        for call in self.graph.step_calls:
             layout = call_layout(self.plan, call.name)
             if call.role is not None and layout is not None:
                 if layout not in self.homes[call.role]:
@@ -257,7 +257,13 @@ class _Compiler:
         transfers = plan_transfers(self.plan)
         last_use, present = self.last_use(), set[tuple[str, Layout]]()
         received: dict[int, int] = defaultdict(int)  # rank -> receives emitted of its queue
-        for call in self.graph.calls:
+        for call in self.graph.ahead:  # with the weights of the step's beginning
+            layout = call_layout(self.plan, call.name)
+            held = (call.role, layout) if call.role and layout else None
+            if held is not None and held in last_use and held not in present:
+                present.add(held)
+                self.emit_reallocation(*held)
+        for call in self.graph.step_calls:
             mesh = self.plan.allocations[call.name].mesh
             layout = call_layout(self.plan, call.name)
             held = (call.role, layout) if call.role and layout else None

@@ -237,7 +237,8 @@ class StepEvent:
     """A call, a reallocation or an average: its ranks, its seconds, and what it waits for.
 
     ``arrivals``: (producer, seconds of its transfer) in the order in which they are taken.
-    ``swap``: of a call that is offloaded.
+    ``swap``: of a call that is offloaded. ``ahead``: of a call for the next step one more number
+    among its ranks, no rank's, whose clock tells the next step when it ended.
     """
 
     instruction: Instruction
@@ -247,6 +248,7 @@ class StepEvent:
     arrivals: Sequence[tuple[str, float]] = ()
     swap: SwapCost = NO_SWAP
     role: str = ""
+    ahead: int | None = None
 
 
 def list_events(plan: ExecutionPlan, program: Program, prices: Prices) -> list[StepEvent]:
@@ -258,6 +260,7 @@ def list_events(plan: ExecutionPlan, program: Program, prices: Prices) -> list[S
             ranks_of[instruction.index].append(rank)
             instructions[instruction.index] = instruction
     found = []
+    ahead = {call.name: plan.num_devices + n for n, call in enumerate(plan.problem.graph.ahead)}
     for index, ranks in sorted(ranks_of.items()):
         instruction = instructions[index]
         if isinstance(instruction, Reallocate):
@@ -275,7 +278,9 @@ def list_events(plan: ExecutionPlan, program: Program, prices: Prices) -> list[S
             seconds = prices.call(name, plan.allocations[name]).seconds
             swap = prices.swap(name, plan.allocations[name])
             role = plan.problem.graph.call(name).role or ""
-            found.append(StepEvent(instruction, ranks, seconds, name, arrivals, swap, role))
+            own = ahead.get(name)
+            ranks = ranks if own is None else [*ranks, own]
+            found.append(StepEvent(instruction, ranks, seconds, name, arrivals, swap, role, own))
     return found
 
 
@@ -290,7 +295,7 @@ Draw = Callable[[StepEvent, str, float, float], None]  # (event, label, start_s,
 
 def play_step(events: Sequence[StepEvent], clock_s: dict[int, float], draw: Draw | None) -> None:
     """Move the ranks' clocks by one step; ``draw`` is told of all that busies them."""
-    ended_s: dict[str, float] = {}
+    ended_s = {event.call: clock_s[event.ahead] for event in events if event.ahead is not None}
     for event in events:
         now_s = max(clock_s[rank] for rank in event.ranks)
         if event.swap.reload_s > 0:
@@ -322,10 +327,14 @@ def steady_step_s(events: Sequence[StepEvent]) -> float:
     steps, max over ends v of min over k of (D_n(v) - D_k(v)) / (n - k).
     Source: Karp 1978, "A characterization of the minimum cycle mean in a digraph".
     """
+    if not all(math.isfinite(e.seconds + sum(s for _, s in e.arrivals)) for e in events):
+        return math.inf
     kinds: dict[tuple[int, ...], int] = {}  # events of a rank -> the first such rank
     ranks = {rank for event in events for rank in event.ranks}
+    ahead = {event.ahead for event in events}
     for rank in sorted(ranks):
-        kinds.setdefault(tuple(i for i, e in enumerate(events) if rank in e.ranks), rank)
+        own = (-1, rank) if rank in ahead else ()
+        kinds.setdefault((*own, *(i for i, e in enumerate(events) if rank in e.ranks)), rank)
     ones = sorted(kinds.values())
     thin = [replace(e, ranks=[rank for rank in ones if rank in e.ranks]) for e in events]
     matrix = np.full((len(ones), len(ones)), -np.inf)
@@ -358,6 +367,7 @@ def run_program(
         spans.extend(
             Span(rank=rank, label=label, kind=kind, step=step, start_s=start_s, end_s=end_s)
             for rank in event.ranks
+            if rank != event.ahead
         )
 
     for _ in range(num_steps):

@@ -8,8 +8,9 @@ at most, ``baselines.py`` is what people do without a search.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from planner.cost import CostModel
 from planner.lock import Lock
@@ -20,7 +21,7 @@ from planner.search.baselines import baselines
 from planner.search.bounds import lower_bound_s
 from planner.search.brute import brute
 from planner.search.descent import descent, fastest
-from planner.search.engine import Budget, Engine, Progress, Record
+from planner.search.engine import Budget, Engine, News, Progress, Record
 from planner.search.evaluate import Evaluator
 from planner.search.exact import auto, exact
 from planner.search.mcmc import walk
@@ -97,6 +98,9 @@ def search(
     ``offload``: state of roles may be in the host's memory between calls, where that pays.
     ``space``: the options of ``problem`` under ``costs`` and ``locks``, where they are costed.
 
+    Where the graph allows ``max_staleness`` 1 both that and 0 are searched, each for half of the
+    time, and the better plan says which it is; the bound is for both.
+
     Stops after ``max_evaluations``, at a plan within ``gap`` of the lower bound, or, whatever
     was reached, ``time_limit_s`` seconds after the options were costed. The same seed gives the
     same plan unless the time limit cut in. Ctrl-C returns the best so far.
@@ -111,6 +115,16 @@ def search(
         )
     began_s = time.monotonic()
     warm_up()
+    if problem.graph.max_staleness and space is None:
+        again = partial(
+            search, costs=costs, engine=engine, seed=seed, time_limit_s=time_limit_s / 2, gap=gap,
+            max_evaluations=max_evaluations // 2, locks=locks,
+        )  # fmt: skip
+        spaces = [
+            OptionSpace(p, StepPrices(p, costs), locks, offload=offload)
+            for p in (on_policy(problem), problem)
+        ]
+        return _better_of(spaces, again, progress)
     space = space or OptionSpace(problem, StepPrices(problem, costs), locks, offload=offload)
     evaluator = Evaluator(space)
     bound_s = lower_bound_s(evaluator)
@@ -136,6 +150,53 @@ def search(
         baseline_plans={name: evaluator.plan(b.assignment) for name, b in found.items()},
         timeline=timeline, evaluations=record.evaluations, seed=seed,
         engine=engine, wall_s=time.monotonic() - began_s, cut_by_time=record.cut_by_time,
+    )  # fmt: skip
+
+
+def on_policy(problem: Problem) -> Problem:
+    """The same, generation always with the newest weights."""
+    return replace(problem, graph=replace(problem.graph, max_staleness=0))
+
+
+def _better_of(
+    spaces: Sequence[OptionSpace], again: Callable[..., SearchResult], progress: Progress | None
+) -> SearchResult:
+    """The best plan of several spaces, with the bound of all of them.
+
+    Raises:
+        InfeasibleError: that of the first, where nothing fits in any.
+    """
+    found: list[SearchResult] = []
+    errors: list[InfeasibleError] = []
+
+    def tell(news: News) -> None:
+        if progress is not None:
+            seen_s = [(result.step_s, result.lower_bound_s) for result in found]
+            best_s = min([news.best_s, *(step_s for step_s, _ in seen_s)])
+            bound_s = min([news.lower_bound_s, *(low_s for _, low_s in seen_s)])
+            done = sum(result.evaluations for result in found)
+            progress(
+                replace(
+                    news, best_s=best_s, lower_bound_s=bound_s, evaluations=done + news.evaluations
+                )
+            )
+
+    for space in spaces:
+        try:
+            found.append(again(space.problem, space=space, progress=tell))
+        except InfeasibleError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    best = found[0]  # on a tie the newest weights
+    for result in found[1:]:
+        best = result if result.step_s < best.step_s * (1 - 1e-6) else best
+    lower_bound_s = min(result.lower_bound_s for result in found)
+    plan = replace(best.plan, estimate=replace(best.estimate, lower_bound_s=lower_bound_s))
+    return replace(
+        best, plan=plan, evaluations=sum(result.evaluations for result in found),
+        wall_s=sum(result.wall_s for result in found),
+        cut_by_time=any(result.cut_by_time for result in found),
     )  # fmt: skip
 
 

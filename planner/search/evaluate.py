@@ -78,6 +78,8 @@ class Evaluator:
             if self.calls[path[0]].role == role:
                 found.add(path)
             for before in graph.predecessors(self.calls[path[0]]):
+                if before in graph.ahead:
+                    continue
                 walk((position[before.name], *path), role)
 
         for role in graph.roles:

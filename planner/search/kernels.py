@@ -117,6 +117,21 @@ def add_reallocation(
 
 
 @compiled
+def borrows(t: Tables, mesh: Ints, row: Ints, uses: Records, i: int) -> bool:
+    """Are weights brought for call i? No earlier reader has brought them; then ``uses`` knows."""
+    h = t.calls[i].home
+    if h < 0 or h == i or same_layout(t.rows, mesh, row, i, h):
+        return False
+    for j in range(len(mesh)):
+        if t.calls[j].home == h and uses[j].last >= 0 and same_layout(t.rows, mesh, row, i, j):
+            uses[j].last = max(uses[j].last, i)
+            return False
+    uses[i].first = i
+    uses[i].last = i
+    return True
+
+
+@compiled
 def list_events(
     t: Tables, prices: Prices, mesh: Ints, row: Ints, s: Scratch
 ) -> int:  # fmt: skip
@@ -125,19 +140,16 @@ def list_events(
     find_transfers(t, mesh, row, after_s)
     count = 0
     for i in range(len(mesh)):
-        h = calls[i].home
         uses[i].last = -1
-        if h >= 0 and h != i and not same_layout(rows, mesh, row, i, h):
-            fresh = True
-            for j in range(i):
-                if calls[j].home == h and uses[j].last >= 0:
-                    if same_layout(rows, mesh, row, i, j):
-                        fresh = False
-                        uses[j].last = i
-            if fresh:
-                uses[i].last = i
-                add_reallocation(t, prices, mesh, row, h, i, s, count)
-                count += 1
+    for i in range(len(mesh)):
+        if calls[i].ahead == 1 and borrows(t, mesh, row, uses, i):
+            uses[i].first = 0
+            add_reallocation(t, prices, mesh, row, calls[i].home, i, s, count)
+            count += 1
+    for i in range(len(mesh)):
+        if calls[i].ahead == 0 and borrows(t, mesh, row, uses, i):
+            add_reallocation(t, prices, mesh, row, calls[i].home, i, s, count)
+            count += 1
         total = rows[row[i]].seconds
         for k in range(calls[i].pair_stop - 1, calls[i].pair_start - 1, -1):
             total += after_s[k]
@@ -298,7 +310,7 @@ def column_of(uses: Records, i: int, j: int) -> int:
     """Bytes of call j that are there while call i runs: 0 held, 1 borrowed, -1 neither."""
     if uses[j].stays == 1:
         return 0
-    return 1 if j <= i <= uses[j].last else -1
+    return 1 if uses[j].last >= 0 and uses[j].first <= i <= uses[j].last else -1
 
 
 @compiled

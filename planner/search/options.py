@@ -94,7 +94,7 @@ class Option:
         )
 
 
-Assignment = tuple[Option, ...]  # one option for each call, in the graph's order
+Assignment = tuple[Option, ...]  # one option for each call, in the order of ``step_calls``
 
 
 def undominated(choices: Sequence[Choice]) -> list[Choice]:
@@ -142,7 +142,7 @@ class OptionSpace:
         self.offload = offload and problem.cluster.device.kind != "cpu"
         self.locks = dict(locks or {})
         self.prices = prices
-        self.calls = problem.graph.calls
+        self.calls = problem.graph.step_calls
         self.meshes_by_size: dict[int, list[DeviceMesh]] = {}
         for mesh in considered_meshes(problem.cluster):
             self.meshes_by_size.setdefault(mesh.num_devices, []).append(mesh)

@@ -21,6 +21,7 @@ MESH = np.dtype([("first", "i8"), ("end", "i8"), ("size", "i8")], align=True)  #
 CALL = np.dtype(
     [
         ("home", "i8"),  # the call in whose layout the role lives, -1: frozen or no role
+        ("ahead", "i8"),  # 1: works for the next step, with the weights of this one's beginning
         ("average", "i8"),  # which average over steps the role is, -1: none
         ("role", "i8"),  # -1: none
         ("spec", "i8"),  # equal for equal models, -1: none
@@ -61,6 +62,7 @@ EVENT = np.dtype(
 USE = np.dtype(
     [
         ("event", "i8"),  # of the call
+        ("first", "i8"),  # from which call on they are there
         ("last", "i8"),  # last reader of the borrowed weights that the call brings, else -1
         ("stays", "i8"),  # 1: the weights of its layout are resident and counted here
     ],

@@ -82,6 +82,8 @@ class Relaxation:
             for i, role in enumerate(roles)
         ]  # fmt: skip
         self.roles = roles
+        graph = self.space.problem.graph
+        self.ahead = {i for i, call in enumerate(self.calls) if call in graph.ahead}
         self.events = self._find_events()
         self.data = self._find_data()
         self.weights = [step / num_weights for step in range(num_weights + 1)]
@@ -121,17 +123,20 @@ class Relaxation:
     # ---- what the graph alone decides ----
 
     def _find_events(self) -> list[_Event]:
-        events = []
+        readers = [i for i, home in enumerate(self.home) if home is not None and home != i]
+        events = [_Event(i, self.home[i]) for i in readers if i in self.ahead]
         for i, home in enumerate(self.home):
-            if home is not None and home != i:
+            if i in readers and i not in self.ahead:
                 events.append(_Event(i, home))
             events.append(_Event(i, None))
         return events
 
     def _find_data(self) -> list[set[int]]:
-        """Calls whose outputs each call reads."""
-        return [{pair.producer for pair in self.evaluator.pairs if pair.consumer == i}
-                for i in range(len(self.calls))]  # fmt: skip
+        """Calls of the same step whose outputs each call reads."""
+        return [
+            {p.producer for p in self.evaluator.pairs if p.consumer == i} - self.ahead
+            for i in range(len(self.calls))
+        ]
 
     def _find_cycles(self) -> list[Cycle]:
         """(path, window, first, last) of bounds 3 and 4, joined by data alone."""

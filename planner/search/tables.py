@@ -153,6 +153,7 @@ def _calls(index: Index, pairs: _Pairs, allowed: npt.NDArray[np.bool_]) -> Recor
         averages = [n for n, a in enumerate(graph.averages) if a.role == call.role]
         found.append((
             -1 if train is None else position[train.name],
+            int(call in graph.ahead),
             averages[0] if averages else -1,
             -1 if call.role is None else graph.roles.index(call.role),
             -1 if spec is None else index.specs.index(spec),
@@ -239,7 +240,7 @@ class _Pairs:
 
     @classmethod
     def of(cls, problem: Problem) -> _Pairs:
-        calls = problem.graph.calls
+        calls = problem.graph.step_calls
         position = {call.name: i for i, call in enumerate(calls)}
         pairs, readers, num_bytes = [], [], []
         for i, call in enumerate(calls):

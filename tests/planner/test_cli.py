@@ -241,7 +241,10 @@ def test_help_has_examples(argv: list[str], capsys: pytest.CaptureFixture[str]) 
         (["search", "--model", "llama-70b", "--gpus", "8"], "role actor does not fit.*too little"),
         (["search", "--model", "tiny", "gap=2"], "gap: 2 is not from 0 to below 1"),
         (["search", "--model", "tiny", "memory_limit=90GiB"], "memory_limit: 90.00 GiB is above"),
-        (["search", "--model", "tiny", "max_staleness=1"], "max_staleness: 1: generation on older"),
+        (
+            ["search", "--model", "tiny", "max_staleness=2"],
+            "max_staleness: 2 steps are not planned",
+        ),
         (["search", "--model", "tiny", "memory_limit=big"], "memory_limit: 'big' is not a number"),
         (["search", "--model", "tiny", "cluster.x=1"], "cluster.x: unknown field 'x'"),
         (["search", "--model", "tiny", "lock.gen=plan.json"], "lock.gen: plan.json has no call"),
