@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from operator import add
 
 from planner.graph import CallKind
 from planner.mesh import DeviceMesh
@@ -56,17 +57,47 @@ def split(evaluator: Evaluator) -> Baseline | None:
     specs = [space.problem.spec_of(call.name) for call in space.calls]
     language = [i for i in calls if (spec := specs[i]) is not None and spec.head == "lm"]
     trained = [i for i in calls if space.calls[i].kind is CallKind.TRAIN]
-    best: Baseline | None = None
+    pairs: list[tuple[_Part, _Part]] = []
     for first, (left, right) in product((language, trained), _cuts(space)):
         second = [i for i in calls if i not in first]
-        if not first or not second:
-            continue
-        for a, b in product(_axes(space, first, left), _axes(space, second, right)):
-            parts = [_fill(space, first, left, a), _fill(space, second, right, b)]
-            found = [part for part in parts if part is not None]
-            if len(found) == 2:
-                best = _better(evaluator, found, best)
+        if first and second:
+            pairs += product(_parts(evaluator, first, left), _parts(evaluator, second, right))
+    best: Baseline | None = None
+    for a, b in sorted(pairs, key=lambda pair: pair[0].floor_s(pair[1])):
+        if best is not None and a.floor_s(b) >= best.score.step_s:
+            break
+        best = _better(evaluator, [a.options, b.options], best)
     return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Options of some calls in one layout on one mesh, and what they take at least.
+
+    ``busy_s``: together; ``chains_s``: those of each of the evaluator's chains.
+    """
+
+    options: Mapping[int, list[Option]]
+    busy_s: float
+    chains_s: tuple[float, ...]
+
+    def floor_s(self, other: _Part) -> float:
+        """Seconds of a step at least, with the rest of the calls in ``other`` beside this."""
+        chains_s = map(add, self.chains_s, other.chains_s)
+        return max(self.busy_s, other.busy_s, max(chains_s, default=0.0))
+
+
+def _parts(evaluator: Evaluator, calls: Sequence[int], mesh: DeviceMesh) -> list[_Part]:
+    found = []
+    for axes in _axes(evaluator.space, calls, mesh):
+        options = _fill(evaluator.space, calls, mesh, axes)
+        if options is None:
+            continue
+        least_s = {i: min(o.seconds for o in options[i]) for i in calls}
+        busy_s = sum(min(o.choice.busy_s for o in options[i]) for i in calls)
+        chains_s = tuple(sum(least_s.get(i, 0.0) for i in c) for c in evaluator.chains)
+        found.append(_Part(options, busy_s, chains_s))
+    return found
 
 
 def _cuts(space: OptionSpace) -> list[tuple[DeviceMesh, DeviceMesh]]:
