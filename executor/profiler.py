@@ -243,12 +243,29 @@ def summary(table: CostTable, output: Path) -> str:
         f"{device.memory_bytes_per_s / 1e9:.1f} GB/s, {format_bytes(device.memory_bytes)} a worker",
         table.source,
     ]
+    saved = graph_share(table.rows)
+    if saved is not None:
+        lines.append(
+            f"a decode step of blocks as a CUDA graph takes {saved:.0%} of one without, in the "
+            "median; runs do not use graphs, so plans count without"
+        )
     if noisy:
         lines.append(
             f"{noisy} of {len(table.rows)} rows scatter by more than {NOISY:.0%} between "
             "quartiles: was the machine busy with something else?"
         )
     return "\n".join(lines)
+
+
+def graph_share(rows: Sequence[CostRow]) -> float | None:
+    """Seconds of decode steps as CUDA graphs over those without; None where none was measured."""
+
+    def at(row: CostRow) -> tuple[str, int, int, int]:
+        return row.shape, row.tp, row.size, row.length
+
+    plain = {at(row): row.seconds for row in rows if row.operation == "decode"}
+    graphs = [row for row in rows if row.operation == "decode_graph" and at(row) in plain]
+    return median(row.seconds / plain[at(row)] for row in graphs) if graphs else None
 
 
 # ---- command line ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from executor import profile_graph, profiler
 from executor.profile_device import driver_version
 from executor.profile_grid import Allowance, Found, Grid, Point, Target, explore
 from executor.profile_layers import LayerBench
-from executor.profile_measure import Lockstep, Measurement, Probe
+from executor.profile_measure import SMALLEST_PART, Lockstep, Measurement, Probe
 from executor.profile_rows import layer_rows, predict_seconds
 from executor.profile_worker import PROBES, Limits, WorkerJob
 from executor.profiler import ProfileRequest, load_partial, partial_path, profile
@@ -204,6 +204,9 @@ def test_decode_steps_are_measured_as_graphs_where_they_can_be_captured() -> Non
         assert set(found) == {"decode", "decode_graph"}
         rows = layer_rows(TINY, "block", 1, {(2, context): found})
         check_rows(rows)
+        graph, plain = found["decode_graph"].seconds, found["decode"].seconds
+        assert profiler.graph_share(rows) == pytest.approx(graph / plain)
+        assert profiler.graph_share([r for r in rows if r.operation == "decode"]) is None
     for _ in range(2):
         assert set(bench.block_decode(2, 64).readings) == {"decode"}
     assert len(captured) == 3, "what could not be captured once is not tried again"
@@ -251,6 +254,17 @@ def test_readings_are_differences_per_layer_and_the_median_over_workers() -> Non
     assert results[0]["forward"].seconds == pytest.approx(1.0)
     assert results[0]["backward"].seconds == pytest.approx(3.0)
     assert results[0]["forward"].spread == 0
+
+
+def test_a_difference_below_zero_counts_as_a_little_of_the_whole() -> None:
+    """Noise made forward and backward shorter than forward alone: not a time of nothing."""
+    lockstep = Scripted(torch.device("cpu"), world_size=1)
+    probe = Probe(
+        actions=(lambda: 3.0, lambda: 2.0), readings={"forward": (1, 0), "backward": (-1, 1)}
+    )
+    found = lockstep.measure(probe, cap_s=0.01)
+    assert found["forward"].seconds == 3.0
+    assert found["backward"].seconds == pytest.approx(SMALLEST_PART * 5.0)
 
 
 # ---- where it is measured -----------------------------------------------------------------
