@@ -35,7 +35,8 @@ OUT_INTRA, IN_INTRA, OUT_INTER, IN_INTER, PASSES = range(5)
 class LaneLoads:
     """By lane (out and in inside a node, out and in between nodes) and device: [4, devices].
 
-    ``passes``: values that a device reads or writes for it [devices].
+    ``passes``: values that a device reads or writes for it [devices]; what is there alike in whole
+    blocks (equal tp, equal shard) is lent, as by ``executor.buffers``.
     """
 
     values: Ints
@@ -170,7 +171,9 @@ def _cross(
             with_replicated = held == part if wanted else start == lo
             if with_replicated and (held < 0 or held == part) and detail[5] == 1:
                 moved += detail[3]
-            values[PASSES, device] += 3 * moved  # read, written, and cleared before
+            # What a device holds alike of whole blocks is lent to the new layout, not copied.
+            if held != part or shape[2] != tp:
+                values[PASSES, device] += 2 * moved  # read and written
             if held == part:
                 continue
             giver = _nearest(shape, stages, src_parts, part, device // per_node, sent, False)
@@ -184,4 +187,4 @@ def _cross(
             messages[lane, giver] += 1
             messages[lane + 1, device] += 1
         if held >= 0 and not wanted and detail[5] == 1:
-            values[PASSES, device] += 3 * detail[3]  # norms, but no part that is wanted
+            values[PASSES, device] += 2 * detail[3]  # norms, but no part that is wanted

@@ -25,8 +25,9 @@ def reallocation_seconds(
 
     max over devices, directions and link classes of bytes / bandwidth + one latency for each
     message, plus max over devices of the passes over memory: what is sent is packed, what comes
-    is unpacked and what stays is copied, one read and one write each, and the new buffer is
-    cleared. The executor does these on the device that also sends, so they add up.
+    is unpacked and what stays is copied, one read and one write each; but blocks that a device
+    holds alike are lent, not copied. The executor does these on the device that also sends, so
+    they add up.
     """
     src, dst = _at_the_start(src, dst, model.cluster)
     question = (src, dst, bytes_per_value)

@@ -73,14 +73,25 @@ def test_shards_arrive_in_parallel() -> None:
     assert halves == pytest.approx(whole / 2, rel=0.01)
 
 
-def test_what_stays_is_copied_and_what_goes_is_packed() -> None:
-    """Device 0 clears a buffer, reads and writes all into it, and packs all for device 1."""
+def test_what_stays_is_lent_or_copied_and_what_goes_is_packed() -> None:
+    """Device 0 lends all to its new layout and packs all for device 1, which unpacks it; where
+
+    shards are joined it copies its half and unpacks the other.
+    """
     cluster = two_nodes(intra=1e30, inter=1e30)
     slow = replace(cluster, device=replace(cluster.device, memory_bytes_per_s=1.0))
     found = reallocation_seconds(
         layout(0, 1), layout(0, 2, dp=2), bytes_per_value=2, model=model_on(slow)
     )
-    assert found == pytest.approx(5 * 2 * SPEC.num_parameters)
+    assert found == pytest.approx(2 * 2 * SPEC.num_parameters)
+    alone = reallocation_seconds(
+        layout(0, 2, dp=2), layout(0, 1), bytes_per_value=2, model=model_on(slow)
+    )
+    assert alone == 0
+    joined = reallocation_seconds(
+        layout(0, 2, tp=2), layout(0, 1), bytes_per_value=2, model=model_on(slow)
+    )
+    assert joined == pytest.approx(2 * 2 * SPEC.num_parameters)
 
 
 def test_every_message_of_a_device_has_its_latency() -> None:
