@@ -113,11 +113,13 @@ def _solve(task: Task, larger: OptionSpace | None) -> tuple[Answer, OptionSpace 
         prices = StepPrices(problem, task_costs(problem.cluster, task.table))
     else:
         prices = larger.prices.on(problem)
+    space = None  # with staleness ``search`` makes two
     try:
-        space = OptionSpace(problem, prices, task.locks, offload=task.offload, larger=larger)
+        if not problem.graph.max_staleness:
+            space = OptionSpace(problem, prices, task.locks, offload=task.offload, larger=larger)
         result = search(
             problem, prices.model, seed=task.seed, gap=task.gap, time_limit_s=task.time_limit_s,
-            locks=task.locks, space=space, progress=course.add,
+            locks=task.locks, offload=task.offload, space=space, progress=course.add,
         )  # fmt: skip
     except InfeasibleError as error:
         return Answer(plan=None, reason=str(error)), larger
@@ -173,23 +175,29 @@ def scenario_problem(base: Problem, changes: Mapping[str, Any]) -> Problem:
     """``base`` with ``changes``.
 
     ``gpus``, ``device`` and ``memory_limit`` change the cluster, so does ``cluster.FIELD``;
-    ``model`` and ``critic`` name models; all other names are options of the algorithm, such as
-    ``batch_size``, ``response_len`` or ``ppo.num_mini_batches``.
+    ``model`` and ``critic`` name models; with ``max_staleness`` 1 generation may run a step ahead;
+    all other names are options of the algorithm, such as ``batch_size``, ``response_len`` or
+    ``ppo.num_mini_batches``.
 
     Raises:
         ConfigError: an unknown name or a value that it cannot have.
     """
     words, options = [], []
     for name, value in changes.items():
-        if name == "memory_limit" or name.startswith("cluster."):
+        if name in ("memory_limit", "max_staleness") or name.startswith("cluster."):
             words.append(f"{name}={value}")
         elif name not in (*_CLUSTER_AXES, *_MODEL_AXES):
             options.append(f"{name}={value}")
-    cluster = parse_overrides(words).on(_cluster(base.cluster, changes))
+    overrides = parse_overrides(words)
+    cluster = overrides.on(_cluster(base.cluster, changes))
+    staleness = base.graph.max_staleness
+    if "max_staleness" in changes:
+        staleness = overrides.max_staleness
     named = {name: str(changes[name]) for name in _MODEL_AXES if name in changes}
-    if not options and not named:
-        return replace(base, cluster=cluster)
-    return _with_options(replace(base, cluster=cluster), options, named)
+    changed = replace(base, cluster=cluster)
+    if options or named:
+        changed = _with_options(changed, options, named)
+    return replace(changed, graph=replace(changed.graph, max_staleness=staleness))
 
 
 def _cluster(base: ClusterSpec, changes: Mapping[str, Any]) -> ClusterSpec:

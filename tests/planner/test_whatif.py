@@ -163,6 +163,19 @@ def test_what_offload_buys_is_a_scenario(problem: Problem, what: WhatIf) -> None
         what.sweep(offload="no")
 
 
+def test_generation_a_step_ahead_is_a_scenario(problem: Problem, what: WhatIf) -> None:
+    """It is only another way to run: what it allows is never slower than what it has at least."""
+    frame = what.sweep(gpus=2, max_staleness=[0, 1], response_len=8)
+    assert frame["plan"][0].problem.graph.max_staleness == 0
+    bound, step_s = frame["lower_bound"][1], frame["seconds"][0]
+    assert bound <= step_s
+    assert frame["seconds"][1] <= step_s * 1.02
+    ahead = scenario_problem(problem, {"max_staleness": 1})
+    assert scenario_problem(ahead, {"response_len": 8}).graph.max_staleness == 1
+    with pytest.raises(ConfigError, match="max_staleness"):
+        what.sweep(max_staleness=2)
+
+
 def test_tokens_are_those_of_all_answers() -> None:
     words = ["batch_size=4", "samples_per_prompt=3", "prompt_len=16", "response_len=16",
              "reward.source=vader"]  # fmt: skip
