@@ -16,6 +16,8 @@ from torch import Tensor
 
 from planner.layout import Layout, ParameterSlice
 
+Range = tuple[int, int]
+
 
 class ParameterBuffer:
     """Flat storage [num_values + padding] of ``slices``, in their order.
@@ -80,6 +82,32 @@ class ParameterBuffer:
         count = sum(piece.num_values for piece in pieces)
         flat = self.flat if of is None else of
         return flat[start : start + count].view(rows, *pieces[0].length[1:])
+
+    def row(self, piece: ParameterSlice) -> Range | None:
+        """Where the values of ``piece``, a box inside one slice, lie side by side; else None.
+
+        ``of_row`` makes the tensor: most rows are asked for long before they are needed.
+        """
+        if self.lender is not None and piece.name in self.lent:
+            return self.lender.row(piece)
+        whole = self.by_name[piece.name]
+        start, stride, broken = self.starts[piece.name], 1, False
+        for have, first, o, n in zip(
+            reversed(whole.length), reversed(whole.offset), reversed(piece.offset),
+            reversed(piece.length), strict=True,
+        ):  # fmt: skip
+            if broken and n > 1:
+                return None
+            broken = broken or n < have
+            start += (o - first) * stride
+            stride *= have
+        return start, start + piece.num_values
+
+    def of_row(self, name: str, row: Range) -> Tensor:
+        """The values [stop - start] of a ``row`` of slice ``name``."""
+        if self.lender is not None and name in self.lent:
+            return self.lender.of_row(name, row)
+        return self.flat[row[0] : row[1]]
 
     def box(self, piece: ParameterSlice) -> Tensor:
         """The part of this buffer that holds ``piece``, a box inside one of its slices."""

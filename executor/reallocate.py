@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from executor.buffers import ParameterBuffer
+from executor.buffers import ParameterBuffer, Range
 from planner.layout import ParameterSlice
 from planner.memory import STAGING_BYTES
 from planner.reallocation import Reallocation
@@ -202,13 +202,18 @@ class _Exchange:
         self.staging = like.new_empty(min(2, self.num_rounds), sum(self.sizes.values()))
         self.under_way: dict[int, _Round] = {}
 
-    def _in_place(self, pair: Pair, chunk: Chunk) -> Tensor | None:
-        """The values of a chunk as one row of this rank's buffer, where they lie so."""
+    def _own(self, pair: Pair) -> ParameterBuffer:
+        """What this rank sends from, or receives into."""
         buffer = self.destination if pair[1] == self.rank else self.source
-        if len(chunk) > 1 or buffer is None or buffer.flat.dtype != self.dtype:
+        assert buffer is not None, (pair, self.rank)
+        return buffer
+
+    def _in_place(self, pair: Pair, chunk: Chunk) -> Range | None:
+        """Where the values of a chunk lie as one row of this rank's buffer, if they do."""
+        buffer = self._own(pair)
+        if len(chunk) > 1 or buffer.flat.dtype != self.dtype:
             return None
-        box = buffer.box(chunk[0])
-        return box.view(-1) if box.is_contiguous() else None
+        return buffer.row(chunk[0])
 
     def start(self, index: int) -> None:
         """Packs and posts round ``index``."""
@@ -220,14 +225,21 @@ class _Exchange:
         for ((src, dst), chunks), segment in zip(self.streams.items(), segments):
             if index >= len(chunks):
                 continue
-            direct = self.direct[src, dst][index]
-            part = segment[: _num_values(chunks[index])] if direct is None else direct
+            buffer, chunk, direct = (
+                self._own((src, dst)),
+                chunks[index],
+                self.direct[src, dst][index],
+            )
+            if direct is None:
+                part = segment[: _num_values(chunk)]
+            else:
+                part = buffer.of_row(chunk[0].name, direct)
             if dst == self.rank:
                 operations.append(dist.P2POp(dist.irecv, part, src))
-                incoming.append((chunks[index] if direct is None else (), part))
+                incoming.append((chunk if direct is None else (), part))
             else:
                 if direct is None:
-                    _pack(self.source, chunks[index], part)
+                    _pack(buffer, chunk, part)
                 operations.append(dist.P2POp(dist.isend, part, dst))
         self.under_way[index] = _Round(
             requests=dist.batch_isend_irecv(operations), incoming=incoming
@@ -243,6 +255,7 @@ class _Exchange:
                 request.wait()
             for chunk, part in current.incoming:
                 if chunk:
+                    assert self.destination is not None
                     _unpack(self.destination, chunk, part)
                 received += part.numel()
         return received
@@ -252,14 +265,12 @@ def _num_values(chunk: Chunk) -> int:
     return sum(box.num_values for box in chunk)
 
 
-def _pack(buffer: ParameterBuffer | None, chunk: Chunk, flat: Tensor) -> None:
+def _pack(buffer: ParameterBuffer, chunk: Chunk, flat: Tensor) -> None:
     """Boxes of ``buffer`` into ``flat``, end to end."""
-    assert buffer is not None, "a sender has the source's buffer"
     for box, part in zip(chunk, flat.split([box.num_values for box in chunk])):
         part.view(box.length).copy_(buffer.box(box))
 
 
-def _unpack(buffer: ParameterBuffer | None, chunk: Chunk, flat: Tensor) -> None:
-    assert buffer is not None, "a receiver has the destination's buffer"
+def _unpack(buffer: ParameterBuffer, chunk: Chunk, flat: Tensor) -> None:
     for box, part in zip(chunk, flat.split([box.num_values for box in chunk])):
         buffer.box(box).copy_(part.view(box.length))

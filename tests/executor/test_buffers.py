@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from executor.buffers import ParameterBuffer
 from planner.layout import Layout, ParameterSlice
@@ -97,3 +99,21 @@ def test_what_both_have_alike_is_lent_and_not_stored():
     shards = Layout(spec=SPEC, mesh=DeviceMesh(0, 2), tp=2)
     other = ParameterBuffer.for_rank(shards, 0, dtype=torch.float32, device="cpu", lender=source)
     assert other.lent <= {"final_norm.weight", "final_norm.bias"}
+
+
+@given(data=st.data())
+def test_a_row_is_where_torch_says_that_a_box_is_contiguous(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    origin = [data.draw(st.integers(0, 3)) for _ in lengths]
+    before = ParameterSlice(name="before", offset=(0,), length=(7,))
+    whole = ParameterSlice(name="x", offset=tuple(origin), length=tuple(lengths))
+    buffer = ParameterBuffer([before, whole], dtype=torch.float32, device="cpu")
+    buffer.flat.copy_(torch.arange(buffer.flat.numel()))
+    starts = [data.draw(st.integers(0, n - 1)) for n in lengths]
+    sizes = [data.draw(st.integers(1, n - a)) for n, a in zip(lengths, starts, strict=True)]
+    offset = tuple(o + a for o, a in zip(origin, starts, strict=True))
+    piece = ParameterSlice(name="x", offset=offset, length=tuple(sizes))
+    box, row = buffer.box(piece), buffer.row(piece)
+    assert (row is not None) == box.is_contiguous()
+    if row is not None:
+        assert torch.equal(buffer.of_row("x", row), box.reshape(-1))

@@ -39,12 +39,12 @@ SIZES = ["batch_size=16", "prompt_len=384", "response_len=64"]
 
 def allocate(
     pp: int = 1, tp: int = 1, dp: int = 1, m: int = 1, first: int = 0, rows: int = 0,
-    **options: object,
+    offload: bool = False, **options: object,
 ) -> Allocation:  # fmt: skip
     strategy = ParallelStrategy(pp=pp, tp=tp, dp=dp, **options)  # type: ignore[arg-type]
     return Allocation(
         mesh=DeviceMesh(first, strategy.num_devices), strategy=strategy, num_micro_batches=m,
-        generation_batch=rows,
+        generation_batch=rows, offload=offload,
     )  # fmt: skip
 
 
@@ -78,6 +78,11 @@ PLANS = {
         critic_train=allocate(pp=2, dp=2, m=2, recompute="full"),
     ),
     "waves": plan_of(DENSE, 2, allocate(dp=2, m=2), actor_gen=allocate(dp=2, rows=3)),
+    "offloaded": plan_of(
+        GROUPED, 2, allocate(tp=2, m=2), ref_inf=allocate(tp=2, m=2, offload=True),
+        actor_train=allocate(tp=2, m=2, offload=True),
+        critic_train=allocate(dp=2, m=2, zero=1, offload=True),
+    ),
     "experts": plan_of(EXPERTS, 2, allocate(tp=2, m=2)),
     "grpo": plan_of(
         DENSE, 2, allocate(dp=2, m=2), algorithm=GRPO, actor_train=allocate(tp=2, m=1),
