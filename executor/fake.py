@@ -62,6 +62,8 @@ from planner.program import (
 from planner.transfers import Parcel
 
 _aten = torch.ops.aten
+# Rounds of a reallocation that are carried out: two are under way at once, the others hold as much.
+SAMPLED_ROUNDS = 2
 # Turns of generation that are carried out in all layers: those that bring prompts, the first of the
 # others and every so many of them; the rest differs in the cache's size, which grows without them.
 SAMPLED_TURNS = 512
@@ -286,7 +288,7 @@ class _FakeWorker(Worker):
         self.weights = _FakeWeights(
             run, self.contexts, rank=rank, device=self.device,
             dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
-            staging_bytes=STAGING_BYTES[kind], watch=watch,
+            staging_bytes=STAGING_BYTES[kind], most_rounds=SAMPLED_ROUNDS, watch=watch,
         )  # fmt: skip
         self.watch = watch
         self.exchange = _Unanswered(self)

@@ -38,6 +38,7 @@ def execute(
     rank: int,
     staging_bytes: int | None = None,
     wire_dtype: torch.dtype | None = None,
+    most_rounds: int | None = None,
 ) -> int:
     """Fills ``destination`` with this rank's part of ``plan.dst``; returns the bytes received.
 
@@ -46,7 +47,8 @@ def execute(
     values cross as ``wire_dtype`` and are converted at the ends, so that the two layouts may have
     unlike types; None: the type that the buffers share. Copies inside this rank are not counted.
     Memory beyond the buffers: at most ``staging_bytes`` (but at least two values for each
-    partner); None: ``STAGING_BYTES`` of the device.
+    partner); None: ``STAGING_BYTES`` of the device. ``most_rounds``: leave out all later ones,
+    where only memory matters (``fake.py``).
 
     With NCCL the world's communicator must exist: let all ranks pass a barrier once before.
     """
@@ -63,6 +65,8 @@ def execute(
             chunk_streams(plan, rank, staging_bytes // dtype.itemsize), source, destination, rank,
             torch.empty(0, dtype=dtype, device=buffers[0].flat.device),
         )  # fmt: skip
+        if most_rounds is not None:
+            work.num_rounds = min(work.num_rounds, most_rounds)
         work.start(0)
         for copy in plan.copies:  # under the first round
             if copy.dst == rank:

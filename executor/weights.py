@@ -32,12 +32,13 @@ from planner.reallocation import reallocate
 class Weights:
     """By (role, layout): the values; by role: who trains it. ``contexts``: the rank's places.
 
-    ``staging_bytes`` of reallocations; None: the device's.
+    ``staging_bytes`` and ``most_rounds`` of reallocations, as ``execute`` has them.
     """
 
     def __init__(
         self, run: Run, contexts: Mapping[Layout, RankContext], *, rank: int,
         device: torch.device, dtype: torch.dtype, staging_bytes: int | None = None,
+        most_rounds: int | None = None,
     ) -> None:  # fmt: skip
         self.run = run
         self.problem = run.plan.problem
@@ -46,6 +47,7 @@ class Weights:
         self.device = device
         self.dtype = dtype
         self.staging_bytes = staging_bytes
+        self.most_rounds = most_rounds
         self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
         self.stages: dict[tuple[str, Layout, bool], DecoderStage] = {}
         self.trainers: dict[str, Trainer] = {}
@@ -164,7 +166,10 @@ class Weights:
         target = None
         if self.rank in destination.mesh:
             target = self._buffer(role, destination, lender=source)
-        return execute(plan, source, target, rank=self.rank, staging_bytes=self.staging_bytes)
+        return execute(
+            plan, source, target, rank=self.rank, staging_bytes=self.staging_bytes,
+            most_rounds=self.most_rounds,
+        )  # fmt: skip
 
     def free(self, free: Free) -> None:
         """Drop what ``reallocate`` brought."""
