@@ -51,7 +51,7 @@ class Limits:
 
 
 LIMITS = {
-    "cpu": Limits(tokens=4096, head_tokens=1024, length=1024, sequences=64, budget_s=55.0),
+    "cpu": Limits(tokens=4096, head_tokens=1024, length=1024, sequences=64, budget_s=90.0),
     "cuda": Limits(tokens=32768, head_tokens=8192, length=4096, sequences=512, budget_s=55.0),
 }
 
@@ -128,7 +128,7 @@ def tasks_of(job: WorkerJob) -> list[Task]:
         found += [
             task("block", "train", tokens, 0.40, over=lengths),
             task("block", "decode", sequences, 0.16, over=lengths),
-            task("embedding", "train", tokens, 0.04),
+            task("embedding", "train", tokens, 0.06),
             task("embedding", "decode", sequences, 0.01),
         ]
         for head in dict.fromkeys((spec.head, "lm", "scalar")):
