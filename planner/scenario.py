@@ -171,6 +171,11 @@ _CLUSTER_AXES = ("gpus", "device", "memory_limit")
 _MODEL_AXES = ("model", "critic")
 
 
+def changes_cluster(axis: str) -> bool:
+    """Does an axis of a scenario change the cluster alone?"""
+    return axis in _CLUSTER_AXES or axis.startswith("cluster.")
+
+
 def scenario_problem(base: Problem, changes: Mapping[str, Any]) -> Problem:
     """``base`` with ``changes``.
 
@@ -186,7 +191,7 @@ def scenario_problem(base: Problem, changes: Mapping[str, Any]) -> Problem:
     for name, value in changes.items():
         if name in ("memory_limit", "max_staleness") or name.startswith("cluster."):
             words.append(f"{name}={value}")
-        elif name not in (*_CLUSTER_AXES, *_MODEL_AXES):
+        elif not changes_cluster(name) and name not in _MODEL_AXES:
             options.append(f"{name}={value}")
     overrides = parse_overrides(words)
     cluster = overrides.on(_cluster(base.cluster, changes))

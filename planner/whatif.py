@@ -34,7 +34,15 @@ from planner.lock import Lock
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem
 from planner.resolve import hardware_levers, load_table
-from planner.scenario import Answer, Answers, Task, scenario_problem, solve, task_costs
+from planner.scenario import (
+    Answer,
+    Answers,
+    Task,
+    changes_cluster,
+    scenario_problem,
+    solve,
+    task_costs,
+)
 from planner.strategy import ParallelStrategy, parse_strategy
 from profiles.costs import Provenance
 from profiles.errors import ConfigError, unknown_name
@@ -100,6 +108,7 @@ class WhatIf:
         self.workers = workers or os.cpu_count() or 1
         self.answers = Answers(folder=None if cache is None else Path(cache))
         self._rows: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+        self._problems: dict[str, Problem] = {}  # by the options that were changed
 
     # ---- scenarios ----
 
@@ -174,10 +183,16 @@ class WhatIf:
         offload = changes.get("offload", True)
         if not isinstance(offload, bool):
             raise ConfigError(f"{offload!r} is neither True nor False", where="offload")
-        others = {name: value for name, value in changes.items() if name != "offload"}
+        options = {k: v for k, v in changes.items() if not changes_cluster(k) and k != "offload"}
+        # Resolving an algorithm's options takes longer than all else here: once for all clusters.
+        question = repr(sorted(options.items()))
+        if question not in self._problems:
+            self._problems[question] = scenario_problem(self.problem, options)
+        cluster = {k: v for k, v in changes.items() if changes_cluster(k)}
         return Task(
-            problem=scenario_problem(self.problem, others), table=self.table, seed=self.seed,
-            gap=self.gap, time_limit_s=self.time_limit_s, locks=self.locks, offload=offload,
+            problem=scenario_problem(self._problems[question], cluster), table=self.table,
+            seed=self.seed, gap=self.gap, time_limit_s=self.time_limit_s, locks=self.locks,
+            offload=offload,
         )  # fmt: skip
 
     def _solve(self, tasks: Sequence[Task]) -> list[Answer]:

@@ -9,6 +9,8 @@ from planner.cost.stage import stage_shapes
 from planner.graph import CallKind
 from planner.memory import held_memory
 from planner.plan import Allocation, Problem
+from planner.strategy import ParallelStrategy
+from profiles.models import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,19 @@ def swap_cost(
     has them. Of a trained role the optimizer's state comes and goes; gradients are written as zeros
     at the speed of the memory. Nothing where the call is not offloaded.
     """
-    spec, call = problem.spec_of(call_name), problem.graph.call(call_name)
+    spec = problem.spec_of(call_name)
     if not allocation.offload or spec is None:
         return NO_SWAP
-    trained, s, device = call.kind is CallKind.TRAIN, allocation.strategy, model.cluster.device
+    trained, s = problem.graph.call(call_name).kind is CallKind.TRAIN, allocation.strategy
+    # Of the allocation only its layout and its ZeRO stage matter.
+    question = ("swap", spec, trained, s.pp, s.tp, s.dp, s.zero)
+    return model.once(question, lambda: _swap_cost(spec, trained, s, model))
+
+
+def _swap_cost(
+    spec: ModelSpec, trained: bool, s: ParallelStrategy, model: CostModel
+) -> SwapCost:  # fmt: skip
+    device = model.cluster.device
     shapes = stage_shapes(spec, s.pp)
     firsts = [shapes.index(shape) for shape in set(shapes)]  # stages of one shape hold as much
     held = [held_memory(spec, s, stage, device.kind, trained=trained) for stage in firsts]

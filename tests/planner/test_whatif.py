@@ -78,6 +78,15 @@ def test_scenarios_change_what_they_name(problem: Problem) -> None:
         scenario_problem(problem, {"gpus": 0})
 
 
+def test_a_sweep_asks_what_each_scenario_is_alone(problem: Problem, what: WhatIf) -> None:
+    """Options are resolved once for all clusters: the problems are those of both at once."""
+    for changes in (
+        {"gpus": 8, "response_len": 8, "memory_limit": "40GiB"}, {"gpus": 8, "response_len": 16},
+        {"device": "h100", "response_len": 8, "max_staleness": 1}, {"response_len": 8},
+    ):  # fmt: skip
+        assert what._task(changes).problem == scenario_problem(problem, changes)
+
+
 def test_a_scenario_is_searched_once(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
