@@ -18,8 +18,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Every file that has kernels or their records, below this one's folder.
 KERNELS = (
-    "jit.py", "cost/lanes.py", "search/records.py", "search/kernels.py", "search/moves.py",
-    "search/chain.py", "search/patterns.py", "search/cycles.py",
+    "jit.py", "cost/lanes.py", "search/records.py", "search/pace.py", "search/kernels.py",
+    "search/moves.py", "search/chain.py", "search/patterns.py", "search/cycles.py",
 )  # fmt: skip
 
 
