@@ -68,7 +68,7 @@ def leave_run(
             receives = label.startswith("receive ")
             for rank in event.ranks:  # type: ignore[attr-defined]
                 span = TraceSpan(
-                    rank=rank, step=step, index=-1 if receives else index,
+                    rank=rank, step=step, index=index,
                     kind="transfer" if receives else kind, label=label, start_s=start_s,
                     end_s=end_s,
                 )  # fmt: skip
