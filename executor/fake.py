@@ -148,15 +148,14 @@ def _fake_world(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _Watch(TorchDispatchMode):
-    """Counts the bytes of all storages; makes new tensors of floats fake.
+class StorageCount(TorchDispatchMode):
+    """Counts the bytes of all storages that come about under it.
 
     ``peaks``: most bytes at once, by what ``begin`` said was under way.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.held = 0
         self.seen: dict[int, weakref.ref[Any]] = {}
         self.peaks: dict[str, int] = {}
@@ -169,16 +168,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        first = args[0] if args else None
-        if isinstance(first, FakeTensor):
-            if func is _aten._local_scalar_dense.default:
-                return 1.0 if first.dtype.is_floating_point else 1
-            if func is _aten.bincount.default:
-                return _even_counts(first.numel(), kwargs.get("minlength", (*args, 0, 0)[2]))
-            if func in _INDEXED:
-                args = (first, _places(args[1]), *args[2:])
-        out = self._new(func, args, kwargs) if _makes_new(func) else func(*args, **kwargs)
+        out = self._run(func, args, kwargs or {})
         if isinstance(out, Tensor):
             self._count(out)
         elif isinstance(out, tuple | list):
@@ -187,12 +177,7 @@ class _Watch(TorchDispatchMode):
                     self._count(part)
         return out
 
-    def _new(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """What an operator makes of nothing: floats without values, all else as it is."""
-        with self.fake:
-            made = func(*args, **kwargs)
-        if isinstance(made, Tensor) and made.dtype.is_floating_point:
-            return made
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
     def _count(self, tensor: Tensor) -> None:
@@ -212,6 +197,33 @@ class _Watch(TorchDispatchMode):
         """So many bytes more are held from now on."""
         self.held += num_bytes
         self.peaks[self.label] = max(self.held, self.peaks.get(self.label, 0))
+
+
+class _Watch(StorageCount):
+    """Makes new tensors of floats fake besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        first = args[0] if args else None
+        if isinstance(first, FakeTensor):
+            if func is _aten._local_scalar_dense.default:
+                return 1.0 if first.dtype.is_floating_point else 1
+            if func is _aten.bincount.default:
+                return _even_counts(first.numel(), kwargs.get("minlength", (*args, 0, 0)[2]))
+            if func in _INDEXED:
+                args = (first, _places(args[1]), *args[2:])
+        return self._new(func, args, kwargs) if _makes_new(func) else func(*args, **kwargs)
+
+    def _new(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """What an operator makes of nothing: floats without values, all else as it is."""
+        with self.fake:
+            made = func(*args, **kwargs)
+        if isinstance(made, Tensor) and made.dtype.is_floating_point:
+            return made
+        return func(*args, **kwargs)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,10 @@ def mock_data(plan: ExecutionPlan, config: Any) -> MockData:
 
 
 def run_rank(
-    rank: int, world_size: int, plan: ExecutionPlan, folder: str, data: Prompts | None = None
-) -> Outcome:
+    rank: int, world_size: int, plan: ExecutionPlan, folder: str, data: Prompts | None = None,
+    around: AbstractContextManager[Any] | None = None,
+) -> Outcome:  # fmt: skip
+    """Setup and all steps, ``around`` them."""
     algorithm = ALGORITHMS[plan.problem.algorithm]
     config = make_config(algorithm.config_class, [], base=plan.problem.config)
     run = Run(plan=plan, algorithm=algorithm, config=config)
@@ -164,14 +167,15 @@ def run_rank(
             functions=functions_of(run), store=store, trace=trace, text=TextCodec(None),
             data=data or mock_data(plan, config),
         )  # fmt: skip
-        worker.setup()
-        for step in range(config.total_steps):
-            keep = worker.samples.clear
-            worker.samples.clear = lambda: None  # type: ignore[method-assign]
-            worker.run_step(step)
-            for sample, ids in worker.samples.values.get("sequences", {}).items():
-                tokens[(step, sample)] = ids.tolist()
-            keep()
+        with around or nullcontext():
+            worker.setup()
+            for step in range(config.total_steps):
+                keep = worker.samples.clear
+                worker.samples.clear = lambda: None  # type: ignore[method-assign]
+                worker.run_step(step)
+                for sample, ids in worker.samples.values.get("sequences", {}).items():
+                    tokens[(step, sample)] = ids.tolist()
+                keep()
         dist.barrier()
     metrics = {}
     for step in range(config.total_steps):
