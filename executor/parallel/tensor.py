@@ -162,9 +162,36 @@ def vocab_parallel_embedding(ids: Tensor, weight: Tensor, region: Region) -> Ten
     Where tp does not divide the vocabulary, shards hold one row more or less.
     """
     if region.ctx.tp_group is None:
-        return F.embedding(ids, weight)
+        return _rows(ids, weight)
     local, here = _local_ids(ids, weight.shape[0], region.ctx)
-    return region.leave(F.embedding(local, weight) * here[:, None])
+    return region.leave(_rows(local, weight) * here[:, None])
+
+
+def _rows(ids: Tensor, weight: Tensor) -> Tensor:
+    """``F.embedding``; backward adds the rows' gradients to ``weight.grad`` where there is one.
+
+    Autograd's way is a tensor of the whole weight's size, mostly zeros, that it adds afterwards.
+    """
+    if weight.grad is None or not torch.is_grad_enabled():
+        return F.embedding(ids, weight)
+    return _Rows.apply(ids, weight)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None]:
+        ids, weight = ctx.saved_tensors
+        total = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if total.is_cuda:  # where index_add_ sums in another order every time
+            total.index_put_((ids,), grad, accumulate=True)
+        else:
+            total.index_add_(0, ids, grad)
+        return None, total if weight.grad is None else None
 
 
 def _local_ids(ids: Tensor, num_rows: int, ctx: RankContext) -> tuple[Tensor, Tensor]:

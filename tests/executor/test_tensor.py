@@ -260,3 +260,21 @@ def test_single_stage_and_its_buffer_agree_on_the_shard():
     assert {p.name: p.shape for p in stage.ctx.layout.stage_parameters(0)} == {
         piece.name: piece.length for piece in stage.buffer.slices
     }
+
+
+def test_gradients_of_embedding_rows_are_added_where_they_belong() -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(7, 3, dtype=torch.float64).requires_grad_()
+    total = torch.randn(7, 3, dtype=torch.float64)
+    before, ids = total.clone(), torch.tensor([2, 5, 2, 2, 0])
+    weight.grad = total
+    for _ in range(2):
+        tp_functions._rows(ids, weight).sin().sum().backward()
+    assert weight.grad is total
+    weight.grad = None
+    for _ in range(2):
+        F.embedding(ids, weight).sin().sum().backward()
+    torch.testing.assert_close(total - before, weight.grad)
+    weight.grad = None
+    tp_functions._Rows.apply(ids, weight).sum().backward()
+    torch.testing.assert_close(weight.grad.sum(1), 3.0 * torch.bincount(ids, minlength=7).double())
