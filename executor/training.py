@@ -131,7 +131,7 @@ def _optimizer_step(
         )
         return found
 
-    trainer.gradients.zero_()
+    stage.clear_gradients()
     results = train_1f1b(stage, [mini_batch.select(part) for part in parts], loss=loss)
     statistics = {} if results is None else summed(results, total)
     if getattr(function, "may_stop", False):

@@ -25,6 +25,18 @@ from torch import Tensor
 SLOW_ROWS = range(7, 16)
 
 
+_STALE = "gradient_is_stale"
+
+
+def overwrite_gradient(weight: Tensor) -> None:
+    """Of the next backward passes the first writes over ``weight.grad`` instead of adding to it.
+
+    For a leaf that ``linear`` or ``linear_of`` uses in every pass, and nothing else: it saves a
+    pass over its gradient to clear it.
+    """
+    setattr(weight, _STALE, True)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: [..., in] -> [..., out]; backward adds to ``weight.grad`` where there is one.
 
@@ -55,7 +67,11 @@ def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     flat, rows = grad.flatten(0, -2), x.flatten(0, -2)
     if weight.grad is None:
         return flat.T @ rows
-    weight.grad.addmm_(flat.T, rows)
+    if getattr(weight, _STALE, False):
+        torch.mm(flat.T, rows, out=weight.grad)
+        setattr(weight, _STALE, False)
+    else:
+        weight.grad.addmm_(flat.T, rows)
     return None
 
 

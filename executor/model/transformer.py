@@ -22,7 +22,7 @@ from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.model.attention import KVCacheLike, PackedLengths, packed_attention
 from executor.model.feed_forward import Experts, FeedForward, Linear, dense_down, mixture
-from executor.model.linear import linear, linear_of
+from executor.model.linear import linear, linear_of, overwrite_gradient
 from executor.model.rotary import Rotary, rotary_of, rotate
 from executor.parallel.tensor import Region, copy_to_tp, vocab_parallel_embedding
 from planner.layout import repeated_kv_heads
@@ -181,6 +181,36 @@ class DecoderStage:
         self.head_weight: Tensor | None = None
         if last:
             self.head_weight = self.embedding if tied else self._weight("head.weight")
+        self.products = self._products()
+
+    def _products(self) -> list[Tensor]:
+        """Leaves whose gradient comes of ``linear`` alone, in every backward pass.
+
+        None where blocks run again as a whole: torch's checkpoint hands out copies of leaves.
+        """
+        if self.gradients is None or self.recompute == "full":
+            return []
+        linears = [layer for block in self.layers for layer in (block.qkv, block.o)]
+        for block in self.layers:
+            if isinstance(block.feed_forward, FeedForward):
+                linears += [block.feed_forward.up, block.feed_forward.down]
+        found = [layer.weight for layer in linears]
+        if self.head_weight is not None and self.spec.head == "lm" and not self.spec.tied_embedding:
+            found.append(self.head_weight)
+        return [weight for weight in found if weight.grad is not None]
+
+    def clear_gradients(self) -> None:
+        """Before the first backward pass of an optimizer step."""
+        assert self.gradients is not None
+        if not self.products:
+            self.gradients.zero_()
+            return
+        written = {id(weight) for weight in self.products}
+        for leaf in self.leaves:
+            if id(leaf) in written:
+                overwrite_gradient(leaf)
+            elif leaf.grad is not None:
+                leaf.grad.zero_()
 
     def _weight(self, *names: str) -> Tensor:
         """Neighbouring parameters of the buffer as one tensor, a leaf where gradients are kept."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from executor.model.linear import linear, linear_of
+from executor.model.linear import linear, linear_of, overwrite_gradient
 
 
 def leaf(*shape: int) -> Tensor:
@@ -75,3 +75,18 @@ def test_products_of_few_rows_are_the_rows_of_a_larger_one(num_rows: int, with_b
     out = linear(x[:num_rows], weight, bias)
     assert out.shape == (num_rows, 10)
     torch.testing.assert_close(out, F.linear(x, weight, bias)[:num_rows], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_first_product_writes_over_what_was_there(recompute: bool) -> None:
+    torch.manual_seed(1)
+    x, weight = leaf(5, 3), leaf(4, 3)
+    weight.grad = total = torch.full((4, 3), torch.nan, dtype=torch.float64)
+    overwrite_gradient(weight)
+    for _ in range(2):
+        out = linear_of(F.silu, weight, None, x) if recompute else linear(F.silu(x), weight)
+        out.sin().sum().backward()
+    weight.grad = None
+    for _ in range(2):
+        F.linear(F.silu(x), weight).sin().sum().backward()
+    torch.testing.assert_close(total, weight.grad)
