@@ -8,7 +8,8 @@ process, on the same texts, with as many threads, one micro-batch, AdamW and, wh
 one, a reference model; answers have the same longest length. Runs alternate, and the fastest step
 of all repeats counts, so that neighbours on the machine touch the ratio little. Prints a table
 with the ratio ours / TRL: below 1 is faster. `--model FOLDER` takes another model than the default,
-a random llama of 22 million parameters.
+a random llama of 22 million parameters. Answers of the data all have the longest length, so that
+padding costs TRL nothing; with `--unequal` they have a quarter of it to all.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Settings:
     response_len: int = 32
     steps: int = 4
     threads: int = 2
+    equal_lengths: bool = True
 
 
 # Ours: our algorithm, its data, its options.
@@ -94,8 +96,9 @@ def write_model(folder: Path) -> None:
 
 
 def write_data(folder: Path, settings: Settings) -> None:
-    """Texts of random words: prompts and answers of the longest length."""
+    """Texts of random words; prompts have the longest length, answers it or a quarter of it to all."""
     rng = random.Random(1)
+    least = settings.response_len if settings.equal_lengths else settings.response_len // 4
     files: dict[str, list[dict[str, str]]] = {"answers": [], "pairs": [], "prompts": []}
 
     def text(length: int) -> str:
@@ -104,7 +107,7 @@ def write_data(folder: Path, settings: Settings) -> None:
     for _ in range(settings.batch_size * (settings.steps + 1)):
         prompt, good, bad = (
             text(settings.prompt_len),
-            *(text(settings.response_len - 1) for _ in range(2)),
+            *(text(rng.randint(least, settings.response_len) - 1) for _ in range(2)),
         )  # one token is the end
         files["prompts"].append({"prompt": prompt})
         files["answers"].append({"prompt": prompt, "answer": good})
@@ -236,6 +239,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4, help="of each run (default 4)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side (default 2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of both sides")
+    parser.add_argument("--unequal", action="store_true", help="answers of data differ in length")
     parser.add_argument("--trl-half", nargs=2, metavar=("NAME", "JSON"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.trl_half:
@@ -252,7 +256,7 @@ def main() -> int:
             write_model(Path(model))
         settings = Settings(
             model=model, data=str(Path(work) / "data"), batch_size=args.batch_size,
-            steps=args.steps, threads=args.threads,
+            steps=args.steps, threads=args.threads, equal_lengths=not args.unequal,
         )  # fmt: skip
         write_data(Path(settings.data), settings)
         compare(names, settings, args.trl_python, args.repeats)
