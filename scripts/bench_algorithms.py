@@ -96,7 +96,7 @@ def write_model(folder: Path) -> None:
 
 
 def write_data(folder: Path, settings: Settings) -> None:
-    """Texts of random words; prompts have the longest length, answers it or a quarter of it to all."""
+    """Texts of random words; answers have the longest length, or a quarter of it to all."""
     rng = random.Random(1)
     least = settings.response_len if settings.equal_lengths else settings.response_len // 4
     files: dict[str, list[dict[str, str]]] = {"answers": [], "pairs": [], "prompts": []}
