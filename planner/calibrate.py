@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,10 +168,11 @@ def as_run(
         return workload
     name = calls[0].name
     strategy = plan.allocations[name].strategy
-    tokens = [s.num_tokens for s in spans if s.label == name and s.step >= first]
-    steps = len({s.step for s in spans if s.label == name and s.step >= first})
+    generated = [s for s in spans if s.label == name and s.step >= first]
+    steps = len({s.step for s in generated})
     whole = plan.problem.workload_of(name).num_sequences * steps * strategy.tp * strategy.pp
-    prompt_tokens = sum(tokens) / whole - answer_tokens if whole else 0.0
+    tokens = sum(s.num_tokens for s in generated)
+    prompt_tokens = tokens / whole - answer_tokens if whole else 0.0
     if not 0 < prompt_tokens <= workload.prompt_tokens:
         return workload
     ratio = answer_tokens / workload.expected_response_tokens
@@ -226,43 +228,27 @@ class Judgement:
 
 def judge(runs: Sequence[RunRecord]) -> list[Judgement]:
     """How well phases and whole steps are predicted, before and after the correction."""
-    factors = _factors(runs)
-    others = {
-        run.name: _factors([other for other in runs if other is not run]) for run in runs
-    } if len(runs) > 1 else {}  # fmt: skip
-    found = []
-    for phase in PHASES:
-        pairs = [
-            (o.predicted_s, o.measured_s, o.run)
-            for run in runs for o in run.observations if o.phase == phase
-        ]  # fmt: skip
-        if pairs:
-            found.append(
-                _judgement(phase, [
-                    tuple(
-                        abs(p * f.get(phase, 1.0) / m - 1.0)
-                        for f in (dict[str, float](), factors, others.get(run, {}))
-                    )
-                    for p, m, run in pairs
-                ], held_out=bool(others))
-            )  # fmt: skip
-    found.append(
-        _judgement("step", [
-            tuple(
-                abs(run.predicted_step_s(f) / run.step_s - 1.0)
-                for f in (dict[str, float](), factors, others.get(run.name, {}))
-            )
-            for run in runs
-        ], held_out=bool(others))
-    )  # fmt: skip
-    return found
+    everything = _factors(runs)
+    errors: dict[str, list[list[float]]] = defaultdict(list)
+    for run in runs:
+        others = _factors([other for other in runs if other is not run])
+        choices: tuple[Mapping[str, float], ...] = ({}, everything, others)
+        for o in run.observations:
+            calls_s = (o.predicted_s * factors.get(o.phase, 1.0) for factors in choices)
+            errors[o.phase].append([abs(s / o.measured_s - 1.0) for s in calls_s])
+        steps_s = (run.predicted_step_s(factors) for factors in choices)
+        errors["step"].append([abs(s / run.step_s - 1.0) for s in steps_s])
+    return [
+        _judgement(what, errors[what], held_out=len(runs) > 1)
+        for what in (*PHASES, "step") if what in errors
+    ]  # fmt: skip
 
 
 def _factors(runs: Sequence[RunRecord]) -> Mapping[str, float]:
     return fit([o for run in runs for o in run.observations], source="", date="").factors
 
 
-def _judgement(what: str, errors: Sequence[tuple[float, ...]], *, held_out: bool) -> Judgement:
+def _judgement(what: str, errors: Sequence[Sequence[float]], *, held_out: bool) -> Judgement:
     before, after, left_out = (statistics.median(column) for column in zip(*errors, strict=True))
     return Judgement(
         what=what, before=before, after=after, held_out=left_out if held_out else None,

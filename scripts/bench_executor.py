@@ -227,7 +227,7 @@ def our_training(
         return -vocab_parallel_log_probs(logits, targets, ctx).sum() / answers, {}
 
     def step() -> Tensor:
-        gradients.zero_()
+        stage.clear_gradients()
         results = train_1f1b(stage, [batch], loss=loss)
         adam.step()
         assert results is not None

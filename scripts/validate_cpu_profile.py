@@ -123,9 +123,9 @@ class WholeModel:
             torch.randn(2**20).repeat(len(buffer.flat) // 2**20 + 1)[: len(buffer.flat)]
         )
         buffer.flat.mul_(0.02)
-        self.gradients = torch.zeros_like(buffer.flat)
-        self.stage = DecoderStage(ctx, buffer, gradients=self.gradients)
-        self.adam = Adam(ctx, buffer, self.gradients, AdamConfig(lr=1e-6), zero=0)
+        gradients = torch.zeros_like(buffer.flat)
+        self.stage = DecoderStage(ctx, buffer, gradients=gradients)
+        self.adam = Adam(ctx, buffer, gradients, AdamConfig(lr=1e-6), zero=0)
 
     def action(self, case: Case) -> Action:
         n, spec = case.sequences, self.stage.spec
@@ -148,7 +148,7 @@ class WholeModel:
             return -self._log_probs(hidden, batch.token_ids).mean(), {}
 
         def train() -> None:
-            self.gradients.zero_()
+            self.stage.clear_gradients()
             train_1f1b(self.stage, [batch], loss=loss)
             self.adam.step()
 

@@ -145,7 +145,7 @@ class DecoderStage:
     """The blocks of ``ctx``'s stage, with the embedding on the first and the head on the last.
 
     ``layers``: one ``BlockWeights`` per block. ``gradients``: a flat tensor in the order and
-    padding of ``buffer.flat``, of its type or wider; backward adds to it, nobody clears it.
+    padding of ``buffer.flat``, of its type or wider; backward adds to it after ``clear_gradients``.
     Without it nothing requires a gradient. ``recompute`` in backward: ``full`` keeps each block's
     input only and runs the block again, ``selective`` makes the inputs of its products again.
     ``sequence_parallel``: hidden states between the halves of blocks are split over tp by tokens
@@ -186,7 +186,7 @@ class DecoderStage:
     def _products(self) -> list[Tensor]:
         """Leaves whose gradient comes of ``linear`` alone, in every backward pass.
 
-        None where blocks run again as a whole: torch's checkpoint hands out copies of leaves.
+        Empty where blocks run again as a whole: torch's checkpoint hands out copies of leaves.
         """
         if self.gradients is None or self.recompute == "full":
             return []
