@@ -19,7 +19,6 @@ Which token is chosen is ``sampling.py``'s, where keys and values lie ``kv_cache
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from executor.batch import SequenceBatch
+from executor.generate.answers import Answer, batch_of, begun
 from executor.generate.kv_cache import KVCache, Turn
 from executor.generate.sampling import SamplingParams, sample, uniform
 from executor.model.transformer import DecoderStage
@@ -71,11 +71,11 @@ def generate(
         ConfigError: an empty or too long prompt, a token outside the vocabulary, no row.
         FloatingPointError: a logit is not finite; names the sample.
     """
-    sequences = [
-        _Sequence(sample=sample, prompt=prompt.cpu(), limit=_limit(stage, prompt, params))
-        for sample, prompt in zip(samples, prompts, strict=True)
-    ]
-    _check(stage, sequences, params, num_groups, max_rows)
+    assert stage.spec.head == "lm", stage.spec.head
+    for name, count in (("num_groups", num_groups), ("max_rows", max_rows)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} is {count}, not at least 1", where="generation")
+    sequences = begun(stage.spec, prompts, samples, params)
     num_rows = min(len(sequences), max_rows or len(sequences))
     groups = [
         _Group(cache=_cache(stage, sequences, capacity))
@@ -84,23 +84,7 @@ def generate(
     waiting = deque(sequences)
     with torch.no_grad():
         _Ticks(stage, groups, waiting, params, (seed, step), max_prompt_tokens).run()
-    return _batch(sequences, stage.ctx.device)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Sequence:
-    """A prompt [length] and its answer so far; ``limit``: tokens of both together at most."""
-
-    sample: int
-    prompt: Tensor
-    limit: int
-    answer: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    finished: bool = False
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.answer)
+    return batch_of(sequences, stage.ctx.device)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,7 +92,7 @@ class _Group:
     """Sequences that take their turns together, in the rows of one cache."""
 
     cache: KVCache
-    sequences: list[_Sequence] = field(default_factory=list)
+    sequences: list[Answer] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +111,7 @@ class _Ticks:
         self,
         stage: DecoderStage,
         groups: Sequence[_Group],
-        waiting: deque[_Sequence],
+        waiting: deque[Answer],
         params: SamplingParams,
         noise_key: tuple[int, int],  # (seed, step)
         max_prompt_tokens: int,
@@ -179,9 +163,9 @@ class _Ticks:
             # Without rows and with nobody waiting, the group has nothing to do ever again.
         return None
 
-    def _admit(self, free_rows: int) -> list[_Sequence]:
+    def _admit(self, free_rows: int) -> list[Answer]:
         """Waiting sequences for free rows, as many as may enter in one turn."""
-        new: list[_Sequence] = []
+        new: list[Answer] = []
         num_tokens = 0
         while self.waiting and len(new) < free_rows:
             if not new or not _alike(new[-1], self.waiting[0]):
@@ -196,13 +180,7 @@ class _Ticks:
         kept = []
         tokens, log_probs = chosen.tolist()
         for row, sequence in enumerate(group.sequences):
-            if not math.isfinite(log_probs[row]):
-                raise FloatingPointError(
-                    f"logits of sample {sequence.sample} at position {sequence.length} are not "
-                    "finite: the model's weights have diverged or are damaged"
-                )
-            sequence.answer.append(int(tokens[row]))
-            sequence.log_probs.append(log_probs[row])
+            sequence.append(int(tokens[row]), log_probs[row])
             sequence.finished = sequence.answer[-1] in self.stops
             if not sequence.finished and sequence.length < sequence.limit:
                 kept.append(row)
@@ -290,48 +268,12 @@ class _Ticks:
 # ---- before and after -------------------------------------------------------------------------
 
 
-def _limit(stage: DecoderStage, prompt: Tensor, params: SamplingParams) -> int:
-    return min(len(prompt) + params.max_new_tokens, stage.spec.max_positions)
-
-
-def _check(
-    stage: DecoderStage,
-    sequences: Sequence[_Sequence],
-    params: SamplingParams,
-    num_groups: int,
-    max_rows: int | None,
-) -> None:
-    spec = stage.spec
-    assert spec.head == "lm", spec.head
-    for name, count in (("num_groups", num_groups), ("max_rows", max_rows)):
-        if count is not None and count < 1:
-            raise ConfigError(f"{name} is {count}, not at least 1", where="generation")
-    for sequence in sequences:
-        where, length = f"prompt of sample {sequence.sample}", len(sequence.prompt)
-        if length == 0:
-            raise ConfigError("no token", where=where, remedy="begin it with a start token")
-        if length >= spec.max_positions:
-            raise ConfigError(
-                f"{length} tokens leave no room for an answer",
-                where=where,
-                remedy=f"{spec.name} has {spec.max_positions} positions",
-            )
-    ids = torch.cat([s.prompt for s in sequences]) if sequences else torch.zeros(0)
-    largest = max([*params.stop_token_ids, int(ids.max()) if len(ids) else 0])
-    if largest >= spec.vocab:
-        raise ConfigError(
-            f"token {largest} is outside the vocabulary of {spec.vocab} of {spec.name}",
-            where="generation",
-            remedy="use the tokenizer of this model",
-        )
-
-
 def _shares(count: int, parts: int) -> list[int]:
     """``count`` in ``parts`` nearly equal shares."""
     return [count // parts + (index < count % parts) for index in range(parts)]
 
 
-def _cache(stage: DecoderStage, sequences: Sequence[_Sequence], max_rows: int) -> KVCache:
+def _cache(stage: DecoderStage, sequences: Sequence[Answer], max_rows: int) -> KVCache:
     spec = stage.spec
     return KVCache(
         num_layers=len(stage.layers),
@@ -345,11 +287,11 @@ def _cache(stage: DecoderStage, sequences: Sequence[_Sequence], max_rows: int) -
     )
 
 
-def _alike(one: _Sequence, other: _Sequence) -> bool:
+def _alike(one: Answer, other: Answer) -> bool:
     return one.prompt is other.prompt or torch.equal(one.prompt, other.prompt)
 
 
-def _distinct(sequences: Sequence[_Sequence]) -> tuple[list[Tensor], list[int]]:
+def _distinct(sequences: Sequence[Answer]) -> tuple[list[Tensor], list[int]]:
     """Prompts of neighbours that are alike once, and how many sequences begin with each."""
     prompts: list[Tensor] = []
     copies: list[int] = []
@@ -362,26 +304,7 @@ def _distinct(sequences: Sequence[_Sequence]) -> tuple[list[Tensor], list[int]]:
     return prompts, copies
 
 
-def _input_ids(old: Sequence[_Sequence], prompts: Sequence[Tensor]) -> Tensor:
+def _input_ids(old: Sequence[Answer], prompts: Sequence[Tensor]) -> Tensor:
     """The last token of each old sequence, then new prompts: [tokens] int64."""
     last = torch.tensor([sequence.answer[-1] for sequence in old], dtype=torch.long)
     return torch.cat([last, *prompts])
-
-
-def _batch(sequences: Sequence[_Sequence], device: torch.device) -> SequenceBatch:
-    """All sequences, ended, as one batch."""
-    ids: list[Tensor] = [torch.zeros(0, dtype=torch.long)]
-    log_probs: list[Tensor] = [torch.zeros(0)]
-    for sequence in sequences:
-        ids += [sequence.prompt, torch.tensor(sequence.answer)]
-        log_probs += [torch.zeros(len(sequence.prompt)), torch.tensor(sequence.log_probs)]
-    batch = SequenceBatch(
-        samples=tuple(sequence.sample for sequence in sequences),
-        lengths=tuple(sequence.length for sequence in sequences),
-        per_token={"sequences": torch.cat(ids), "log_probs": torch.cat(log_probs)},
-        per_sequence={
-            "prompt_lengths": torch.tensor([len(s.prompt) for s in sequences], dtype=torch.long),
-            "finished": torch.tensor([float(s.finished) for s in sequences]),
-        },
-    )
-    return batch.to(device)
