@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -125,9 +124,7 @@ def check_rank(run: Run, program: Program, ranks: Sequence[int], folder: Path) -
     """Carry out setup and one step of the first of ``ranks``."""
     plan, rank = run.plan, ranks[0]
     watch = _Watch()
-    cuda = plan.problem.cluster.device.kind == "cuda"
-    norms = _fused_norms() if cuda else nullcontext()
-    with _fake_world(rank, plan.num_devices), TraceWriter(folder, rank) as trace, norms, watch:
+    with _fake_world(rank, plan.num_devices), TraceWriter(folder, rank) as trace, watch:
         worker = _FakeWorker(run, program, rank=rank, watch=watch, trace=trace)
         worker.setup()
         worker.run_step(0)
@@ -250,40 +247,6 @@ def _even_counts(total: int, parts: int) -> Tensor:
     """``total`` in ``parts`` nearly equal counts, with values."""
     counts = [total // parts + (part < total % parts) for part in range(parts)]
     return torch.tensor(counts)
-
-
-class _FusedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
-        scale = torch.empty(x.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(x, weight, scale)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        _, weight, _ = ctx.saved_tensors
-        return torch.empty_like(grad), None if weight is None else torch.empty_like(weight)
-
-
-@contextmanager
-def _fused_norms() -> Iterator[None]:
-    """RMS norms as CUDA's one kernel: it keeps its input, not fp32 copies as the CPU's steps do.
-
-    Put in the function's place and not in a mode: backward, where blocks are run again, has none.
-    """
-
-    def fused(
-        x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
-    ) -> Tensor:
-        out: Tensor = _FusedNorm.apply(x, weight)
-        return out
-
-    before: Any = F.rms_norm
-    F.rms_norm = cast(Any, fused)
-    try:
-        yield
-    finally:
-        F.rms_norm = before
 
 
 class _FakeWorker(Worker):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from executor.allocator import keep_freed_memory
 from executor.profile_device import (
     COLLECTIVE_BYTES,
     COLLECTIVES,
@@ -155,6 +156,8 @@ def run_worker(rank: int, job: WorkerJob, folder: str, reports: Any) -> None:
         if job.kind == "cuda":
             device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if job.kind == "cuda" else "gloo",
             init_method=(Path(folder) / "rendezvous").as_uri(),

@@ -43,8 +43,8 @@ def kept_bytes(
 
     Values: what either half starts from, 2 hidden / tp with sequence parallelism, else 2 hidden;
     the inputs of their first products, 2 hidden; q, k, v as projected and attention's output,
-    2 (q + kv) / tp, and q, k rotated, (q + kv) / tp; gate and up, silu(gate) and their product,
-    4 ffn / tp, or up and its activation without a gate. With k experts to a token ffn is theirs,
+    2 (q + kv) / tp, and q, k rotated, (q + kv) / tp; gate, up and act(gate) up, 3 ffn / tp, or up
+    and its activation without a gate. With k experts to a token ffn is theirs,
     and 3 k hidden are kept: the rows that go to them, their answers, and these in order again.
     ``full`` recomputation keeps the first of these, of the block's first half. ``selective``
     drops what is large and cheap to make: eager scores; where there are none, the inputs of
@@ -59,8 +59,8 @@ def kept_bytes(
     num_dropped = (1 if spec.num_experts else 2) if selective and not eager else 0
     values = 2 * own + (2 - num_dropped) * (own if kernels.gather_again else spec.hidden)
     values += (3 if spec.positions == "rope" else 2) * attention_values(spec, tp)
-    width = (4 if spec.gated else 2) * spec.active_ffn // tp
-    values += width // 2 if num_dropped == 2 else width
+    first, activated = (2 if spec.gated else 1) * spec.active_ffn // tp, spec.active_ffn // tp
+    values += first if num_dropped == 2 else first + activated
     values += 3 * spec.experts_per_token * spec.hidden + spec.num_experts
     masks = 2 * own if kernels.dropout else 0
     scores = 0
@@ -85,6 +85,6 @@ def working_values(spec: ModelSpec, strategy: ParallelStrategy) -> int:
     split = strategy.sequence_parallel
     hidden = 2 * spec.hidden + (ceil(spec.hidden / tp) if split else spec.hidden)
     rows = 3 * spec.experts_per_token * spec.hidden
-    width = (4 if spec.gated else 2) * spec.active_ffn // tp
-    again = max(spec.hidden, width // 2) if strategy.recompute == "selective" else 0
+    width = (3 if spec.gated else 2) * spec.active_ffn // tp
+    again = max(spec.hidden, spec.active_ffn // tp) if strategy.recompute == "selective" else 0
     return hidden + max(3 * attention_values(spec, tp), width + rows) + again

@@ -19,6 +19,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from executor.allocator import keep_freed_memory
 from executor.launch.job import Job, load_job, run_of
 from executor.launch.network import choose_interface, meet
 from executor.run import Run
@@ -80,6 +81,8 @@ def _work(job: Job, rank: int, heart: Heart, stop_wanted: StopRequest) -> None:
     device = device_of(run)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     store = meet(job, rank, address)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

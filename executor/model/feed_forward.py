@@ -8,7 +8,6 @@ shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,15 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from executor.model.elementwise import activate
 from executor.model.linear import linear, linear_of
 from planner.strategy import Recompute
-from profiles.models import Activation, ModelSpec
-
-ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
+from profiles.models import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,21 +70,12 @@ def dense_down(
     ``recompute`` selective: the activation is computed again in backward instead of kept. full:
     torch's checkpoint stops before a product whose input it has, if the product is torch's own.
     """
-    activated = partial(_activated, spec=spec)
+    activated = partial(activate, activation=spec.activation, gated=spec.gated)
     if recompute == "full":
         return F.linear(activated(inner), weights.down.weight)
     if recompute == "selective":
         return linear_of(activated, weights.down.weight, None, inner)
     return linear(activated(inner), weights.down.weight)
-
-
-def _activated(x: Tensor, spec: ModelSpec) -> Tensor:
-    """[rows, 2 ffn] -> act(first half) * second half, ungated [rows, ffn] -> act(x)."""
-    act = ACTIVATIONS[spec.activation]
-    if not spec.gated:
-        return act(x)
-    gate, up = x.chunk(2, dim=-1)
-    return act(gate) * up
 
 
 def mixture(weights: Experts, x: Tensor, spec: ModelSpec) -> Tensor:
@@ -132,7 +117,8 @@ def _experts(
     order = chosen.flatten().argsort(stable=True)  # [tokens * k]
     counts = torch.bincount(chosen.flatten(), minlength=spec.num_experts)
     rows = x[order // spec.experts_per_token]
-    inner = _activated(_grouped(rows, weights.up.flatten(1, 2), counts), spec)
+    inner = _grouped(rows, weights.up.flatten(1, 2), counts)
+    inner = activate(inner, spec.activation, gated=spec.gated)
     done = _grouped(inner, weights.down, counts)
     back = torch.empty_like(done).index_copy(0, order, done)
     return (back.unflatten(0, chosen.shape) * probabilities[..., None]).sum(1)

@@ -93,5 +93,9 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """fp32 inside, the type of ``x`` outside."""
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    x32 = x.float()
+    turned = torch.empty_like(x32, memory_format=torch.contiguous_format)
+    (low, high), (to_low, to_high) = x32.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(low, cos, out=to_low).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=to_high).addcmul_(low, sin)
+    return turned.to(x.dtype)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.model.attention import KVCacheLike, PackedLengths, packed_attention
+from executor.model.elementwise import rms_norm
 from executor.model.feed_forward import Experts, FeedForward, Linear, dense_down, mixture
 from executor.model.linear import linear, linear_of, overwrite_gradient
 from executor.model.rotary import Rotary, rotary_of, rotate
@@ -66,10 +67,8 @@ def normalize(x: Tensor, norm: Norm, spec: ModelSpec) -> Tensor:
     """
     if spec.norm == "layer":
         return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, spec.norm_eps)
-    if spec.norm == "rms_plus_one":
-        weight = 1.0 + norm.weight.float()
-        return F.rms_norm(x.float(), (x.shape[-1],), weight, spec.norm_eps).to(x.dtype)
-    return F.rms_norm(x, (x.shape[-1],), norm.weight, spec.norm_eps)
+    plus_one = spec.norm == "rms_plus_one"
+    return rms_norm(x, 1.0 + norm.weight.float() if plus_one else norm.weight, spec.norm_eps)
 
 
 def block_forward(
@@ -116,7 +115,7 @@ def _attention(
         # Whole on every shard, but used on this shard's heads only: gradients are summed.
         of_q, of_k = weights.qk_norm.unflatten(0, (2, 1, -1))
         scales = torch.cat((of_q.expand(num_heads, -1), of_k.expand(num_kv_heads, -1)))
-        qk = F.rms_norm(qk, (spec.head_dim,), None, spec.norm_eps) * scales
+        qk = rms_norm(qk, scales, spec.norm_eps)
     q, k = rotate(qk, rotary).split((num_heads, num_kv_heads), dim=1)
     if (repeated := repeated_kv_heads(spec, tp, ctx.tp_rank)) is not None:
         k, v = k[:, repeated], v[:, repeated]

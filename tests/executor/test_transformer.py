@@ -16,7 +16,7 @@ from torch import Tensor
 from executor.buffers import ParameterBuffer
 from executor.model.attention import pack
 from executor.model.rotary import rotary_of
-from executor.model.transformer import DecoderStage, block_forward
+from executor.model.transformer import DecoderStage, block_forward, normalize
 from executor.parallel.tensor import vocab_parallel_log_probs
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
@@ -195,7 +195,7 @@ def test_one_block_by_itself_is_the_block_of_the_stage():
         lambda q, k, v: packed_attention(q, k, v, packed),
         stage.region(packed.num_tokens),
     )
-    normed = F.rms_norm(hidden, (stage.spec.hidden,), stage.final_norm.weight, stage.spec.norm_eps)
+    normed = normalize(hidden, stage.final_norm, stage.spec)
     assert torch.equal(normed, stage.forward(ids, packed))
 
 
