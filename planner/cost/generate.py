@@ -14,15 +14,11 @@ from math import ceil
 
 from planner.cost.decode import schedule
 from planner.cost.model import CostModel
-from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts, unlike_stages
+from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
 from planner.cost.stage import (
     MAX_PROMPT_TOKENS,
     ZERO,
-    Pass,
     Priced,
-    StageCost,
-    StageShape,
-    stage_shapes,
 )
 from planner.plan import Allocation, Workload
 from profiles.models import ModelSpec
@@ -132,7 +128,7 @@ def _prefill(
     ``MAX_PROMPT_TOKENS`` tokens.
     """
     s, tokens = allocation.strategy, workload.expected_prompt_tokens
-    shapes = stage_shapes(spec, s.pp)
+    alike = model.stages_alike(spec, allocation)
     most_at_once = max(1, int(MAX_PROMPT_TOKENS // tokens))
     num_prompts = ceil(num_sequences / workload.group_size)
     groups = min(allocation.num_micro_batches, num_prompts)
@@ -140,14 +136,14 @@ def _prefill(
     kinds = []
     for prompts, count in micro_batch_sizes(num_prompts, turns):
         size = max(1, round(prompts * tokens))
-        stages = _stages(
-            spec, shapes, model, "prefill", tp=s.tp, size=size, length=max(1, round(tokens)),
+        cost = model.stages.passes(
+            spec, ("prefill",), tp=s.tp, size=size, length=max(1, round(tokens)),
             rows=min(prompts * workload.group_size, num_sequences),
         )  # fmt: skip
-        hops = model.hops(allocation, float(size) * spec.hidden * model.value_bytes)
-        kinds.append(PipelinePass(stages, hops, count))
+        hops = model.hops(alike, float(size) * spec.hidden * model.value_bytes)
+        kinds.append(PipelinePass([cost.of(stages.shape) for stages in alike], hops, count))
     total = ZERO
-    for part in pipeline_parts(kinds).values():
+    for part in pipeline_parts(kinds, [stages.count for stages in alike]).values():
         total = total + part
     return total
 
@@ -165,30 +161,20 @@ def _decode_round(
 ) -> tuple[Priced, Priced]:
     """One token for ``group`` sequences: through all stages and back, and on the slowest stage."""
     s = allocation.strategy
-    shapes = stage_shapes(spec, s.pp)
-    stages = _stages(spec, shapes, model, "decode", tp=s.tp, size=group, length=context)
-    hops = model.hops(allocation, float(group) * spec.hidden * model.value_bytes)
+    alike = model.stages_alike(spec, allocation)
+    whole = model.stages.passes(spec, ("decode",), tp=s.tp, size=group, length=context)
+    hops = model.hops(alike, float(group) * spec.hidden * model.value_bytes)
     first = allocation.mesh.first
     back = Priced.of(
         model.collectives.p2p(TOKEN_ID_BYTES * group, first + s.rank(s.pp - 1, 0, 0), first)
     )
     through = slowest = ZERO
-    for part in unlike_stages(stages, [*hops, back]):
-        cost = part.stage.compute + part.stage.tensor_parallel + part.hop
-        through = through + cost * part.count
+    for stages, hop in zip(alike, [*hops[:-1], back], strict=True):
+        stage = whole.of(stages.shape)
+        cost = stage.compute + stage.tensor_parallel + hop
+        through = through + cost * stages.count
         slowest = max(slowest, cost, key=lambda cost: cost.seconds)
     return through, slowest
-
-
-def _stages(
-    spec: ModelSpec, shapes: Sequence[StageShape], model: CostModel, what: Pass, *, tp: int,
-    size: int, length: int, rows: int = 0,
-) -> list[StageCost]:  # fmt: skip
-    by_shape = {
-        shape: model.stages.cost(spec, shape, what, tp=tp, size=size, length=length, rows=rows)
-        for shape in set(shapes)
-    }
-    return [by_shape[shape] for shape in shapes]
 
 
 def _mean(contexts: Sequence[int], values: Sequence[Priced]) -> Priced:

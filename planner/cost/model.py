@@ -5,16 +5,19 @@ A model keeps the answers that it has given; it is one value to pass around, not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-from planner.cost.stage import ZERO, Priced, StageCosts
+from planner.cost.pipeline import LinkClass, StagesAlike
+from planner.cost.stage import ZERO, Priced, StageCosts, StageShape, stage_shapes
 from planner.plan import Allocation
 from profiles.calibration import Calibration
 from profiles.collectives import Collectives
 from profiles.costs import LayerCosts, Provenance
 from profiles.hardware import ClusterSpec
+from profiles.models import ModelSpec
 from profiles.roofline import RooflineCosts
 
 Answer = TypeVar("Answer")
@@ -79,7 +82,7 @@ class CostModel:
         )
         self.known_calls: dict[tuple[object, ...], CallCost] = {}
         self._answers: dict[tuple[object, ...], object] = {}
-        self._known_hops: dict[tuple[int, int, int, float, float], list[Priced]] = {}
+        self._known_hops: dict[tuple[frozenset[LinkClass], float, float], Priced] = {}
         self.known_reallocations: dict[tuple[object, ...], float] = {}
 
     def once(self, question: tuple[object, ...], ask: Callable[[], Answer]) -> Answer:
@@ -97,33 +100,45 @@ class CostModel:
         """Of a weight or an activation."""
         return self.stages.value_bytes
 
+    def stages_alike(self, spec: ModelSpec, allocation: Allocation) -> Sequence[StagesAlike]:
+        """The stages of a pipeline by shape and by the links to the next, in order."""
+        s, first = allocation.strategy, allocation.mesh.first
+        question = ("stages", spec.num_layers, s.pp, s.dp * s.tp, first)
+        return self.once(question, lambda: self._stages_alike(spec, s.pp, s.dp * s.tp, first))
+
+    def _stages_alike(
+        self, spec: ModelSpec, pp: int, width: int, first: int
+    ) -> Sequence[StagesAlike]:
+        counts: Counter[tuple[StageShape, frozenset[LinkClass]]] = Counter()
+        for index, shape in enumerate(stage_shapes(spec, pp)):
+            start, links = first + index * width, set[LinkClass]()
+            for lane in () if shape.last else (start, start + width - 1):
+                inside = self.cluster.node_of(lane) == self.cluster.node_of(lane + width)
+                links.add("intra" if inside else "inter")
+            counts[shape, frozenset(links)] += 1
+        return [StagesAlike(*what, count) for what, count in counts.items()]
+
     def hops(
-        self, allocation: Allocation, num_bytes: float, directions: float = 1.0
+        self, stages: Sequence[StagesAlike], num_bytes: float, directions: float = 1.0
     ) -> list[Priced]:
-        """Seconds of ``num_bytes`` from each stage to the next, on every lane at once.
+        """Seconds of ``num_bytes`` from each of ``stages`` to the next, on every lane at once.
 
         ``directions``: 2 where as much comes back afterwards.
         """
-        s, first = allocation.strategy, allocation.mesh.first
-        question = (s.pp, s.dp * s.tp, first, num_bytes, directions)
+        return [self._hop(alike.links, num_bytes, directions) for alike in stages]
+
+    def _hop(self, links: frozenset[LinkClass], num_bytes: float, directions: float) -> Priced:
+        question = (links, num_bytes, directions)
         answer = self._known_hops.get(question)
         if answer is None:
-            answer = self._known_hops[question] = self._hops(*question)
+            found = (self.collectives.p2p(num_bytes, *self.two_devices(link)) for link in links)
+            answer = max(
+                (Priced.of(cost, directions) for cost in found),
+                key=lambda hop: hop.seconds, default=ZERO,
+            )  # fmt: skip
+            self._known_hops[question] = answer
         return answer
 
-    def _hops(
-        self, pp: int, width: int, first: int, num_bytes: float, directions: float
-    ) -> list[Priced]:
-        by_link: dict[bool, Priced] = {}  # inside a node or not: a link class has one price
-        found = []
-        for stage in range(pp - 1):
-            start = first + stage * width
-            costs = []
-            for lane in (start, start + width - 1):
-                inside = self.cluster.node_of(lane) == self.cluster.node_of(lane + width)
-                if inside not in by_link:
-                    cost = self.collectives.p2p(num_bytes, lane, lane + width)
-                    by_link[inside] = Priced.of(cost, directions)
-                costs.append(by_link[inside])
-            found.append(max(costs, key=lambda cost: cost.seconds))
-        return found
+    def two_devices(self, link: LinkClass) -> tuple[int, int]:
+        """Two devices that are joined by a link of this class."""
+        return (0, 1) if link == "intra" else (0, self.cluster.devices_per_node)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from planner.cost.stage import ZERO, Priced, StageCost
+from planner.cost.stage import ZERO, Priced, StageCost, StageShape
 
 PARTS = (
     "compute", "tensor_parallel", "pipeline_bubble", "pipeline_p2p", "data_parallel", "optimizer",
@@ -19,12 +20,27 @@ PARTS = (
 )  # fmt: skip
 
 
+LinkClass = Literal["intra", "inter"]
+
+
+@dataclass(frozen=True, slots=True)
+class StagesAlike:
+    """``count`` stages of one shape that reach the next over the same links; none after the last.
+
+    Of 80 stages three or four are unlike, whatever goes through them.
+    """
+
+    shape: StageShape
+    links: frozenset[LinkClass]
+    count: int
+
+
 @dataclass(frozen=True, slots=True)
 class PipelinePass:
-    """One kind of micro-batch: its cost on each stage, and ``hops`` between neighbours.
+    """One kind of micro-batch: its cost on each of the unlike stages, in their order.
 
-    ``hops[s]``: seconds between stages s and s + 1, of one message each way where there is a
-    backward pass. ``count``: micro-batches of this kind.
+    ``hops``: seconds from a stage to the next, of one message each way where there is a backward
+    pass; ``ZERO`` after the last. ``count``: micro-batches of this kind.
     """
 
     stages: Sequence[StageCost]
@@ -50,62 +66,38 @@ EXECUTOR = Schedule()
 
 
 def pipeline_parts(
-    passes: Sequence[PipelinePass], schedule: Schedule = EXECUTOR
+    passes: Sequence[PipelinePass], counts: Sequence[int], schedule: Schedule = EXECUTOR
 ) -> Mapping[str, Priced]:
     """Parts of the whole pipeline's seconds: compute, tensor_parallel, bubble and p2p.
 
-    ``passes``: kinds of micro-batches, the longest first. Compute and collectives are the
-    busiest stage's; the bubble is what this stage waits while the others fill and drain. A hop is
-    not overlapped: the executor waits for what it receives before it computes on it.
+    ``passes``: kinds of micro-batches, the longest first. ``counts``: stages of each unlike one.
+    Compute and collectives are the busiest stage's; the bubble is what this stage waits while the
+    others fill and drain. A hop is not overlapped: the executor waits for what it receives before
+    it computes on it.
     """
     used = [p for p in passes if p.count > 0]
     if not used:
         return {}
-    longest = unlike_stages(used[0].stages, [*used[0].hops, ZERO])
-    busiest = max(longest, key=lambda part: part.stage.seconds + part.hop.seconds)
-    rounds = schedule.virtual_stages
-    compute = tensor_parallel = p2p = ZERO
+    longest, rounds = used[0], schedule.virtual_stages
+    seconds = [a.seconds + b.seconds for a, b in zip(longest.stages, longest.hops, strict=True)]
+    busiest = seconds.index(max(seconds))
+    compute = tensor_parallel = p2p = bubble = ZERO
     for kind in used:
-        stage, hop = kind.stages[busiest.first], [*kind.hops, ZERO][busiest.first]
+        stage, hop = kind.stages[busiest], kind.hops[busiest]
         compute = compute + stage.compute * kind.count
         tensor_parallel = tensor_parallel + stage.tensor_parallel * kind.count
         p2p = p2p + hop * (kind.count * rounds)
-        if rounds > 1 and busiest.first == len(kind.hops):  # the last stage gives to the first
-            p2p = p2p + kind.hops[-1] * (kind.count * (rounds - 1))
-    bubble = ZERO
-    for part in longest:
-        others = part.count - (part is busiest)
-        bubble = bubble + (part.stage.compute + part.stage.tensor_parallel) * (others / rounds)
-        p2p = p2p + part.hop * others
+        if rounds > 1 and busiest > 0 and busiest == len(counts) - 1:  # the last gives to the first
+            p2p = p2p + kind.hops[-2] * (kind.count * (rounds - 1))
+    for index, (stage, hop, count) in enumerate(zip(longest.stages, longest.hops, counts)):
+        others = count - (index == busiest)
+        if others:
+            bubble = bubble + (stage.compute + stage.tensor_parallel) * (others / rounds)
+            p2p = p2p + hop * others
     return {
         "compute": compute, "tensor_parallel": tensor_parallel, "pipeline_bubble": bubble,
         "pipeline_p2p": p2p,
     }  # fmt: skip
-
-
-@dataclass(slots=True)
-class StagesAlike:
-    """``count`` stages of one cost, each with a ``hop`` after it; ``first``: the first of them."""
-
-    stage: StageCost
-    hop: Priced
-    first: int
-    count: int
-
-
-def unlike_stages(stages: Sequence[StageCost], hops: Sequence[Priced]) -> list[StagesAlike]:
-    """Stages with their hops by what they cost: of 80 stages three or four are unlike.
-
-    Costs are told apart by identity, which the cost model keeps for equal questions.
-    """
-    found: dict[tuple[int, int], StagesAlike] = {}
-    for index, (stage, hop) in enumerate(zip(stages, hops, strict=True)):
-        alike = found.get((id(stage), id(hop)))
-        if alike is None:
-            found[id(stage), id(hop)] = StagesAlike(stage, hop, index, 1)
-        else:
-            alike.count += 1
-    return list(found.values())
 
 
 def micro_batch_sizes(num_sequences: int, num_micro_batches: int) -> tuple[tuple[int, int], ...]:

@@ -91,6 +91,9 @@ class StageCost:
     def __add__(self, other: StageCost) -> StageCost:
         return StageCost(self.compute + other.compute, self.tensor_parallel + other.tensor_parallel)
 
+    def __mul__(self, times: float) -> StageCost:
+        return StageCost(self.compute * times, self.tensor_parallel * times)
+
 
 class StageShape(NamedTuple):
     """What a stage's cost depends on: its number of blocks, and which ends of the model it has."""
@@ -109,8 +112,40 @@ def stage_shapes(spec: ModelSpec, pp: int) -> tuple[StageShape, ...]:
     )
 
 
+NOTHING = StageCost()
+
+
+class _Sums(NamedTuple):
+    """Collectives on hidden states: of each block, and at the ends."""
+
+    block: Priced
+    first: Priced
+    last: Priced
+
+
+@dataclass(slots=True)
+class PassCost:
+    """Passes of one micro-batch by what a stage has: each block, and the ends of the model.
+
+    A search asks for few of these and adds up stages of many shapes from each.
+    """
+
+    block: StageCost = NOTHING
+    first: StageCost = NOTHING
+    last: StageCost = NOTHING
+
+    def of(self, stage: StageShape) -> StageCost:
+        cost = self.block * stage.num_layers
+        if stage.first and self.first is not NOTHING:
+            cost = cost + self.first
+        return cost + self.last if stage.last and self.last is not NOTHING else cost
+
+    def __add__(self, other: PassCost) -> PassCost:
+        return PassCost(self.block + other.block, self.first + other.first, self.last + other.last)
+
+
 class StageCosts:
-    """Answers ``cost(...)`` from layer costs and collectives, and remembers the answers."""
+    """Answers ``passes(...)`` from layer costs and collectives, and remembers the answers."""
 
     def __init__(
         self, device: DeviceSpec, layer_costs: LayerCosts, collectives: Collectives,
@@ -121,56 +156,38 @@ class StageCosts:
         self.kernels = kernels or RooflineCosts(device)
         self.collectives = collectives
         self.value_bytes = VALUE_BYTES[device.kind]
-        self._answers: dict[tuple[object, ...], StageCost] = {}
-        self._sums_of_passes: dict[tuple[object, ...], StageCost] = {}
+        self._answers: dict[tuple[object, ...], PassCost] = {}
 
-    def cost(
-        self, spec: ModelSpec, stage: StageShape, what: Pass, *, tp: int, size: int, length: int,
+    def passes(
+        self, spec: ModelSpec, passes: tuple[Pass, ...], *, tp: int, size: int, length: int,
         rows: int = 0, split_tokens: bool = False,
-    ) -> StageCost:  # fmt: skip
-        """One pass. ``size`` tokens in sequences of ``length``, or in decode ``size`` sequences
+    ) -> PassCost:  # fmt: skip
+        """The sum of ``passes``. ``size`` tokens in sequences of ``length``, or in decode ``size``
 
-        with ``length`` tokens of context. ``rows``: of these tokens, those that a language model's
-        head reads; in prefill one for each sequence, elsewhere 0 means all. A scalar head reads
-        all. ``recompute`` is the blocks' forward pass again, without the ends, and where it stops
-        early without what nothing is kept of: a dense block's last product, and its sum over
-        shards. ``selective`` is what is made again where only cheap things are. ``split_tokens``:
-        sequence parallelism.
+        sequences with ``length`` tokens of context. ``rows``: of these tokens, those that a
+        language model's head reads; in prefill one for each sequence, elsewhere 0 means all. A
+        scalar head reads all. ``recompute`` is the blocks' forward pass again, without the ends,
+        and where it stops early without what nothing is kept of: a dense block's last product,
+        and its sum over shards. ``selective`` is what is made again where only cheap things are.
+        ``split_tokens``: sequence parallelism.
         """
         if size <= 0:
-            return StageCost()
-        question = (spec, stage, what, tp, size, length, rows, split_tokens)
+            return PassCost()
+        question = (spec, passes, tp, size, length, rows, split_tokens)
         answer = self._answers.get(question)
         if answer is None:
-            if what == "selective":
-                answer = self._selective(spec, stage, tp, size, max(1, length), split_tokens)
-            else:
-                answer = self._cost(
-                    spec, stage, what, tp, size, max(1, length), rows, split=split_tokens
+            length = max(1, length)
+            answer = PassCost()
+            for what in passes:
+                answer = answer + (
+                    self._selective(spec, tp, size, length, split_tokens)
+                    if what == "selective"
+                    else self._pass(spec, what, tp, size, length, rows, split=split_tokens)
                 )
             self._answers[question] = answer
         return answer
 
-    def passes(
-        self, spec: ModelSpec, stage: StageShape, passes: tuple[Pass, ...], *, tp: int, size: int,
-        length: int, rows: int, split_tokens: bool,
-    ) -> StageCost:  # fmt: skip
-        """The sum of ``cost`` over ``passes``."""
-        question = (spec, stage, passes, tp, size, length, rows, split_tokens)
-        answer = self._sums_of_passes.get(question)
-        if answer is None:
-            answer = StageCost()
-            for what in passes:
-                answer = answer + self.cost(
-                    spec, stage, what, tp=tp, size=size, length=length, rows=rows,
-                    split_tokens=split_tokens,
-                )  # fmt: skip
-            self._sums_of_passes[question] = answer
-        return answer
-
-    def _selective(
-        self, spec: ModelSpec, stage: StageShape, tp: int, size: int, length: int, split: bool
-    ) -> StageCost:
+    def _selective(self, spec: ModelSpec, tp: int, size: int, length: int, split: bool) -> PassCost:
         """Inputs of products made again in backward, and with split tokens gathered again.
 
         Where scores are made again instead (eager attention), inputs are not dropped, but their
@@ -178,15 +195,15 @@ class StageCosts:
         """
         own = ceil(size / tp) if split else size
         block = Priced.modelled(self.kernels.selective_s(spec, tp, size, length, own))
-        num_gathers = (1 if spec.num_experts else 2) * stage.num_layers if split else 0
+        num_gathers = (1 if spec.num_experts else 2) if split else 0
         hidden_bytes = float(size) * spec.hidden * self.value_bytes
         gather = Priced.of(self.collectives.all_gather(hidden_bytes, range(tp)))
-        return StageCost(compute=block * stage.num_layers, tensor_parallel=gather * num_gathers)
+        return PassCost(block=StageCost(compute=block, tensor_parallel=gather * num_gathers))
 
-    def _cost(
-        self, spec: ModelSpec, stage: StageShape, what: Pass, tp: int, size: int, length: int,
-        rows: int, *, split: bool,
-    ) -> StageCost:  # fmt: skip
+    def _pass(
+        self, spec: ModelSpec, what: Pass, tp: int, size: int, length: int, rows: int, *,
+        split: bool,
+    ) -> PassCost:  # fmt: skip
         operation: Operation = (
             "decode" if what == "decode" else "backward" if what == "backward" else "forward"
         )
@@ -196,26 +213,26 @@ class StageCosts:
                 self.layers.layer(spec, component, op, tp=tp, size=count, length=length)
             )
 
+        group = range(tp)  # tensor-parallel groups lie in one node, and nodes are equal
+        sums = self._sums(spec, what, size, group, split)
         block = layer("block", operation, size)
         if what == "recompute" and self.stops_early and not spec.num_experts:
             block = block * (1.0 - self.kernels.last_product_share(spec, tp, size, length))
         if split:
             block = self._with_split_tokens(block, spec, what, tp, size)
-        compute = block * stage.num_layers
-        group = range(tp)  # tensor-parallel groups lie in one node, and nodes are equal
-        sums = self._sums(spec, stage, what, size, group, split)
-        if stage.first and what != "recompute":
-            compute = compute + layer("embedding", operation, size)
-        if stage.last and what in ("forward", "backward"):
+        found = PassCost(block=StageCost(block, sums.block))
+        if what != "recompute":
+            found.first = StageCost(layer("embedding", operation, size), sums.first)
+        if what in ("forward", "backward"):
             read = rows if rows and spec.head == "lm" else size
-            compute = compute + layer("head", operation, read)
-            sums = sums + self._head_collectives(spec, what, read, group)
-        if stage.last and what in ("prefill", "decode"):
+            of_head = sums.last + self._head_collectives(spec, what, read, group)
+            found.last = StageCost(layer("head", operation, read), of_head)
+        if what in ("prefill", "decode"):
             count = rows if what == "prefill" else size
-            compute = compute + layer("head", "decode", count)
             logits_bytes = float(count) * spec.vocab * self.value_bytes
-            sums = sums + Priced.of(self.collectives.all_gather(logits_bytes, group))
-        return StageCost(compute=compute, tensor_parallel=sums)
+            gather = Priced.of(self.collectives.all_gather(logits_bytes, group))
+            found.last = StageCost(layer("head", "decode", count), sums.last + gather)
+        return found
 
     def _with_split_tokens(
         self, block: Priced, spec: ModelSpec, what: Pass, tp: int, size: int
@@ -227,9 +244,7 @@ class StageCosts:
         # Measured blocks keep their origin: the share that is left of every part.
         return block * max(0.0, 1.0 - saved_s / block.seconds) if block.seconds else block
 
-    def _sums(
-        self, spec: ModelSpec, stage: StageShape, what: Pass, size: int, group: range, split: bool
-    ) -> Priced:
+    def _sums(self, spec: ModelSpec, what: Pass, size: int, group: range, split: bool) -> _Sums:
         """Collectives on hidden states: around both halves of every block, and at the ends.
 
         An all-reduce after either half, in backward before it. ``split``: a half is entered
@@ -239,20 +254,19 @@ class StageCosts:
         """
         hidden_bytes = float(size) * spec.hidden * self.value_bytes
         reduce = Priced.of(self.collectives.all_reduce(hidden_bytes, group))
-        halves = 2.0 * stage.num_layers
-        left = halves / 2 if what == "recompute" and self.stops_early else halves
+        left = 1.0 if what == "recompute" and self.stops_early else 2.0
         # The gradient that shards of a language model's head give to the same hidden states.
-        of_head = stage.last and what == "backward" and spec.head == "lm"
+        of_head = reduce if what == "backward" and spec.head == "lm" else ZERO
         if not split:
             # Parts of the vocabulary are summed.
-            of_embedding = stage.first and what not in ("backward", "recompute")
-            return reduce * (left + of_embedding + of_head)
+            return _Sums(reduce * left, ZERO if what == "backward" else reduce, of_head)
         gather = Priced.of(self.collectives.all_gather(hidden_bytes, group))
         scatter = Priced.of(self.collectives.reduce_scatter(hidden_bytes, group))
-        sums = gather * halves + scatter * left + reduce * float(of_head)
-        if stage.first and what != "recompute":
-            sums = sums + (gather if what == "backward" else scatter)
-        return sums + gather if stage.last and what == "forward" else sums
+        return _Sums(
+            gather * 2.0 + scatter * left,
+            gather if what == "backward" else scatter,
+            gather if what == "forward" else of_head,
+        )
 
     def _head_collectives(self, spec: ModelSpec, what: Pass, size: int, group: range) -> Priced:
         """Largest logit, sum of exponentials and the chosen logit: fp32, one value a token."""

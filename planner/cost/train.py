@@ -97,7 +97,7 @@ def _pipeline(
     """``num_groups`` in micro-batches through the stages, ``passes`` on each stage."""
     s = allocation.strategy
     length = max(1, round(workload.attended_tokens))
-    shapes = stage_shapes(spec, s.pp)
+    alike = model.stages_alike(spec, allocation)
     directions = 2.0 if "backward" in passes else 1.0
     kinds = []
     for groups, count in micro_batch_sizes(num_groups, allocation.num_micro_batches):
@@ -106,24 +106,19 @@ def _pipeline(
         sequences = groups * workload.group_size
         size = max(1, round(sequences * workload.expected_tokens))
         answers = max(1, round(sequences * workload.expected_response_tokens))
-        by_shape = {
-            shape: model.stages.passes(
-                spec, shape, passes, tp=s.tp, size=size, length=length, rows=answers,
-                split_tokens=s.sequence_parallel,
-            )
-            for shape in set(shapes)
-        }  # fmt: skip
+        cost = model.stages.passes(
+            spec, passes, tp=s.tp, size=size, length=length, rows=answers,
+            split_tokens=s.sequence_parallel,
+        )  # fmt: skip
         split = s.sequence_parallel or schedule.scatter_hops
         own = ceil(size / s.tp) if split else size
-        hidden_bytes = float(own) * spec.hidden * model.value_bytes
-        hops = model.hops(allocation, hidden_bytes, directions)
+        hops = model.hops(alike, float(own) * spec.hidden * model.value_bytes, directions)
         if schedule.scatter_hops and not s.sequence_parallel:
             whole_bytes = float(size) * spec.hidden * model.value_bytes
-            gather = model.collectives.all_gather(whole_bytes, range(s.tp))
-            by_link = {id(hop): hop + Priced.of(gather, directions) for hop in hops}
-            hops = [by_link[id(hop)] for hop in hops]
-        kinds.append(PipelinePass([by_shape[shape] for shape in shapes], hops, count))
-    return pipeline_parts(kinds, schedule)
+            gather = Priced.of(model.collectives.all_gather(whole_bytes, range(s.tp)), directions)
+            hops = [hop + gather for hop in hops[:-1]] + hops[-1:]  # none after the last
+        kinds.append(PipelinePass([cost.of(stages.shape) for stages in alike], hops, count))
+    return pipeline_parts(kinds, [stages.count for stages in alike], schedule)
 
 
 def _reductions(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Priced:

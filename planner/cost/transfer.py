@@ -7,15 +7,20 @@ out and in are both directions of one link.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from planner.cost.lanes import Ints, lane_loads
 from planner.cost.model import CostModel
+from planner.cost.pipeline import LinkClass
 from planner.cost.stage import stage_shapes, stage_values
 from planner.layout import Layout
 from planner.memory import AVERAGE_BYTES
 from planner.mesh import DeviceMesh
 from profiles.hardware import ClusterSpec
+
+# Rows of ``LaneLoads`` by the link that they take.
+LANES: Sequence[tuple[LinkClass, slice]] = (("intra", slice(0, 2)), ("inter", slice(2, 4)))
 
 
 def reallocation_seconds(
@@ -55,7 +60,7 @@ def _reallocation_s(src: Layout, dst: Layout, bytes_per_value: int, model: CostM
     loads = lane_loads(src, dst, devices_per_node=model.cluster.devices_per_node)
     slowest_s = max(
         _slowest_lane_s(loads.values[lanes], loads.messages[lanes], link, bytes_per_value, model)
-        for link, lanes in (("intra", slice(0, 2)), ("inter", slice(2, 4)))
+        for link, lanes in LANES
     )
     passes_bytes = int(loads.passes.max()) * bytes_per_value
     return slowest_s + passes_bytes / model.cluster.device.memory_bytes_per_s
@@ -74,12 +79,12 @@ def average_seconds(layout: Layout, *, model: CostModel) -> float:
 
 
 def _slowest_lane_s(
-    values: Ints, messages: Ints, link: str, bytes_per_value: int, model: CostModel
+    values: Ints, messages: Ints, link: LinkClass, bytes_per_value: int, model: CostModel
 ) -> float:
     busy = messages > 0
     if not busy.any():
         return 0.0
-    peers = _two_devices(model.cluster, link)
+    peers = model.two_devices(link)
     latency_s = model.cluster.link_between(*peers).latency_s
     # Lanes of one link differ in bytes and messages only; few pairs are different.
     pairs = set(zip(values[busy].tolist(), messages[busy].tolist()))
@@ -89,11 +94,6 @@ def _slowest_lane_s(
         for num_values, count in pairs
     ]
     return max(seconds)
-
-
-def _two_devices(cluster: ClusterSpec, link: str) -> tuple[int, int]:
-    """Two devices that are joined by a link of this class."""
-    return (0, 1) if link == "intra" else (0, cluster.devices_per_node)
 
 
 def transfer_seconds(
@@ -111,7 +111,6 @@ def transfer_seconds(
     first = min(src_mesh.first, dst_mesh.first)
     if first == last:
         return 0.0
-    inside = cluster.node_of(first) == cluster.node_of(last)
+    link: LinkClass = "intra" if cluster.node_of(first) == cluster.node_of(last) else "inter"
     lanes = min(src_mesh.num_devices, dst_mesh.num_devices)
-    peers = _two_devices(cluster, "intra" if inside else "inter")
-    return model.collectives.p2p(num_bytes / lanes, *peers).seconds
+    return model.collectives.p2p(num_bytes / lanes, *model.two_devices(link)).seconds
