@@ -7,6 +7,9 @@ For a model of 2 blocks under pp 2, tp 2 (4 ranks) block 0's q [heads * head_dim
 
     rank 0  layers.0.q rows 0 … half      rank 2  (block 1 …)
     rank 1  layers.0.q rows half … end    rank 3  (block 1 …)
+
+Experts are split over ep too: of dp 2, ep 2 and 4 experts rank 0 holds experts 0 and 1, rank 1
+experts 2 and 3, and both all of the rest.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from profiles.models import ModelSpec
 # positions are apart from the embedding, of which the last stage may hold a copy.
 EMBEDDING_LAYER = -1
 POSITION_LAYER = -2
+EXPERTS = "experts."  # what the names of experts' parameters begin with, inside their block
 
 
 def head_layer(spec: ModelSpec) -> int:
@@ -36,6 +40,7 @@ class ParameterShape:
 
     It is cut into gcd(tp, ``max_parts``) parts, 0: tp; neighbouring shards hold the same part
     where these are fewer than tp. Keys and values have a part for each kv head at most.
+    ``is_expert``: dimension 0 counts experts, and is split over ep.
     """
 
     name: str
@@ -43,6 +48,7 @@ class ParameterShape:
     layer: int
     shard_dim: int | None
     max_parts: int = 0
+    is_expert: bool = False
 
     def num_parts(self, tp: int) -> int:
         """Different parts under ``tp``: each is held by tp / parts shards."""
@@ -89,7 +95,12 @@ def block_parameters(spec: ModelSpec, layer: int) -> tuple[ParameterShape, ...]:
     ]
     return tuple(
         ParameterShape(
-            name=f"layers.{layer}.{name}", shape=shape, layer=layer, shard_dim=dim, max_parts=parts
+            name=f"layers.{layer}.{name}",
+            shape=shape,
+            layer=layer,
+            shard_dim=dim,
+            max_parts=parts,
+            is_expert=name.startswith(EXPERTS),
         )
         for name, shape, dim, parts in rows
     )
@@ -126,8 +137,8 @@ def _feed_forward_rows(spec: ModelSpec) -> list[_Row]:
     rows: list[_Row] = [
         ("router.weight", (n, h), None, 0),
         # Of every expert its gate and its up, in this order.
-        ("experts.gate_up.weight", (n, 2 if spec.gated else 1, spec.ffn, h), 2, 0),
-        ("experts.down.weight", (n, h, spec.ffn), 2, 0),
+        (f"{EXPERTS}gate_up.weight", (n, 2 if spec.gated else 1, spec.ffn, h), 2, 0),
+        (f"{EXPERTS}down.weight", (n, h, spec.ffn), 2, 0),
     ]
     if spec.shared_ffn:
         rows += _dense_rows("shared.", spec, spec.shared_ffn)
@@ -199,8 +210,10 @@ def parameters(spec: ModelSpec) -> tuple[ParameterShape, ...]:
     return (*ends, *blocks, *head_parameters(spec))
 
 
-def shard(parameter: ParameterShape, tp: int, tp_rank: int) -> ParameterSlice:
-    """The box of ``parameter`` that one tensor-parallel rank holds.
+def shard(
+    parameter: ParameterShape, tp: int, tp_rank: int, ep: int = 1, ep_rank: int = 0
+) -> ParameterSlice:
+    """The box of ``parameter`` that one tensor-parallel rank holds; of experts, one expert rank.
 
     Part i of n begins at floor(size i / n): parts differ by one row where n does not divide.
     """
@@ -210,15 +223,21 @@ def shard(parameter: ParameterShape, tp: int, tp_rank: int) -> ParameterSlice:
         part, size = tp_rank * num_parts // tp, parameter.shape[dim]
         offset[dim] = size * part // num_parts
         length[dim] = size * (part + 1) // num_parts - offset[dim]
+    if parameter.is_expert:
+        length[0] //= ep
+        offset[0] = ep_rank * length[0]
     return ParameterSlice(name=parameter.name, offset=tuple(offset), length=tuple(length))
 
 
 @lru_cache(maxsize=1024)
-def shard_values(spec: ModelSpec, layer: int, tp: int) -> int:
-    """Values of a block or pseudo-layer on the shard that holds most."""
+def shard_values(
+    spec: ModelSpec, layer: int, tp: int, ep: int = 1, *, only_experts: bool = False
+) -> int:
+    """Values of a block or pseudo-layer, or of its experts, on the shard that holds most."""
     return sum(
-        max(shard(parameter, tp, rank).num_values for rank in range(tp))
+        max(shard(parameter, tp, rank, ep).num_values for rank in range(tp))
         for parameter in layer_parameters(spec, layer)
+        if parameter.is_expert or not only_experts
     )
 
 
@@ -249,15 +268,18 @@ class Layout:
     pp: int = 1
     tp: int = 1
     dp: int = 1
+    ep: int = 1
 
     @classmethod
     def of(cls, spec: ModelSpec, mesh: DeviceMesh, strategy: ParallelStrategy) -> Layout:
-        return cls(spec=spec, mesh=mesh, pp=strategy.pp, tp=strategy.tp, dp=strategy.dp)
+        s = strategy
+        return cls(spec=spec, mesh=mesh, pp=s.pp, tp=s.tp, dp=s.dp, ep=s.ep)
 
     @property
     def key(self) -> str:
         """A short name, unique among the layouts of one role: ``[0-7] d4p2m1``."""
-        return f"{self.mesh} d{self.dp}p{self.pp}m{self.tp}"
+        experts = f"e{self.ep}" if self.ep > 1 else ""
+        return f"{self.mesh} d{self.dp}p{self.pp}m{self.tp}{experts}"
 
     def coordinates(self, device: int) -> tuple[int, int, int]:
         """(pp_rank, dp_rank, tp_rank) of a device of the mesh."""
@@ -267,12 +289,19 @@ class Layout:
     def device(self, pp_rank: int, dp_rank: int, tp_rank: int) -> int:
         return self.mesh.first + (pp_rank * self.dp + dp_rank) * self.tp + tp_rank
 
+    def ep_rank(self, device: int) -> int:
+        """Which of the ``ep`` parts of the experts a device of the mesh holds."""
+        return self.coordinates(device)[1] % self.ep
+
     def layers(self, pp_rank: int) -> range:
         """The blocks of a stage."""
         return stage_layers(self.spec.num_layers, self.pp)[pp_rank]
 
     def stage_parameters(self, pp_rank: int) -> tuple[ParameterShape, ...]:
-        """Whole parameters of a stage in buffer order; a tied head's stage holds the embedding."""
+        """Whole parameters of a stage in buffer order; a tied head's stage holds the embedding.
+
+        With ep, experts come last: their gradients are summed over other ranks than the rest.
+        """
         first, last = pp_rank == 0, pp_rank == self.pp - 1
         found: list[ParameterShape] = []
         if first or (last and self.spec.tied_embedding):
@@ -283,6 +312,8 @@ class Layout:
             found.extend(block_parameters(self.spec, layer))
         if last:
             found.extend(head_parameters(self.spec))
+        if self.ep > 1:
+            found.sort(key=lambda parameter: parameter.is_expert)
         return tuple(found)
 
     def slices(self, device: int) -> tuple[ParameterSlice, ...]:
@@ -290,7 +321,9 @@ class Layout:
         if device not in self.mesh:
             return ()
         pp_rank, _, tp_rank = self.coordinates(device)
-        return tuple(shard(p, self.tp, tp_rank) for p in self.stage_parameters(pp_rank))
+        of_experts = self.ep, self.ep_rank(device)
+        found = self.stage_parameters(pp_rank)
+        return tuple(shard(parameter, self.tp, tp_rank, *of_experts) for parameter in found)
 
     def num_values(self, device: int) -> int:
         """Values that a device holds."""

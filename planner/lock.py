@@ -13,7 +13,7 @@ from planner.strategy import ParallelStrategy
 class Lock:
     """Parts of an allocation that are fixed; None leaves a part to the search.
 
-    ``strategy`` fixes pp, tp and dp. ``allocation`` fixes everything.
+    ``strategy`` fixes pp, tp, dp and ep. ``allocation`` fixes everything.
     """
 
     mesh: DeviceMesh | None = None

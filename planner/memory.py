@@ -20,6 +20,7 @@ from planner.cost.stage import (
     MAX_PROMPT_TOKENS,
     VALUE_BYTES,
     StageShape,
+    expert_values,
     stage_shapes,
     stage_values,
 )
@@ -126,15 +127,28 @@ def held_memory(
     spec: ModelSpec, strategy: ParallelStrategy, stage: int, kind: DeviceKind, *, trained: bool
 ) -> MemoryBreakdown:
     """Weights of a stage's shard, and of a trained role gradients and optimizer state."""
-    values = stage_values(spec, stage_shapes(spec, strategy.pp)[stage], strategy.tp)
+    s, shape = strategy, stage_shapes(spec, strategy.pp)[stage]
+    values = stage_values(spec, shape, s.tp, s.ep)
     if not trained:
         return MemoryBreakdown(weights=values * VALUE_BYTES[kind])
-    own = ceil(values / strategy.dp) if strategy.zero else values
+    own = own_values(spec, shape, s)
     return MemoryBreakdown(
         weights=values * VALUE_BYTES[kind],
         gradients=values * GRADIENT_BYTES,
         optimizer=own * OPTIMIZER_BYTES[kind],
     )
+
+
+def own_values(spec: ModelSpec, shape: StageShape, s: ParallelStrategy) -> int:
+    """Values of a stage's shard that a rank keeps optimizer state for: with ZeRO 1 its share of
+
+    experts over the dp / ep ranks that hold them, and of all else over dp.
+    """
+    values = stage_values(spec, shape, s.tp, s.ep)
+    if s.zero == 0:
+        return values
+    experts = expert_values(spec, shape, s.tp, s.ep) if s.ep > 1 else 0
+    return ceil((values - experts) / s.dp) + ceil(experts * s.ep / s.dp)
 
 
 def offloaded_memory(held: MemoryBreakdown, *, trained: bool) -> MemoryBreakdown:

@@ -4,7 +4,7 @@
 | --- | --- |
 | ``lock.CALL=plan.json`` | the call's allocation of that plan |
 | ``lock.CALL.mesh=[0,8]`` | first device, number of devices |
-| ``lock.CALL.strategy=d4p1m2`` | dp, pp, tp |
+| ``lock.CALL.strategy=d4p1m2`` | dp, pp, tp; with experts split over 2 ranks ``d4p1m2e2`` |
 | ``lock.CALL.num_micro_batches=4`` | as in a plan |
 | ``lock.CALL.offload=true`` | as in a plan |
 | ``memory_limit=70GiB`` | of each device, at most what it has |

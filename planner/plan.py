@@ -295,7 +295,7 @@ def _check_shared_weights(plan: ExecutionPlan) -> None:
             continue
         allocation = plan.allocations[call.name]
         s = allocation.strategy
-        other = seen.setdefault((call.role, allocation.mesh, s.pp, s.tp, s.dp), call.name)
+        other = seen.setdefault((call.role, allocation.mesh, s.pp, s.tp, s.dp, s.ep), call.name)
         if plan.allocations[other].offload != allocation.offload:
             raise PlanError(
                 f"is {str(allocation.offload).lower()}, but {other} reads the same weights of "

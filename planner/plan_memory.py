@@ -104,7 +104,7 @@ def memory_over_time(plan: ExecutionPlan) -> Mapping[int, tuple[MemoryMoment, ..
 
 def _borrowed_memory(layout: Layout, device: int, kind: DeviceKind) -> MemoryBreakdown:
     """Weights of a layout that is no home, and what was under way to bring them."""
-    strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp)
+    strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp, ep=layout.ep)
     stage = layout.coordinates(device)[0]
     held = held_memory(layout.spec, strategy, stage, kind, trained=False)
     return held + MemoryBreakdown(buffers=STAGING_BYTES[kind])

@@ -2,7 +2,8 @@
 
 ``save_plan`` and ``load_plan`` are exact inverses. The file is self-contained and meant to be
 edited; one that breaks the schema is refused with the JSON path of the first bad field and what
-would be right. Every field is required, so that a deleted line is never a silent default.
+would be right. A deleted line is never a silent default: every field is required but those that
+their type calls optional (``ep``), which are written where they are not the default.
 """
 
 from __future__ import annotations
@@ -73,7 +74,11 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value):
-        return {f.name: _to_json(getattr(value, f.name)) for f in fields(value)}
+        return {
+            f.name: _to_json(getattr(value, f.name))
+            for f in fields(value)
+            if "optional" not in f.metadata or getattr(value, f.name) != f.default
+        }
     if isinstance(value, Mapping):
         return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, frozenset | set):
@@ -254,7 +259,9 @@ def _wrong(value: Any, wanted: str, where: str) -> PlanError:
     return PlanError(f"is {_kind(value)}", where=where, remedy=f"it must be {wanted}")
 
 
-def _check_fields(known: set[str], data: Mapping[str, Any], where: str) -> None:
+def _check_fields(
+    known: set[str], data: Mapping[str, Any], where: str, *, optional: frozenset[str] = frozenset()
+) -> None:
     prefix = f"{where}." if where else ""
     for name in data:
         if name not in known:
@@ -263,7 +270,7 @@ def _check_fields(known: set[str], data: Mapping[str, Any], where: str) -> None:
                 where=f"{prefix}{name}",
                 remedy=f"known: {', '.join(sorted(known))}",
             )
-    for name in sorted(known):
+    for name in sorted(known - optional):
         if name not in data:
             raise PlanError("missing field", where=f"{prefix}{name}", remedy="add it")
 
@@ -347,8 +354,13 @@ def _read_object(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise _wrong(value, "an object", where)
     hints = _hints(kind)
-    _check_fields(set(hints), value, where)
-    values = {name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
+    optional = frozenset(f.name for f in fields(kind) if "optional" in f.metadata)
+    _check_fields(set(hints), value, where, optional=optional)
+    values = {
+        name: _read(hint, value[name], f"{where}.{name}")
+        for name, hint in hints.items()
+        if name in value
+    }
     try:
         return kind(**values)
     except UserError as error:

@@ -5,7 +5,8 @@ a replicated one not at all. So *who sends what to whom* is decided once for a (
 destination stage) pair, over an interval of ``units`` equal parts, as a ``Route``; routes are
 few, the planner prices them, and ``reallocate`` expands them into one ``Message`` per parameter
 for the executor. Only where tp does not divide the kv heads are keys and values cut otherwise,
-and have routes of their own.
+and have routes of their own; so have experts that one of the layouts splits over ep: these are cut
+in two dimensions.
 
 A rank is sent exactly what it lacks. A missing piece comes from a holder on the same node where
 there is one, and among equals from the one that has been given least to send so far.
@@ -14,9 +15,10 @@ there is one, and among equals from the one that has been given least to send so
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import gcd, lcm
 from typing import Literal
 
@@ -31,8 +33,16 @@ from planner.layout import (
 )
 from profiles.models import ModelSpec
 
-# Sharded parameters by how they are cut: into tp parts, or with kv heads into fewer.
-Cut = Literal["all", "tp", "kv"]
+# Sharded parameters by how they are cut: into tp parts, or with kv heads into fewer, or with
+# experts into ep times tp parts. What a cut names:
+Cut = Literal["all", "tp", "kv", "dense", "experts"]
+_NAMED: Mapping[Cut, tuple[str, ...]] = {
+    "all": ("tp", "kv", "experts"),
+    "tp": ("tp", "experts"),
+    "kv": ("kv",),
+    "dense": ("tp",),
+    "experts": ("experts",),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +51,8 @@ class Route:
 
     Of sharded parameters the part is ``[lo, hi)`` out of ``units`` along the shard dimension
     (``lo == hi``: none), of those that ``cut`` names; of replicated ones all, where
-    ``replicated``. ``src == dst`` is a copy inside one device.
+    ``replicated``. ``src == dst`` is a copy inside one device. ``experts``: of experts those
+    in ``[first, last)`` out of so many equal parts.
     """
 
     src: int
@@ -52,6 +63,7 @@ class Route:
     units: int
     replicated: bool
     cut: Cut = "all"
+    experts: tuple[int, int, int] = (0, 1, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +104,8 @@ def _held_layers(layout: Layout, pp_rank: int) -> frozenset[int]:
 
 def _is_cut(parameter: ParameterShape, cut: Cut) -> bool:
     """Whether ``cut`` names this parameter."""
-    kind = "kv" if parameter.max_parts else "tp"
-    return parameter.shard_dim is not None and cut in ("all", kind)
+    kind = "kv" if parameter.max_parts else "experts" if parameter.is_expert else "tp"
+    return parameter.shard_dim is not None and kind in _NAMED[cut]
 
 
 def _part(parameter: ParameterShape, route: Route) -> ParameterSlice | None:
@@ -108,6 +120,10 @@ def _part(parameter: ParameterShape, route: Route) -> ParameterSlice | None:
         length[dim] = size * route.hi // route.units - offset[dim]
         if not _is_cut(parameter, route.cut) or length[dim] == 0:
             return None
+    if parameter.is_expert:
+        first, last, parts = route.experts
+        offset[0] = parameter.shape[0] * first // parts
+        length[0] = parameter.shape[0] * last // parts - offset[0]
     return ParameterSlice(name=parameter.name, offset=tuple(offset), length=tuple(length))
 
 
@@ -115,19 +131,21 @@ def route_values(spec: ModelSpec, route: Route) -> int:
     """Values that a route moves; times the bytes of one value these are its bytes."""
     blocks = sum(0 <= layer < spec.num_layers for layer in route.layers)
     ends = [layer for layer in route.layers if not 0 <= layer < spec.num_layers]
-    interval = (route.lo, route.hi, route.units, route.replicated, route.cut)
+    interval = (route.lo, route.hi, route.units, route.replicated, route.cut, route.experts)
     total = blocks * _layer_values(spec, 0, *interval) if blocks else 0
     return total + sum(_layer_values(spec, layer, *interval) for layer in ends)
 
 
 @lru_cache(maxsize=4096)
 def _layer_values(
-    spec: ModelSpec, layer: int, lo: int, hi: int, units: int, replicated: bool, cut: Cut
-) -> int:
+    spec: ModelSpec, layer: int, lo: int, hi: int, units: int, replicated: bool, cut: Cut,
+    experts: tuple[int, int, int],
+) -> int:  # fmt: skip
     """As ``route_values``, of one layer; all blocks have the same."""
     route = Route(
-        src=0, dst=1, layers=(layer,), lo=lo, hi=hi, units=units, replicated=replicated, cut=cut
-    )
+        src=0, dst=1, layers=(layer,), lo=lo, hi=hi, units=units, replicated=replicated, cut=cut,
+        experts=experts,
+    )  # fmt: skip
     parts = (_part(parameter, route) for parameter in layer_parameters(spec, layer))
     return sum(part.num_values for part in parts if part is not None)
 
@@ -161,19 +179,22 @@ def routes(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> tupl
     found: list[Route] = []
     for dst_stage, src_stages, layers in groups_of_layers(src, dst):
         for cut in cuts(src, dst):
-            if cut == "kv":  # the ends have none
+            if cut in ("kv", "experts"):  # the ends have none
                 layers = [layer for layer in layers if 0 <= layer < src.spec.num_layers]
             crossing = _Crossing(
                 src=src, dst=dst, src_stages=src_stages, dst_stage=dst_stage,
                 layers=tuple(layers), cut=cut, devices_per_node=devices_per_node,
             )  # fmt: skip
-            found.extend(_routes_of(crossing, sent))
+            of_cut = _expert_routes if cut == "experts" else _routes_of
+            found.extend(of_cut(crossing, sent))
     return tuple(found)
 
 
 def cuts(src: Layout, dst: Layout) -> tuple[Cut, ...]:
-    """All sharded parameters at once, or keys and values apart, last."""
+    """All sharded parameters at once, or keys and values apart, and last experts apart."""
     heads = src.spec.num_kv_heads
+    if src.ep > 1 or dst.ep > 1:
+        return ("dense", "kv", "experts")
     return ("all",) if heads % src.tp == 0 and heads % dst.tp == 0 else ("tp", "kv")
 
 
@@ -219,6 +240,15 @@ class _Crossing:
         ]
         return [h for h in holders if h // self.devices_per_node == node] or holders
 
+    def nearest_expert_holders(self, ep_part: int, tp_part: int, node: int) -> list[int]:
+        """Holders of a part of the experts, as ``nearest_holders``."""
+        holders = [
+            self.src.device(stage, dp_rank, tp_part)
+            for stage in sorted(self.src_stages)
+            for dp_rank in range(ep_part, self.src.dp, self.src.ep)
+        ]
+        return [h for h in holders if h // self.devices_per_node == node] or holders
+
 
 def _routes_of(crossing: _Crossing, sent: dict[int, int]) -> Iterator[Route]:
     """The routes of one crossing; adds to what each source has been given to send."""
@@ -258,6 +288,35 @@ def _routes_of(crossing: _Crossing, sent: dict[int, int]) -> Iterator[Route]:
 
 def _holds(part: int | None, parts: list[tuple[int, int, int]]) -> bool:
     return any(index == part for index, _, _ in parts)
+
+
+def _expert_routes(crossing: _Crossing, sent: dict[int, int]) -> Iterator[Route]:
+    """The routes of experts, cut over ep and tp: each piece from one holder of both parts."""
+    src, dst = crossing.src, crossing.dst
+    expert_units, units = lcm(src.ep, dst.ep), lcm(src.tp, dst.tp)
+    src_steps = expert_units // src.ep, units // src.tp
+    dst_steps = expert_units // dst.ep, units // dst.tp
+    whole = Route(src=0, dst=1, layers=crossing.layers, lo=0, hi=1, units=1, replicated=False,
+                  cut="experts")  # fmt: skip
+    weight = route_values(src.spec, whole)
+    nearest: dict[tuple[int, int, int], list[int]] = {}  # (ep part, tp part, node) -> holders
+    for dp_rank, tp_rank in product(range(dst.dp), range(dst.tp)):
+        device = dst.device(crossing.dst_stage, dp_rank, tp_rank)
+        node = device // crossing.devices_per_node
+        starts = dp_rank % dst.ep * dst_steps[0], tp_rank * dst_steps[1]
+        pieces = [_pieces(a, a + n, step) for a, n, step in zip(starts, dst_steps, src_steps)]
+        for (ep_part, first, last), (tp_part, lo, hi) in product(*map(list, pieces)):
+            place = (ep_part, tp_part, node)
+            if place not in nearest:
+                nearest[place] = crossing.nearest_expert_holders(*place)
+            giver = device
+            if device not in nearest[place]:
+                giver = min(nearest[place], key=sent.__getitem__)
+                sent[giver] += weight * (last - first) * (hi - lo) // (expert_units * units)
+            yield Route(
+                src=giver, dst=device, layers=crossing.layers, lo=lo, hi=hi, units=units,
+                replicated=False, cut="experts", experts=(first, last, expert_units),
+            )  # fmt: skip
 
 
 def _expand(spec: ModelSpec, route: Route) -> Iterator[Message]:

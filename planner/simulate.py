@@ -184,7 +184,7 @@ class StepPrices:
 def moved(layout: Layout, offset: int) -> Layout:
     """The same layout ``offset`` devices further."""
     mesh = DeviceMesh(layout.mesh.first + offset, layout.mesh.num_devices)
-    return Layout(spec=layout.spec, mesh=mesh, pp=layout.pp, tp=layout.tp, dp=layout.dp)
+    return replace(layout, mesh=mesh)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,13 +3,17 @@
 Convention, used everywhere: inside a mesh
 ``rank = (pp_rank * dp + dp_rank) * tp + tp_rank``; tp is innermost, so it stays in a node.
 With pp 2, dp 1, tp 2 the four ranks are (pp, tp) = (0,0) (0,1) (1,0) (1,1).
+
+Experts are split over ``ep`` neighbouring data-parallel ranks, which hold everything else alike:
+``ep_rank = dp_rank % ep``. Of dp 4, ep 2 and 8 experts, dp ranks 0 and 2 hold experts 0 to 3, and
+1 and 3 hold 4 to 7: gradients of experts are summed over dp / ep ranks, all others over dp.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -29,6 +33,7 @@ class ParallelStrategy:
     ``recompute`` drops activations in the forward pass and recomputes them backward: those of a
     whole block (full), or only those that are large and cheap to make again (selective).
     ``sequence_parallel`` splits what lies between tensor-parallel parts over their tokens.
+    ``ep`` splits a model's experts over so many of the dp ranks, which send each other tokens.
     """
 
     pp: int = 1
@@ -37,12 +42,19 @@ class ParallelStrategy:
     zero: int = 0
     recompute: Recompute = "none"
     sequence_parallel: bool = False
+    # In a plan's file it may be left out: most models have no experts.
+    ep: int = field(default=1, metadata={"optional": True})
 
     def __post_init__(self) -> None:
-        for axis in ("pp", "tp", "dp"):
+        for axis in ("pp", "tp", "dp", "ep"):
             value = getattr(self, axis)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PlanError(f"{axis} is {value!r}, not a positive whole number")
+        if self.dp % self.ep:
+            raise PlanError(
+                f"ep {self.ep} does not divide dp {self.dp}",
+                remedy="experts are split over data-parallel ranks",
+            )
         if self.zero not in (0, 1):
             raise PlanError(f"ZeRO stage {self.zero!r} is not supported", remedy="use 0 or 1")
         if self.recompute not in get_args(Recompute):
@@ -58,8 +70,11 @@ class ParallelStrategy:
 
     @property
     def short(self) -> str:
-        """``d4p2m1``: dp 4, pp 2, tp 1, as users of the prior system write it."""
-        return f"d{self.dp}p{self.pp}m{self.tp}"
+        """``d4p2m1``: dp 4, pp 2, tp 1, as users of the prior system write it; with ep
+
+        ``d4p2m1e2``.
+        """
+        return f"d{self.dp}p{self.pp}m{self.tp}" + (f"e{self.ep}" if self.ep > 1 else "")
 
     def rank(self, pp_rank: int, dp_rank: int, tp_rank: int) -> int:
         """The place inside the mesh."""
@@ -71,21 +86,27 @@ class ParallelStrategy:
 
 
 def parse_strategy(text: str, *, where: str = "--layout") -> ParallelStrategy:
-    """``d4p2m1`` in any order of its letters.
+    """``d4p2m1`` in any order of its letters; with experts split, ``d4p2m1e2``.
 
     >>> parse_strategy("p2d4m1").short
     'd4p2m1'
 
     Raises:
-        PlanError: a letter is missing, doubled or unknown.
+        PlanError: a letter is missing, doubled or unknown, or ep does not divide dp.
     """
-    parts = re.findall(r"([dpm])(\d+)", text)
-    if re.fullmatch(r"([dpm]\d+){3}", text) is None or {p[0] for p in parts} != {"d", "p", "m"}:
+    parts = re.findall(r"([dpme])(\d+)", text)
+    letters = sorted(letter for letter, _ in parts)
+    known = letters in (["d", "m", "p"], ["d", "e", "m", "p"])
+    if re.fullmatch(r"([dpme]\d+)+", text) is None or not known:
         raise PlanError(
-            f"'{text}' is not a layout", where=where, remedy="write dp, pp and tp like d4p2m1"
-        )
+            f"'{text}' is not a layout", where=where,
+            remedy="write dp, pp and tp like d4p2m1, and ep like d4p2m1e2",
+        )  # fmt: skip
     size = {letter: int(number) for letter, number in parts}
-    return ParallelStrategy(dp=size["d"], pp=size["p"], tp=size["m"])
+    try:
+        return ParallelStrategy(dp=size["d"], pp=size["p"], tp=size["m"], ep=size.get("e", 1))
+    except PlanError as error:
+        raise PlanError(error.problem, where=where, remedy=error.remedy) from None
 
 
 def stage_layers(num_layers: int, pp: int) -> list[range]:
@@ -117,6 +138,17 @@ def tensor_parallel_problem(spec: ModelSpec, tp: int) -> str | None:
     return None
 
 
+def expert_parallel_problem(spec: ModelSpec | None, ep: int) -> str | None:
+    """Why the experts of ``spec`` cannot be split over ``ep`` ranks, or None."""
+    if ep == 1:
+        return None
+    if spec is None or not spec.num_experts:
+        return f"ep {ep}, but {spec.name if spec else 'a function call'} has no experts"
+    if spec.num_experts % ep:
+        return f"ep {ep} does not divide the {spec.num_experts} experts of {spec.name}"
+    return None
+
+
 def strategy_problem(
     spec: ModelSpec | None, strategy: ParallelStrategy, mesh: DeviceMesh, cluster: ClusterSpec
 ) -> str | None:
@@ -127,6 +159,8 @@ def strategy_problem(
             f"pp {s.pp} x tp {s.tp} x dp {s.dp} = {s.num_devices} devices, "
             f"but mesh {mesh} has {mesh.num_devices}"
         )
+    if (reason := expert_parallel_problem(spec, s.ep)) is not None:
+        return reason
     if spec is None:
         return None if s.pp == s.tp == 1 else "a function call is split over dp only"
     if s.pp > spec.num_layers:
@@ -141,7 +175,7 @@ def strategy_problem(
 def legal_strategies(
     spec: ModelSpec | None, mesh: DeviceMesh, cluster: ClusterSpec, *, max_dp: int
 ) -> Iterator[ParallelStrategy]:
-    """Every (pp, tp, dp) that ``strategy_problem`` allows, with dp <= ``max_dp``, zero 0."""
+    """Every (pp, tp, dp) that ``strategy_problem`` allows, with dp <= ``max_dp``, zero 0, ep 1."""
     count = mesh.num_devices
     for tp in (t for t in range(1, count + 1) if count % t == 0):
         rest = count // tp

@@ -7,7 +7,7 @@ the routes: a search prices tens of thousands of pairs of layouts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm
 
@@ -24,6 +24,7 @@ from planner.reallocation import (
     cuts,
     groups_of_layers,
     route_values,
+    routes,
 )
 from profiles.models import ModelSpec
 
@@ -47,6 +48,8 @@ class LaneLoads:
 def lane_loads(src: Layout, dst: Layout, *, devices_per_node: int) -> LaneLoads:
     """Values and messages of a reallocation, device by device of ``[0, last of both meshes]``."""
     assert src.spec == dst.spec, (src.spec.name, dst.spec.name)
+    if src.ep > 1 or dst.ep > 1:
+        return _loads_of_routes(src, dst, devices_per_node)
     last = max(src.mesh.devices[-1], dst.mesh.devices[-1])
     values = np.zeros((5, last + 1), dtype=np.int64)
     messages = np.zeros((4, last + 1), dtype=np.int64)
@@ -65,6 +68,32 @@ def lane_loads(src: Layout, dst: Layout, *, devices_per_node: int) -> LaneLoads:
                 [dst_stage, src_parts, dst_parts, replicated, weight, cut != "kv"], dtype=np.int64
             )
             _cross(shape, detail, src_stages, cumulated, sent, values, messages)
+    return LaneLoads(values=values[:4], messages=messages, passes=values[PASSES])
+
+
+def _loads_of_routes(src: Layout, dst: Layout, devices_per_node: int) -> LaneLoads:
+    """The same from the routes themselves, one by one: of experts that are split over ep."""
+    last = max(src.mesh.devices[-1], dst.mesh.devices[-1])
+    values = np.zeros((5, last + 1), dtype=np.int64)
+    messages = np.zeros((4, last + 1), dtype=np.int64)
+    num_layers = src.spec.num_layers
+    for route in routes(src, dst, devices_per_node=devices_per_node):
+        moved = route_values(src.spec, route)
+        if route.src == route.dst:
+            alike = src.tp == dst.tp and route.lo < route.hi
+            same_experts = src.ep == dst.ep and src.ep_rank(route.src) == dst.ep_rank(route.dst)
+            if alike and not same_experts:  # blocks are lent as wholes
+                blocks = tuple(layer for layer in route.layers if 0 <= layer < num_layers)
+                moved, alike = route_values(src.spec, replace(route, layers=blocks)), False
+            values[PASSES, route.dst] += 0 if alike else 2 * moved
+            continue
+        values[PASSES, [route.src, route.dst]] += 2 * moved
+        near = route.src // devices_per_node == route.dst // devices_per_node
+        lane = OUT_INTRA if near else OUT_INTER
+        values[lane, route.src] += moved
+        values[lane + 1, route.dst] += moved
+        messages[lane, route.src] += 1
+        messages[lane + 1, route.dst] += 1
     return LaneLoads(values=values[:4], messages=messages, passes=values[PASSES])
 
 

@@ -276,12 +276,12 @@ class StageCosts:
 
 
 @lru_cache(maxsize=4096)
-def stage_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
+def stage_values(spec: ModelSpec, stage: StageShape, tp: int, ep: int = 1) -> int:
     """Parameter values that the fullest device of a stage holds.
 
     The same number as ``planner.layout.Layout.num_values``, without listing the slices.
     """
-    values = stage.num_layers * shard_values(spec, 0, tp)
+    values = stage.num_layers * shard_values(spec, 0, tp, ep)
     if stage.first or (stage.last and spec.tied_embedding):
         values += shard_values(spec, EMBEDDING_LAYER, tp)
     if stage.first:
@@ -289,3 +289,8 @@ def stage_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
     if stage.last:
         values += shard_values(spec, head_layer(spec), tp)
     return values
+
+
+def expert_values(spec: ModelSpec, stage: StageShape, tp: int, ep: int) -> int:
+    """Of ``stage_values`` those of experts."""
+    return stage.num_layers * shard_values(spec, 0, tp, ep, only_experts=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from math import prod
 
 import pytest
 from hypothesis import given
@@ -57,6 +58,41 @@ def test_a_stage_is_counted_without_listing_its_slices(name: str, head: str) -> 
             for stage, shape in enumerate(stage_shapes(spec, pp)):
                 held = [layout.num_values(layout.device(stage, 0, rank)) for rank in range(tp)]
                 assert stage_values(spec, shape, tp) == max(held)
+
+
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen1.5-moe-a2.7b"])
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_every_expert_lies_on_dp_over_ep_ranks(name: str, ep: int) -> None:
+    """Oracle: a mask over the whole parameter; everything else is on all dp ranks."""
+    spec = replace(MODELS[name], num_layers=1)
+    layout = Layout(spec=spec, mesh=DeviceMesh(0, 8), dp=4, tp=2, ep=ep)
+    held = Counter((piece.name, piece.offset) for d in range(8) for piece in layout.slices(d))
+    for parameter in parameters(spec):
+        copies = [count for (name, _), count in held.items() if name == parameter.name]
+        whole = parameter.shard_dim is None
+        assert set(copies) == {4 // ep if parameter.is_expert else 8 if whole else 4}
+        if parameter.is_expert:
+            values = sum(
+                piece.num_values
+                for d in range(8)
+                for piece in layout.slices(d)
+                if piece.name == parameter.name
+            )
+            assert values == (4 // ep) * prod(parameter.shape)
+    experts = [layout.slices(d)[-1].offset[0] for d in range(0, 8, 2)]
+    assert experts == [spec.num_experts // ep * (dp_rank % ep) for dp_rank in range(4)]
+    if ep > 1:  # experts last, and nothing after them
+        kinds = [parameter.is_expert for parameter in layout.stage_parameters(0)]
+        assert kinds == sorted(kinds)
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_a_stage_with_experts_apart_is_counted_without_listing(ep: int) -> None:
+    spec = replace(MODELS["qwen1.5-moe-a2.7b"], num_layers=5)
+    layout = Layout(spec=spec, mesh=DeviceMesh(0, 16), pp=2, tp=2, dp=4, ep=ep)
+    for stage, shape in enumerate(stage_shapes(spec, 2)):
+        held = [layout.num_values(layout.device(stage, 1, rank)) for rank in range(2)]
+        assert stage_values(spec, shape, 2, ep) == max(held)
 
 
 @given(

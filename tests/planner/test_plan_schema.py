@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.mesh import DeviceMesh
 from planner.plan import Allocation, Estimate, ExecutionPlan
 from planner.plan_schema import dumps, load_plan, plan_from_dict, plan_to_dict, save_plan
 from planner.strategy import ParallelStrategy
@@ -57,7 +59,7 @@ def test_saved_files_are_equal_and_leave_nothing_beside(
 def test_allocations_are_easy_to_edit(plan: ExecutionPlan) -> None:
     allocation = plan_to_dict(plan)["allocations"]["actor_gen"]
     assert set(allocation) == set(Allocation.__slots__)
-    assert set(allocation["strategy"]) == set(ParallelStrategy.__slots__)
+    assert set(allocation["strategy"]) == set(ParallelStrategy.__slots__) - {"ep"}
     mesh = plan.allocations["actor_gen"].mesh
     assert allocation["mesh"] == [mesh.first, mesh.num_devices]
 
@@ -86,6 +88,9 @@ def _edit(data: Any, path: list[Any], value: Any) -> None:
         (["allocations", "actor_gen", "strategy", "tp"], "2", "actor_gen.strategy.tp: is the text"),
         (["allocations", "actor_gen", "strategy", "pp"], KeyError, "strategy.pp: missing field"),
         (["allocations", "actor_gen", "strategy", "zero"], 3, "ZeRO stage 3 is not supported"),
+        (["allocations", "actor_gen", "strategy", "ep"], "2", "actor_gen.strategy.ep: is the text"),
+        (["allocations", "actor_gen", "strategy", "ep"], 0, "ep is 0, not a positive whole number"),
+        (["allocations", "actor_gen", "strategy", "ep"], 3, r"actor_gen.*ep 3 does not divide dp"),
         (["allocations", "actor_gen"], KeyError, "allocations.actor_gen: missing"),
         (["allocations", "rollout"], None, "allocations.rollout: is null; it must be an object"),
         (["graph", "calls", 0, "kind"], "dance", r"graph.calls\[0\].kind: .*generate, infer"),
@@ -106,6 +111,32 @@ def test_a_bad_field_is_named(
     with pytest.raises(PlanError, match=message) as caught:
         load_plan(file)
     assert str(file) in str(caught.value)
+
+
+def test_expert_parallelism_may_be_left_out(plan: ExecutionPlan) -> None:
+    """A plan without the field, as older ones are, has ep 1; one that splits experts says so."""
+    data = plan_to_dict(plan)
+    assert all("ep" not in a["strategy"] for a in data["allocations"].values())
+    assert plan_from_dict(data) == plan
+    problem = plan.problem
+    mixture = {
+        role: replace(spec, num_experts=4, experts_per_token=2)
+        for role, spec in problem.models.items()
+    }
+    split = {
+        name: replace(
+            allocation, strategy=ParallelStrategy(dp=2, ep=2), mesh=DeviceMesh(0, 2),
+            num_micro_batches=1, generation_batch=0, offload=False,
+        )
+        for name, allocation in plan.allocations.items()
+        if problem.spec_of(name) is not None
+    }  # fmt: skip
+    mixed = replace(
+        plan, problem=replace(problem, models=mixture), allocations={**plan.allocations, **split}
+    )
+    data = plan_to_dict(mixed)
+    assert data["allocations"]["actor_train"]["strategy"]["ep"] == 2
+    assert plan_from_dict(data) == mixed
 
 
 def test_every_section_is_required(plan: ExecutionPlan) -> None:

@@ -17,13 +17,13 @@ from tests.planner.plans import SPEC
 
 @st.composite
 def pairs_of_layouts(draw: st.DrawFn) -> tuple[Layout, Layout]:
-    """Two layouts of one small model on devices 0 to 43, tp 1 to 4 (3 included).
+    """Two layouts of one small model on devices 0 to 55, tp 1 to 4 (3 included).
 
-    Kv heads and vocabulary need not divide by tp.
+    Kv heads and vocabulary need not divide by tp; experts are split over ep, which divides dp.
     """
     num_layers = draw(st.integers(1, 5))
     learned = draw(st.booleans())
-    num_experts = draw(st.sampled_from([0, 3]))
+    num_experts = draw(st.sampled_from([0, 3, 6]))
     spec = ModelSpec(
         name="x", num_layers=num_layers, hidden=4, num_heads=12, head_dim=2, ffn=12,
         num_kv_heads=draw(st.sampled_from([12, 6, 3, 2, 1])), vocab=draw(st.sampled_from([24, 23])),
@@ -34,9 +34,11 @@ def pairs_of_layouts(draw: st.DrawFn) -> tuple[Layout, Layout]:
 
     def layout() -> Layout:
         pp = draw(st.integers(1, min(4, num_layers)))
-        tp, dp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 3))
+        tp, dp = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 4))
+        degrees = [ep for ep in (1, 2, 3) if not (dp % ep or num_experts % ep)]
+        ep = draw(st.sampled_from(degrees)) if num_experts else 1
         mesh = DeviceMesh(draw(st.integers(0, 8)), pp * tp * dp)
-        return Layout(spec=spec, mesh=mesh, pp=pp, tp=tp, dp=dp)
+        return Layout(spec=spec, mesh=mesh, pp=pp, tp=tp, dp=dp, ep=ep)
 
     return layout(), layout()
 

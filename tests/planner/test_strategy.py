@@ -75,6 +75,7 @@ def test_legal_strategies_are_all_products_without_a_problem(
         (ParallelStrategy(dp=4), r"pp 1 x tp 1 x dp 4 = 4 devices, but mesh \[0-7\] has 8"),
         (ParallelStrategy(pp=8), "pp 8 for 4 layers of x"),
         (ParallelStrategy(tp=8), "tp 8 does not divide the 4 heads of x"),
+        (ParallelStrategy(dp=8, ep=2), "ep 2, but x has no experts"),
     ],
 )
 def test_what_cannot_run_is_said(strategy: ParallelStrategy, message: str) -> None:
@@ -90,7 +91,23 @@ def test_tensor_parallelism_need_not_divide_kv_heads_and_vocabulary() -> None:
     assert strategy_problem(grouped, ParallelStrategy(tp=4), mesh, cluster) is None
 
 
-@pytest.mark.parametrize("text", ["d4p2", "d4p2m1m1", "d4p2x1", "", "d4p2m"])
+def test_experts_are_split_over_data_parallel_ranks() -> None:
+    mixture = replace(SPEC, num_experts=6, experts_per_token=2)
+    mesh, cluster = DeviceMesh(0, 8), make_test_cluster(1, 8)
+    strategy = parse_strategy("p1e2d8m1")
+    assert strategy.ep == 2
+    assert parse_strategy(strategy.short) == strategy
+    assert strategy_problem(mixture, strategy, mesh, cluster) is None
+    unequal = ParallelStrategy(dp=8, ep=4)
+    reason = strategy_problem(mixture, unequal, mesh, cluster)
+    assert reason == "ep 4 does not divide the 6 experts of x"
+    with pytest.raises(PlanError, match="--layout: ep 4 does not divide dp 2; experts are split"):
+        parse_strategy("d2p1m1e4")
+
+
+@pytest.mark.parametrize(
+    "text", ["d4p2", "d4p2m1m1", "d4p2x1", "", "d4p2m", "d4p2e2", "d4p2m1e2e2"]
+)
 def test_a_layout_is_three_letters(text: str) -> None:
     with pytest.raises(PlanError, match="is not a layout; write dp, pp and tp like d4p2m1"):
         parse_strategy(text)
