@@ -2,7 +2,9 @@
 
 Read ``Lockstep.measure`` first. Workers of one machine share its memory bandwidth and caches, so
 a worker alone is faster than it will be in a run: all workers measure the same thing at the same
-time, and a result is the median over workers of each worker's median. What is measured is
+time, and a result is the median over workers of each worker's median. Only decode steps, which
+read weights at the memory's speed, are measured by a worker alone as well: a plan may give
+generation to one worker while the others rest. What is measured is
 ``profile_layers.py``'s and ``profile_device.py``'s.
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +59,10 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A component's operations at one tp; ``share`` of the budget."""
+    """A component's operations at one tp; ``share`` of the budget.
+
+    ``alone``: by the first worker while the others rest.
+    """
 
     kind: Kind
     phase: Literal["train", "decode", "step", ""] = ""
@@ -67,9 +70,14 @@ class Task:
     spec: ModelSpec | None = None
     grid: Grid = field(default_factory=lambda: Grid(sizes=(), lengths=()))
     share: float = 0.0
+    alone: bool = False
 
     @property
     def name(self) -> str:
+        return f"{self._component} alone" if self.alone else self._component
+
+    @property
+    def _component(self) -> str:
         head = f" {self.spec.head}" if self.kind == "head" and self.spec is not None else ""
         return f"{self.kind}{head} {self.phase} tp {self.tp}" if self.phase else self.kind
 
@@ -122,9 +130,10 @@ def tasks_of(job: WorkerJob) -> list[Task]:
         def task(
             kind: Kind, phase: Literal["train", "decode"], sizes: tuple[int, ...], share: float,
             *, over: tuple[int, ...] = (0,), of: ModelSpec = spec, tp: int = tp,
+            alone: bool = False,
         ) -> Task:  # fmt: skip
             grid = Grid(sizes=sizes, lengths=over, whole=phase == "train")
-            return Task(kind=kind, phase=phase, tp=tp, spec=of, grid=grid, share=share)
+            return Task(kind=kind, phase=phase, tp=tp, spec=of, grid=grid, share=share, alone=alone)
 
         found += [
             task("block", "train", tokens, 0.40, over=lengths),
@@ -137,6 +146,11 @@ def tasks_of(job: WorkerJob) -> list[Task]:
             found.append(task("head", "train", head_tokens, share, of=spec.with_head(head)))
             if head == "lm":
                 found.append(task("head", "decode", sequences, share / 4, of=spec.with_head("lm")))
+        if tp == 1 and job.workers > 1 and job.kind == "cpu":
+            found += [
+                task("block", "decode", sequences, 0.16, over=lengths, alone=True),
+                task("head", "decode", sequences, 0.04, of=spec.with_head("lm"), alone=True),
+            ]
     blocks = max(1, min(spec.num_layers, LARGEST_OPTIMIZER // spec.block_parameters))
     sizes = tuple(dict.fromkeys(min(blocks, 4**i) for i in range(blocks.bit_length())))
     grid = Grid(sizes=sizes, lengths=(0,))
@@ -193,8 +207,12 @@ class _Worker:
             self._device(task, budget_s)
         elif task.kind == "collective":
             self._collectives(task, budget_s)
+        elif task.alone:
+            if self.rank == 0:
+                self._layers(task, budget_s, Lockstep(self.device, world_size=1))
+            self.lockstep.barrier()
         else:
-            self._layers(task, budget_s)
+            self._layers(task, budget_s, self.lockstep)
 
     def _device(self, task: Task, budget_s: float) -> None:
         spec = self.job.spec
@@ -204,13 +222,13 @@ class _Worker:
         )  # fmt: skip
         self.report(Report(kind="task", text=task.name, device=asdict(device)))
 
-    def _layers(self, task: Task, budget_s: float) -> None:
+    def _layers(self, task: Task, budget_s: float, lockstep: Lockstep) -> None:
         assert task.spec is not None, task
         bench = self._bench(task.spec, task.tp)
         make_probe = PROBES[task.kind, task.phase]
 
         def measure(point: Point, cap_s: float) -> dict[str, Measurement]:
-            return self.lockstep.measure(make_probe(bench, *point), cap_s=cap_s)
+            return lockstep.measure(make_probe(bench, *point), cap_s=cap_s)
 
         def depth(point: Point) -> int:
             tokens, length = point[0], point[1] if task.phase == "decode" else 0
@@ -224,7 +242,7 @@ class _Worker:
         found, held_out = explore(
             task.grid,
             Target(measure=measure, predict=predict_seconds, depth=depth),
-            Allowance(budget_s, self.lockstep.maximum),
+            Allowance(budget_s, lockstep.maximum),
             tick=tick,
         )
         rows = (
@@ -232,6 +250,8 @@ class _Worker:
             if task.kind == "optimizer"
             else layer_rows(task.spec, task.kind, task.tp, found)
         )
+        if task.alone:
+            rows = [replace(row, operation=f"{row.operation}_alone") for row in rows]
         self.report(Report(kind="task", text=task.name, rows=tuple(rows), held_out=tuple(held_out)))
 
     def _bench(self, spec: ModelSpec, tp: int) -> LayerBench:

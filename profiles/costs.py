@@ -15,7 +15,8 @@ from typing import Literal, Protocol
 from profiles.models import ModelSpec
 
 Component = Literal["block", "embedding", "head"]
-Operation = Literal["forward", "backward", "decode"]
+# decode_alone: by a CPU worker whose neighbours rest, with the memory bandwidth of them all.
+Operation = Literal["forward", "backward", "decode", "decode_alone"]
 
 
 class Provenance(str, Enum):
@@ -94,8 +95,9 @@ class LayerCosts(Protocol):
 
         ``forward`` / ``backward``: ``size`` packed tokens in sequences of ``length`` tokens.
         ``decode``: ``size`` sequences, one new token each, ``length`` tokens of live context.
-        ``head`` in ``decode`` gives the logits of ``size`` rows and chooses a token of each, from
-        the whole vocabulary on every shard; a scalar head has no decode.
+        ``decode_alone`` is ``decode`` where nobody measured it. ``head`` in ``decode`` gives the
+        logits of ``size`` rows and chooses a token of each, from the whole vocabulary on every
+        shard; a scalar head has no decode.
         """
         ...
 

@@ -108,6 +108,8 @@ class RooflineCosts:
         length: int,
     ) -> Cost:  # fmt: skip
         """See ``costs.LayerCosts``. Provenance is always ROOFLINE."""
+        if operation == "decode_alone":
+            operation = "decode"
         question = (spec, component, operation, tp, size, length)
         answer = self._answers.get(question)
         if answer is None:

@@ -65,6 +65,8 @@ class TableCosts:
         length: int,
     ) -> Cost:  # fmt: skip
         key = (component, operation, component_shape(spec, component), tp)
+        if operation == "decode_alone" and key not in self.surfaces:
+            return self.layer(spec, component, "decode", tp=tp, size=size, length=length)
         surface = self.surfaces.get(key)
         if surface is None:
             return self._scaled_fallback(spec, component, operation, tp, size, length)

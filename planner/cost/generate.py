@@ -18,6 +18,7 @@ from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_part
 from planner.cost.stage import (
     MAX_PROMPT_TOKENS,
     ZERO,
+    Pass,
     Priced,
 )
 from planner.plan import Allocation, Workload
@@ -162,7 +163,8 @@ def _decode_round(
     """One token for ``group`` sequences: through all stages and back, and on the slowest stage."""
     s = allocation.strategy
     alike = model.stages_alike(spec, allocation)
-    whole = model.stages.passes(spec, ("decode",), tp=s.tp, size=group, length=context)
+    decode: Pass = "decode_alone" if model.rests_beside(allocation.mesh) else "decode"
+    whole = model.stages.passes(spec, (decode,), tp=s.tp, size=group, length=context)
     hops = model.hops(alike, float(group) * spec.hidden * model.value_bytes)
     first = allocation.mesh.first
     back = Priced.of(

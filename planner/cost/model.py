@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 
 from planner.cost.pipeline import LinkClass, StagesAlike
 from planner.cost.stage import ZERO, Priced, StageCosts, StageShape, stage_shapes
+from planner.mesh import DeviceMesh
 from planner.plan import Allocation
 from profiles.calibration import Calibration
 from profiles.collectives import Collectives
@@ -94,6 +95,17 @@ class CostModel:
         if found is None:
             found = self._answers[question] = ask()
         return cast(Answer, found)
+
+    def rests_beside(self, mesh: DeviceMesh) -> bool:
+        """Does a call on ``mesh`` have one CPU worker of several, whose memory they share?
+
+        The others are taken to rest: what runs beside generation computes on caches, and
+        decoding on memory.
+        """
+        cluster = self.cluster
+        return (
+            cluster.device.kind == "cpu" and mesh.num_devices == 1 and cluster.devices_per_node > 1
+        )
 
     @property
     def value_bytes(self) -> int:

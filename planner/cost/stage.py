@@ -21,7 +21,7 @@ from profiles.models import ModelSpec
 from profiles.roofline import RooflineCosts
 
 # recompute: the forward pass of blocks again; selective: the part of it that is cheap.
-Pass = Literal["forward", "backward", "recompute", "selective", "prefill", "decode"]
+Pass = Literal["forward", "backward", "recompute", "selective", "prefill", "decode", "decode_alone"]
 
 _ORDER: Mapping[Provenance, int] = {p: i for i, p in enumerate(Provenance)}
 
@@ -204,9 +204,7 @@ class StageCosts:
         self, spec: ModelSpec, what: Pass, tp: int, size: int, length: int, rows: int, *,
         split: bool,
     ) -> PassCost:  # fmt: skip
-        operation: Operation = (
-            "decode" if what == "decode" else "backward" if what == "backward" else "forward"
-        )
+        operation: Operation = what if what in ("backward", "decode", "decode_alone") else "forward"
 
         def layer(component: Component, op: Operation, count: int) -> Priced:
             return Priced.of(
@@ -227,11 +225,12 @@ class StageCosts:
             read = rows if rows and spec.head == "lm" else size
             of_head = sums.last + self._head_collectives(spec, what, read, group)
             found.last = StageCost(layer("head", operation, read), of_head)
-        if what in ("prefill", "decode"):
+        if what in ("prefill", "decode", "decode_alone"):
             count = rows if what == "prefill" else size
+            choice: Operation = "decode" if what == "prefill" else operation
             logits_bytes = float(count) * spec.vocab * self.value_bytes
             gather = Priced.of(self.collectives.all_gather(logits_bytes, group))
-            found.last = StageCost(layer("head", "decode", count), sums.last + gather)
+            found.last = StageCost(layer("head", choice, count), sums.last + gather)
         return found
 
     def _with_split_tokens(

@@ -74,7 +74,8 @@ def test_every_question_of_a_planner_has_rows(resumed: tuple[dict, list[str], Pa
     collectives = {
         ("collective", name, 1) for name in ("all_reduce", "all_gather", "reduce_scatter", "p2p")
     }
-    assert found == layers | collectives | {("optimizer", "step", 1)}
+    alone = {(component, "decode_alone", 1) for component in ("block", "head")}
+    assert found == layers | collectives | alone | {("optimizer", "step", 1)}
     heads = {row.shape.rsplit("-")[-1] for row in table.rows if row.component == "head"}
     assert heads == {"lm", "scalar"}, "an actor and a critic are planned with one profile"
     assert {row.workers for row in table.rows if row.component == "collective"} == {2}

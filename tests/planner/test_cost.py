@@ -64,7 +64,10 @@ class RoundCosts:
             return Cost(0.0, Provenance.MEASURED)
         if component == "head":
             return Cost(self.head_s + self.head_row_s * size, Provenance.MEASURED)
-        rate = {"forward": 1.0, "backward": 2.0, "decode": float(length)}[operation]
+        decode = float(length)
+        rate = {
+            "forward": 1.0, "backward": 2.0, "decode": decode, "decode_alone": decode / 2,
+        }[operation]  # fmt: skip
         return Cost(self.block * rate * size, Provenance.MEASURED)
 
     def optimizer_step(self, num_parameters: int) -> Cost:
@@ -238,6 +241,18 @@ def test_generation_integrates_a_growing_context() -> None:
     # The first token comes from prefill; step i reads PROMPT + i tokens.
     steps = sum(PROMPT + i for i in range(1, RESPONSE))
     assert cost.parts["decode"] == pytest.approx(4 * BATCH * steps)
+
+
+@pytest.mark.parametrize(
+    "device, dp, rests", [("cpu", 1, True), ("cpu", 2, False), ("a100", 1, False)]
+)
+def test_one_cpu_worker_decodes_with_the_memory_of_all(device: str, dp: int, rests: bool) -> None:
+    cluster = free_links(make_cluster(device, 2))
+    pricing = CostModel(cluster, RoundCosts(), Collectives(cluster))
+    cost = call_cost(ppo(cluster), "actor_gen", allocate(dp=dp), pricing)
+    steps = sum(PROMPT + i for i in range(1, RESPONSE)) / (2 if rests else 1)
+    assert cost.parts["decode"] == pytest.approx(4 * BATCH // dp * steps)
+    assert cost.parts["prefill"] == pytest.approx(4 * BATCH // dp * PROMPT)
 
 
 def test_pipelined_decoding_keeps_every_stage_busy_with_groups() -> None:

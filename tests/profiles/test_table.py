@@ -257,6 +257,20 @@ def test_a_missing_component_is_the_fallbacks() -> None:
     assert costs(ROWS[:1]).optimizer_step(1000) == roofline.optimizer_step(1000)
 
 
+def test_decoding_alone_is_decoding_where_nobody_measured_it() -> None:
+    row = replace(ROWS[0], operation="decode", size=4, length=64, seconds=4e-4)
+    alone = replace(row, operation="decode_alone", seconds=3e-4)
+    question = {"tp": 1, "size": 4, "length": 64}
+    both = costs((row, alone))
+    assert both.layer(SPEC, "block", "decode", **question).seconds == 4e-4
+    assert both.layer(SPEC, "block", "decode_alone", **question).seconds == 3e-4
+    assert costs((row,)).layer(SPEC, "block", "decode_alone", **question).seconds == 4e-4
+    roofline = RooflineCosts(DEVICES["cpu"])
+    assert costs(ROWS[:1]).layer(SPEC, "head", "decode_alone", **question) == roofline.layer(
+        SPEC, "head", "decode", **question
+    )
+
+
 def test_the_optimizer_is_interpolated_over_parameters() -> None:
     table = costs()
     assert table.optimizer_step(10**6).provenance is Provenance.MEASURED
