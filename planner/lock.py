@@ -24,12 +24,14 @@ class Lock:
 
     def allows(self, allocation: Allocation) -> bool:
         """Is every fixed part of it as it was fixed?"""
+        return self.allows_way(allocation) and self.offload in (None, allocation.offload)
+
+    def allows_way(self, allocation: Allocation) -> bool:
+        """The same, whatever is fixed of its offload."""
         if self.allocation is not None and allocation != self.allocation:
             return False
         if self.mesh is not None and allocation.mesh != self.mesh:
             return False
         if self.strategy is not None and allocation.strategy.short != self.strategy.short:
-            return False
-        if self.offload not in (None, allocation.offload):
             return False
         return self.num_micro_batches in (None, allocation.num_micro_batches)

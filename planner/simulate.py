@@ -123,7 +123,6 @@ class StepPrices:
     def __init__(self, problem: Problem, model: CostModel) -> None:
         self.problem = problem
         self.model = model
-        self._calls: dict[tuple[str, Allocation], CallCost] = {}
         self._reallocations: dict[tuple[Layout, Layout], float] = {}
         self._transfers: dict[tuple[float, DeviceMesh, DeviceMesh], float] = {}
 
@@ -134,14 +133,11 @@ class StepPrices:
         would else depend on the searches before it.
         """
         fewer = StepPrices(problem, self.model)
-        fewer._calls, fewer._transfers = self._calls, self._transfers
+        fewer._transfers = self._transfers
         return fewer
 
     def call(self, name: str, allocation: Allocation) -> CallCost:
-        key = (name, allocation)
-        if key not in self._calls:
-            self._calls[key] = call_cost(self.problem, name, allocation, self.model)
-        return self._calls[key]
+        return call_cost(self.problem, name, allocation, self.model)
 
     def swap(self, name: str, allocation: Allocation) -> SwapCost:
         """Seconds of the Reload before a call and the Offload after it."""

@@ -13,8 +13,9 @@ from operator import add
 
 from planner.graph import CallKind
 from planner.mesh import DeviceMesh
+from planner.search.choices import Choice
 from planner.search.evaluate import Evaluator, Score
-from planner.search.options import Assignment, Choice, Option, OptionSpace
+from planner.search.options import Assignment, Option, OptionSpace
 
 Axes = tuple[int, int, int]  # (pp, tp, dp)
 

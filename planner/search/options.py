@@ -1,73 +1,29 @@
-"""What each call may choose: what ``variants.py`` lists, costed, then pruned.
+"""What each call may choose, and where: ``OptionSpace``.
 
 Seconds and bytes of a call do not change when its mesh moves by whole nodes, or within a node, so
-a ``Choice`` is priced once for each size of mesh; an ``Option`` is a choice on one mesh. Read
-``Choice``, ``Option``, then ``OptionSpace``.
-
-Pruning is safe: a choice goes only if it needs more memory than a device has, or if another with
-the same layout is no slower and no larger on any stage. What other calls see of a call is its
-layout, so every plan keeps an equal that is at least as good.
+a ``Choice`` is priced once for each size of mesh (``choices.py``); an ``Option`` is a choice on one
+mesh. Read ``Option``, then ``OptionSpace``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from operator import add, sub
 
-from planner.graph import CallKind, ModelFunctionCall
+from planner.graph import ModelFunctionCall
 from planner.layout import Layout
 from planner.lock import Lock
 from planner.memory import (
-    RESERVE_BYTES,
-    STAGING_BYTES,
     MemoryBreakdown,
-    average_bytes,
     call_memory,
-    held_memory,
-    leaves_device,
-    running_bytes,
 )
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, Problem, offload_problem
+from planner.search.choices import Choice, Costing
 from planner.search.variants import considered_meshes, variants
 from planner.simulate import StepPrices
-from planner.strategy import ParallelStrategy
 from profiles.errors import ConfigError, InfeasibleError
-from profiles.models import ModelSpec
 from profiles.units import format_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Choice:
-    """A strategy with micro-batches on any mesh of its size.
-
-    ``seconds``: of the call and of what leaves the device after it, ``reload_s`` of what comes from
-    the host before it, ``average_s`` of the average in its layout, where its role is one. Bytes by
-    pipeline stage: ``held`` what stays on a device if the call's layout is a home of its role,
-    ``borrowed`` if the weights come for this call, ``running`` while it runs.
-    """
-
-    strategy: ParallelStrategy
-    num_micro_batches: int
-    generation_batch: int = 0
-    offload: bool = False
-    seconds: float
-    reload_s: float = 0.0
-    average_s: float = 0.0
-    held: tuple[int, ...]
-    borrowed: tuple[int, ...]
-    running: tuple[int, ...]
-
-    @property
-    def busy_s(self) -> float:
-        """Seconds of its devices, whatever it waits for."""
-        return self.reload_s + self.seconds
-
-    @property
-    def axes(self) -> tuple[int, int, int]:
-        """What fixes the layout on a given mesh: (pp, tp, dp)."""
-        return self.strategy.pp, self.strategy.tp, self.strategy.dp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,30 +53,6 @@ class Option:
 Assignment = tuple[Option, ...]  # one option for each call, in the order of ``step_calls``
 
 
-def undominated(choices: Sequence[Choice]) -> list[Choice]:
-    """Choices of one layout without those that another equals or beats in seconds and bytes.
-
-    >>> def choice(seconds, running):
-    ...     return Choice(strategy=ParallelStrategy(), num_micro_batches=1, seconds=seconds,
-    ...                   held=(0,), borrowed=(0,), running=(running,))
-    >>> [c.seconds for c in undominated([choice(1, 9), choice(2, 5), choice(3, 7)])]
-    [1, 2]
-    """
-    kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.seconds, sum(c.held), sum(c.running))):
-        if not any(_no_larger(better, choice) for better in kept):
-            kept.append(choice)
-    return kept
-
-
-def _no_larger(a: Choice, b: Choice) -> bool:
-    return (
-        a.reload_s <= b.reload_s
-        and all(x <= y for x, y in zip(a.held, b.held))
-        and all(x <= y for x, y in zip(a.running, b.running))
-    )
-
-
 class OptionSpace:
     """All options of a problem under the prices of a cost model.
 
@@ -146,9 +78,8 @@ class OptionSpace:
         self.meshes_by_size: dict[int, list[DeviceMesh]] = {}
         for mesh in considered_meshes(problem.cluster):
             self.meshes_by_size.setdefault(mesh.num_devices, []).append(mesh)
-        self.num_costed = 0
+        self._costing = Costing(problem, prices)
         self._options: dict[tuple[str, DeviceMesh, int], Option] = {}
-        self._known_held: dict[tuple[object, ...], tuple[int, ...]] = {}
         self._known: dict[tuple[object, ...], Mapping[int, tuple[Choice, ...]]] = {}
         self.choices = {call.name: self._choices(call) for call in self.calls}
         self.meshes: Mapping[str, tuple[DeviceMesh, ...]] = {
@@ -207,7 +138,7 @@ class OptionSpace:
         key = (
             self.locks.get(call.name),
             call.kind,
-            self._is_average(call),
+            any(average.role == call.role for average in self.problem.graph.averages),
             offload_problem(self.problem, call.name) is None,
             (call.num_mini_batches, call.num_epochs),
             self.problem.spec_of(call.name),
@@ -231,31 +162,10 @@ class OptionSpace:
         shared = larger is not None and larger.offload == self.offload
         if larger is not None and shared and meshes and larger.meshes_of(call.name, size):
             return larger.choices[call.name].get(size, ())
-        groups: dict[tuple[int, int, int], list[Choice]] = {}
-        for choice in self._fitting(call, meshes):
-            groups.setdefault(choice.axes, []).append(choice)
-        kept = [choice for group in groups.values() for choice in undominated(group)]
-        return tuple(sorted(kept, key=lambda c: c.busy_s))
-
-    def _fitting(self, call: ModelFunctionCall, meshes: Sequence[DeviceMesh]) -> Iterator[Choice]:
-        """Choices that fit, and are as locked, on meshes of one size: all cost the same."""
+        if not meshes:
+            return ()
         lock = self.locks.get(call.name, Lock())
-        if lock.allocation is not None and meshes:
-            candidates: Iterable[Allocation] = [lock.allocation]
-        else:
-            candidates = (
-                variants(self.problem, call, meshes[0], offload=self.offload) if meshes else ()
-            )
-        device = self.problem.cluster.device
-        free_bytes = device.memory_bytes - RESERVE_BYTES[device.kind]
-        known: dict[tuple[object, ...], tuple[int, ...]] = {}
-        for allocation in candidates:
-            if not lock.allows(allocation):
-                continue
-            held, running = self._bytes(call, allocation, known)
-            if max(map(add, held, running)) <= free_bytes:
-                self.num_costed += 1
-                yield self._choice(call, allocation, held, running)
+        return self._costing.choices(call, meshes[0], lock, offload=self.offload)
 
     def _locked_out(self, call: ModelFunctionCall) -> ConfigError:
         return ConfigError(
@@ -263,71 +173,6 @@ class OptionSpace:
             where=f"lock.{call.name}",
             remedy="fix less of it: mesh, strategy or num_micro_batches",
         )
-
-    def _bytes(
-        self, call: ModelFunctionCall, allocation: Allocation,
-        known: dict[tuple[object, ...], tuple[int, ...]],
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:  # fmt: skip
-        """Held and running, by stage; the latter does not depend on ZeRO: kept in ``known``."""
-        spec, s = self.problem.spec_of(call.name), allocation.strategy
-        kind = self.problem.cluster.device.kind
-        if spec is None:
-            return (0,), (0,)
-        counts = (allocation.num_micro_batches, allocation.generation_batch)
-        key = (s.pp, s.tp, s.dp, s.recompute, s.sequence_parallel, counts)
-        if key not in known:
-            known[key] = running_bytes(self.problem, call, allocation, spec)
-        held = self._held(spec, s, call.kind is CallKind.TRAIN)
-        if self._is_average(call):
-            held = tuple(average_bytes(weights, kind) for weights in held)
-        if not leaves_device(allocation, kind):
-            return held, known[key]
-        leaving = self._leaving(spec, s, call.kind is CallKind.TRAIN)
-        return tuple(map(sub, held, leaving)), tuple(map(add, known[key], leaving))
-
-    def _leaving(self, spec: ModelSpec, s: ParallelStrategy, trained: bool) -> tuple[int, ...]:
-        """Of ``_held`` what is on the host while an offloaded call does not run."""
-        weights = self._held(spec, s, False)
-        return tuple(map(sub, self._held(spec, s, True), weights)) if trained else weights
-
-    def _is_average(self, call: ModelFunctionCall) -> bool:
-        return any(average.role == call.role for average in self.problem.graph.averages)
-
-    def _choice(
-        self, call: ModelFunctionCall, allocation: Allocation, held: tuple[int, ...],
-        running: tuple[int, ...],
-    ) -> Choice:  # fmt: skip
-        spec, s = self.problem.spec_of(call.name), allocation.strategy
-        borrowed: tuple[int, ...] = (0,)
-        if spec is not None:
-            staging = STAGING_BYTES[self.problem.cluster.device.kind]
-            borrowed = tuple(weights + staging for weights in self._held(spec, s, False))
-        average_s = 0.0
-        if spec is not None and self._is_average(call):
-            average_s = self.prices.average_s(Layout.of(spec, allocation.mesh, s))
-        swap = self.prices.swap(call.name, allocation)
-        return Choice(
-            strategy=s,
-            num_micro_batches=allocation.num_micro_batches,
-            generation_batch=allocation.generation_batch,
-            offload=allocation.offload,
-            seconds=self.prices.call(call.name, allocation).seconds + swap.offload_s,
-            reload_s=swap.reload_s,
-            average_s=average_s,
-            held=held,
-            borrowed=borrowed,
-            running=running,
-        )
-
-    def _held(self, spec: ModelSpec, s: ParallelStrategy, trained: bool) -> tuple[int, ...]:
-        """Bytes of weights and their state, by stage."""
-        key = (spec, s.pp, s.tp, s.dp, s.zero if trained else 0, trained)
-        if key not in self._known_held:
-            kind = self.problem.cluster.device.kind
-            self._known_held[key] = tuple(
-                held_memory(spec, s, stage, kind, trained=trained).total for stage in range(s.pp)
-            )
-        return self._known_held[key]
 
     def _infeasible(self, call: ModelFunctionCall) -> InfeasibleError:
         """What the smallest way to run a call lacks."""

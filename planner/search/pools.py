@@ -13,7 +13,8 @@ from operator import add
 import numpy as np
 import numpy.typing as npt
 
-from planner.search.options import Assignment, Choice, Option, OptionSpace
+from planner.search.choices import Choice
+from planner.search.options import Assignment, Option, OptionSpace
 from planner.search.patterns import RUNNING
 
 Floats = npt.NDArray[np.float64]

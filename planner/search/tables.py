@@ -16,7 +16,8 @@ from planner.graph import CallKind
 from planner.memory import RESERVE_BYTES
 from planner.mesh import DeviceMesh
 from planner.plan import Problem
-from planner.search.options import Assignment, Choice, Option, OptionSpace
+from planner.search.choices import Choice
+from planner.search.options import Assignment, Option, OptionSpace
 from planner.search.records import (
     CALL,
     EVENT,

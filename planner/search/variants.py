@@ -1,6 +1,6 @@
 """What is worth trying for a call: meshes, strategies, micro-batches, waves, offload.
 
-``options.py`` prices it. Read ``variants``.
+``choices.py`` prices it. Read ``variants``.
 """
 
 from __future__ import annotations
@@ -76,41 +76,61 @@ def _enough_rows(problem: Problem, spec: ModelSpec, strategy: ParallelStrategy) 
 def variants(
     problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh, *, offload: bool = False
 ) -> Iterator[Allocation]:
-    """Every way to run a call on a mesh that is worth pricing; with ``offload`` also those where
+    """Every way to run a call on a mesh that is worth pricing, in every state (``ways``,
 
-    a part of its role is in the host's memory meanwhile.
+    ``zero_and_offload``).
     """
+    states = zero_and_offload(problem, call, offload=offload)
+    for layout in ways(problem, call, mesh):
+        for way, (zero, away) in product(layout, states):
+            if zero == 0 or way.strategy.dp > 1:
+                yield replace(way, strategy=replace(way.strategy, zero=zero), offload=away)
+
+
+def ways(
+    problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh
+) -> Iterator[Sequence[Allocation]]:
+    """Of each (pp, tp, dp) what may be chosen besides, but for ZeRO and offload: 0 and False."""
     most, spec = largest_dp(problem, call.name), problem.spec_of(call.name)
-    offloads = (
-        (False, True) if offload and offload_problem(problem, call.name) is None else (False,)
-    )
+    group_size = problem.workload_of(call.name).group_size
     for legal in legal_strategies(spec, mesh, problem.cluster, max_dp=most):
-        groups = ceil(problem.workload.batch_size / legal.dp)
-        share = groups * problem.workload_of(call.name).group_size
-        for count in micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]:
-            if call.kind is CallKind.GENERATE and spec is not None:
-                enough = _enough_rows(problem, spec, legal)
-                batches, strategies = generation_batches(share, count, enough=enough), [legal]
-            else:
-                batches, strategies = [0], _strategies(call, legal)
-            for strategy in strategies:
-                for rows, offload in product(batches, offloads):
-                    yield Allocation(
-                        mesh=mesh, strategy=strategy, num_micro_batches=count,
-                        generation_batch=rows, offload=offload,
-                    )  # fmt: skip
+        share = ceil(problem.workload.batch_size / legal.dp) * group_size
+        counts = micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]
+        if call.kind is CallKind.GENERATE and spec is not None:
+            enough = _enough_rows(problem, spec, legal)
+            yield [
+                Allocation(
+                    mesh=mesh, strategy=legal, num_micro_batches=count, generation_batch=rows
+                )
+                for count in counts
+                for rows in generation_batches(share, count, enough=enough)
+            ]
+        else:
+            yield [
+                Allocation(mesh=mesh, strategy=strategy, num_micro_batches=count)
+                for strategy, count in product(_strategies(call, legal), counts)
+            ]
+
+
+def zero_and_offload(
+    problem: Problem, call: ModelFunctionCall, *, offload: bool
+) -> list[tuple[int, bool]]:
+    """ZeRO stages (above 0 with dp > 1 only) and whether a part of its role is in the host's
+
+    memory meanwhile, which only ``offload`` allows.
+    """
+    zeros = (0, 1) if call.kind is CallKind.TRAIN else (0,)
+    may = offload and offload_problem(problem, call.name) is None
+    return list(product(zeros, (False, True) if may else (False,)))
 
 
 def _strategies(call: ModelFunctionCall, legal: ParallelStrategy) -> list[ParallelStrategy]:
-    """A split with sequence parallelism, and with ZeRO and recomputation where the call trains."""
-    split_tokens = (False, True) if legal.tp > 1 else (False,)
-    if call.kind is not CallKind.TRAIN:
-        return [replace(legal, sequence_parallel=split) for split in split_tokens]
+    """A split with sequence parallelism, and with recomputation where the call trains."""
+    recompute = RECOMPUTE if call.kind is CallKind.TRAIN else ("none",)
     return [
-        replace(legal, zero=zero, recompute=recompute, sequence_parallel=split)
-        for zero in ((0, 1) if legal.dp > 1 else (0,))
-        for recompute in RECOMPUTE
-        for split in split_tokens
+        replace(legal, recompute=again, sequence_parallel=split)
+        for again in recompute
+        for split in ((False, True) if legal.tp > 1 else (False,))
     ]
 
 
