@@ -56,7 +56,7 @@ def run_from_args(args: argparse.Namespace) -> int:
     if len(paths) != 1:
         raise PlanError("give one plan.json", where="realexec check")
     overrides = [word for word in args.words if "=" in word]
-    run = configure(load_plan(paths[0]), [*overrides, "init=random"])
+    run = configure(load_plan(paths[0]), [*overrides, "init=random", "generation_backend=own"])
     program = compile_plan(run.plan)
     console = Console(stderr=args.json)
     _print_program(console, run, program)
@@ -99,7 +99,7 @@ def check_kinds(
 
 
 def _check_kind(path: Path, overrides: Sequence[str], ranks: Sequence[int]) -> RankReport:
-    run = configure(load_plan(path), [*overrides, "init=random"])
+    run = configure(load_plan(path), [*overrides, "init=random", "generation_backend=own"])
     with tempfile.TemporaryDirectory() as folder:
         return check_rank(run, compile_plan(run.plan), ranks, Path(folder))
 

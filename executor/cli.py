@@ -21,7 +21,13 @@ from executor.launch.agent import Interrupted
 from executor.launch.supervise import WorkerError, launch
 from executor.resume import find_checkpoint
 from executor.run import Run, one_layout_plan, resolve
-from executor.summary import compare, print_comparison, saved_models, write_summary
+from executor.summary import (
+    answers_are_plan_independent,
+    compare,
+    print_comparison,
+    saved_models,
+    write_summary,
+)
 from planner.algorithm import find_algorithm, make_config, make_problem, role_paths
 from planner.arguments import parse_with_words
 from planner.plan import ExecutionPlan
@@ -147,11 +153,17 @@ def _run(args: argparse.Namespace) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    if not answers_are_plan_independent(run):
+        console.print(
+            "answers are vLLM's: under another plan they are others",
+            highlight=False,
+            soft_wrap=True,
+        )
     if run.resume_from is not None:
         console.print(f"going on from {run.resume_from}", highlight=False, soft_wrap=True)
     launch(run, launcher.start, name=args.launcher, options=options, max_restarts=args.max_restarts)
     rows = compare(run)
-    write_summary(rows, run.output)
+    write_summary(rows, run)
     if args.json:
         print((run.output / "summary.json").read_text(encoding="utf-8"), end="")
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from profiles.errors import ConfigError
@@ -19,3 +20,9 @@ def optional_package(name: str, *, where: str, remedy: str) -> Any:
     except ImportError:
         package = name.partition(".")[0]
         raise ConfigError(f"{package} is not installed", where=where, remedy=remedy) from None
+
+
+def check_package(name: str, *, where: str, remedy: str) -> None:
+    """Raise as ``optional_package`` does, without the time that importing takes."""
+    if find_spec(name) is None:
+        raise ConfigError(f"{name} is not installed", where=where, remedy=remedy)

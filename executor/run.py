@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from executor.generate import vllm
+from executor.optional import check_package
 from planner.algorithm import (
     Algorithm,
     config_to_dict,
@@ -64,8 +66,12 @@ def resolve(plan: ExecutionPlan, overrides: Sequence[str], *, on_this_machine: b
             devices.
     """
     run = configure(plan, overrides)
+    if run.config.generation_backend == "vllm":
+        vllm.one_tp(run.plan)
     if on_this_machine:
         check_devices(run.plan)
+        if run.config.generation_backend == "vllm":
+            check_package("vllm", where=vllm.WHERE, remedy=vllm.REMEDY)
     for role in run.plan.problem.graph.roles:
         check_weights(run, role)
     return run

@@ -81,12 +81,24 @@ def saved_models(output: Path) -> list[Path]:
     return sorted(folders, key=lambda f: (f.parent.name, int(f.name.rpartition("globalstep")[2])))
 
 
-def write_summary(rows: list[Comparison], output: Path) -> None:
-    """``summary.json``: the comparison and the saved models."""
+def write_summary(rows: list[Comparison], run: Run) -> None:
+    """``summary.json``: the comparison, the saved models, who generated, and whether other plans
+    would have drawn the same answers."""
     write_json(
-        output / "summary.json",
+        run.output / "summary.json",
         {
             "calls": [{**asdict(row), "error": row.error} for row in rows],
-            "models": [str(path) for path in saved_models(output)],
+            "models": [str(path) for path in saved_models(run.output)],
+            "generation_backend": run.config.generation_backend,
+            "plan_independent": answers_are_plan_independent(run),
         },
     )
+
+
+def answers_are_plan_independent(run: Run) -> bool:
+    """Whether every plan gives this run's answers: vLLM's noise is its own, unless it is greedy."""
+    generates = any(c.kind is CallKind.GENERATE for c in run.plan.problem.graph.calls)
+    if not generates or run.config.generation_backend == "own":
+        return True
+    options = getattr(run.config, "generation", None)
+    return bool(getattr(options, "greedy", False))

@@ -20,6 +20,7 @@ from executor.batch import SequenceBatch, balanced_groups
 from executor.context import RankContext, build_contexts
 from executor.dataset import Item, Prompts
 from executor.generate.engine import generate
+from executor.generate.vllm import VLLM, one_tp
 from executor.metrics import REWARDS, evaluation_moment, post, post_samples, shows_samples
 from executor.model.hf_save import save
 from executor.out_of_memory import is_out_of_memory, out_of_memory
@@ -104,6 +105,11 @@ class Worker:
             run, self.contexts, rank=rank, device=device,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         )  # fmt: skip
+        self.generate: Callable[..., SequenceBatch] = generate
+        if run.config.generation_backend == "vllm":
+            longest = run.config.prompt_len + run.config.response_len
+            vllm = VLLM(tp=one_tp(run.plan), longest_tokens=longest, device=device)
+            self.generate = vllm.generate
         self.samples = SampleStore(self.problem.graph, device, self.problem.workload.group_size)
         self.exchange = Exchange(self.samples)
         self.handlers: dict[type, Callable[[Any, dict[str, int]], None]] = {
@@ -258,7 +264,7 @@ class Worker:
             self._share(call, allocation, dp_rank), self._group_size(call)
         )
         whole = self.problem.workload.group_size
-        batch = generate(
+        batch = self.generate(
             self.weights.stage(call.role, layout),
             [self.items[sequence // whole].prompt.to(self.device) for sequence in sequences],
             samples=sequences,

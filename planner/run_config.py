@@ -15,6 +15,7 @@ from planner.lengths import lognormal_lengths, lognormal_sigma, summary
 from profiles.errors import ConfigError
 
 INITS = ("checkpoint", "random")
+BACKENDS = ("own", "vllm")
 SCHEDULES = ("constant", "linear", "cosine")
 _LEAST = {
     "total_epochs": 0, "save_every": 0, "checkpoint_every": 0, "keep_checkpoints": 1,
@@ -121,6 +122,9 @@ class RunConfig:
     num_samples: int = 4  # most answers in such a table
     wandb_project: str = ""  # Weights & Biases gets the numbers too, if it is installed; empty: not
     resume: str = ""  # a checkpoint's folder, or auto: the newest in output, if there is one
+    # Who generates: own, or vllm (pip install 'realplan[vllm]'), whose sampled tokens are others
+    # and depend on the plan; greedy ones are the same. A plan is priced for our own.
+    generation_backend: str = "own"
     hang_timeout_s: float = 1800.0  # an instruction that takes longer is reported as a hang
     output: str = "runs/latest"  # folder for metrics, traces and saved models
     data: StepDataConfig = field(default_factory=StepDataConfig)
@@ -143,6 +147,11 @@ class RunConfig:
             raise ConfigError(f"{self.hang_timeout_s} is not above 0", where="hang_timeout_s")
         if self.init not in INITS:
             raise ConfigError(f"'{self.init}' is neither checkpoint nor random", where="init")
+        if self.generation_backend not in BACKENDS:
+            raise ConfigError(
+                f"'{self.generation_backend}' is unknown", where="generation_backend",
+                remedy=f"use one of {', '.join(BACKENDS)}",
+            )  # fmt: skip
         for role, model in self.models().items():
             check_model(model, where=role)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -186,6 +186,41 @@ def _write_stage(
     return problem
 
 
+def checkpoint_tensors(
+    ctx: RankContext, buffer: ParameterBuffer, spec: ModelSpec
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint by name, whole, on every rank: in memory what ``save`` writes.
+
+    For layouts without pipeline stages; called by all ranks of a tensor-parallel group. Without
+    tensor parallelism a tensor is a view of the buffer where the checkpoint has it as we do.
+    """
+    assert ctx.layout.pp == 1, ctx.layout
+    for together in _joined(ctx.layout, 0):
+        tensors: dict[str, Tensor] = {}
+        for parameter in together:
+            whole = _whole(ctx, buffer.view(parameter.name).detach(), parameter)
+            _add(tensors, stored(spec)[parameter.name], whole)
+        yield from tensors.items()
+
+
+def _whole(ctx: RankContext, local: Tensor, parameter: ParameterShape) -> Tensor:
+    """The whole parameter on every rank of the tensor-parallel group."""
+    tp = ctx.layout.tp
+    num_parts = parameter.num_parts(tp)
+    if num_parts == 1:
+        return local
+    whole = local.new_empty(parameter.shape)
+    for tp_rank in range(0, tp, tp // num_parts):
+        piece = shard(parameter, tp, tp_rank)
+        mine = tp_rank == ctx.tp_rank
+        part = local.contiguous() if mine else local.new_empty(piece.length)
+        dist.broadcast(
+            part, src=ctx.layout.device(ctx.pp_rank, ctx.dp_rank, tp_rank), group=ctx.tp_group
+        )
+        whole[tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.length))].copy_(part)
+    return whole
+
+
 def _add(tensors: dict[str, Tensor], places: tuple[Stored, ...], whole: Tensor) -> None:
     """One of our parameters into the tensors of a file; rows below those that are there."""
     for place in places:
@@ -227,7 +262,7 @@ def _finish(
 ) -> OSError | None:  # fmt: skip
     """Config, tokenizer, index, and the rename."""
     try:
-        config = _config_to_save(spec, dtype, {} if source is None else read_config(source))
+        config = checkpoint_config(spec, dtype, {} if source is None else read_config(source))
         _write_json(work / "config.json", config)
         if source is not None:
             _copy_files(source, work, spec)
@@ -257,9 +292,11 @@ def _copy_files(source: Path, work: Path, spec: ModelSpec) -> None:
             shutil.copyfile(source / name, work / name)
 
 
-def _config_to_save(spec: ModelSpec, dtype: torch.dtype, source: dict[str, Any]) -> dict[str, Any]:
-    """The source's fields win over the shape's, and the head's over both."""
-    config = {**hf_config.hf_config(spec), **source, **head_config(spec)}
+def checkpoint_config(
+    spec: ModelSpec, dtype: torch.dtype, source: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """config.json. The source's fields win over the shape's, and the head's over both."""
+    config = {**hf_config.hf_config(spec), **(source or {}), **head_config(spec)}
     config.pop("torch_dtype", None)  # the older name of dtype
     config["dtype"] = str(dtype).removeprefix("torch.")
     if spec.head == "lm":
