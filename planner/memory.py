@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from math import ceil
 
@@ -176,32 +177,7 @@ def running_memory(
     """What exists only while the call runs, on a device of ``stage``."""
     if call.kind is CallKind.GENERATE:
         return _running_generate(problem, call, allocation, spec, stage)
-    s, workload = allocation.strategy, problem.workload_of(call.name)
-    value_bytes = VALUE_BYTES[problem.cluster.device.kind]
-    shape = stage_shapes(spec, s.pp)[stage]
-    sequences, tokens = _micro_batch_tokens(problem, call, allocation)
-    working = tokens * working_values(spec, s) * value_bytes
-    # A language model's head reads the answers only.
-    answers = sequences * workload.response_tokens
-    logits = answers * ceil(spec.vocab / s.tp) if shape.last and spec.head == "lm" else tokens
-    rows = ceil(tokens / s.tp) if s.sequence_parallel else tokens
-    buffers = 2 * rows * spec.hidden if s.pp > 1 else 0
-    kept = 0
-    if call.kind is CallKind.TRAIN:
-        in_flight = min(allocation.num_micro_batches, s.pp - stage)
-        length = workload.max_tokens
-        kept = in_flight * _micro_batch_bytes(problem, call, allocation, spec, shape)
-        if s.recompute == "full":  # the block under way keeps all
-            working += tokens * kept_bytes(
-                spec, s, value_bytes=value_bytes, length=length, recompute="none"
-            )
-        logits *= 2  # and their gradient
-        buffers += _largest_weight_values(spec, shape, s.tp)
-    return MemoryBreakdown(
-        activations=kept + working,
-        logits=logits * value_bytes if shape.last else 0,
-        buffers=buffers * value_bytes,
-    )
+    return _MicroBatch.of(problem, call, allocation, spec).running(spec, allocation, stage)
 
 
 def running_bytes(
@@ -212,40 +188,78 @@ def running_bytes(
     Stages of one shape differ only by the micro-batches under way, each of which keeps as much.
     """
     pp, m = allocation.strategy.pp, allocation.num_micro_batches
+    generates = call.kind is CallKind.GENERATE
+    micro_batch = None if generates else _MicroBatch.of(problem, call, allocation, spec)
     found: list[int] = []
     for shape, run in groupby(stage_shapes(spec, pp)):
         first, count = len(found), len(list(run))
-        whole = running_memory(problem, call, allocation, spec, first).total
-        each = 0
-        if call.kind is CallKind.TRAIN and count > 1:
-            each = _micro_batch_bytes(problem, call, allocation, spec, shape)
+        if micro_batch is None:
+            whole, each = _running_generate(problem, call, allocation, spec, first).total, 0
+        else:
+            whole = micro_batch.running(spec, allocation, first).total
+            each = shape.num_layers * micro_batch.kept
         most = min(m, pp - first)
-        found += [whole - (most - min(m, pp - first - i)) * each for i in range(count)]
+        if each and most > pp - first - count + 1:
+            found += [whole - (most - min(m, pp - first - i)) * each for i in range(count)]
+        else:
+            found += [whole] * count
     return tuple(found)
 
 
-def _micro_batch_tokens(
-    problem: Problem, call: ModelFunctionCall, allocation: Allocation
-) -> tuple[int, int]:
-    """(sequences, tokens) of the largest micro-batch of an INFER or TRAIN call."""
-    workload = problem.workload_of(call.name)
-    mini_batch = ceil(workload.batch_size / call.num_mini_batches)
-    groups = ceil(ceil(mini_batch / allocation.strategy.dp) / allocation.num_micro_batches)
-    sequences = groups * workload.group_size
-    return sequences, sequences * workload.max_tokens
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MicroBatch:
+    """Bytes of the largest micro-batch of an INFER or TRAIN call, which no stage changes.
 
+    ``kept``: by each block until its backward pass. ``working``: of the block under way.
+    ``logits``: on the last stage. ``received``: from the stage before, and for the next.
+    """
 
-def _micro_batch_bytes(
-    problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec,
-    shape: StageShape,
-) -> int:  # fmt: skip
-    """What a stage keeps of one micro-batch until its backward pass."""
-    value_bytes = VALUE_BYTES[problem.cluster.device.kind]
-    block = kept_bytes(
-        spec, allocation.strategy, value_bytes=value_bytes, length=problem.workload.max_tokens
-    )
-    _, tokens = _micro_batch_tokens(problem, call, allocation)
-    return shape.num_layers * tokens * block
+    trained: bool
+    value_bytes: int
+    kept: int
+    working: int
+    logits: int
+    received: int
+
+    @classmethod
+    def of(
+        cls, problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec
+    ) -> _MicroBatch:
+        s, workload = allocation.strategy, problem.workload_of(call.name)
+        value_bytes = VALUE_BYTES[problem.cluster.device.kind]
+        mini_batch = ceil(workload.batch_size / call.num_mini_batches)
+        groups = ceil(ceil(mini_batch / s.dp) / allocation.num_micro_batches)
+        sequences = groups * workload.group_size
+        tokens, trained = sequences * workload.max_tokens, call.kind is CallKind.TRAIN
+        working, kept = tokens * working_values(spec, s) * value_bytes, 0
+        # A language model's head reads the answers only.
+        answers = sequences * workload.response_tokens
+        logits = answers * ceil(spec.vocab / s.tp) if spec.head == "lm" else tokens
+        if trained:
+            logits *= 2  # and their gradient
+            block = partial(
+                kept_bytes, spec, s, value_bytes=value_bytes, length=workload.max_tokens
+            )
+            kept = tokens * block()
+            if s.recompute == "full":  # the block under way keeps all
+                working += tokens * block(recompute="none")
+        rows = ceil(tokens / s.tp) if s.sequence_parallel else tokens
+        return cls(
+            trained=trained, value_bytes=value_bytes, kept=kept, working=working,
+            logits=logits * value_bytes,
+            received=2 * rows * spec.hidden * value_bytes if s.pp > 1 else 0,
+        )  # fmt: skip
+
+    def running(self, spec: ModelSpec, allocation: Allocation, stage: int) -> MemoryBreakdown:
+        s = allocation.strategy
+        shape = stage_shapes(spec, s.pp)[stage]
+        in_flight = min(allocation.num_micro_batches, s.pp - stage)
+        gradient = _largest_weight_values(spec, shape, s.tp) if self.trained else 0
+        return MemoryBreakdown(
+            activations=in_flight * shape.num_layers * self.kept + self.working,
+            logits=self.logits if shape.last else 0,
+            buffers=self.received + gradient * self.value_bytes,
+        )
 
 
 def _running_generate(

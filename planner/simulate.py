@@ -123,6 +123,7 @@ class StepPrices:
     def __init__(self, problem: Problem, model: CostModel) -> None:
         self.problem = problem
         self.model = model
+        self._calls: dict[tuple[str, Allocation], CallCost] = {}
         self._reallocations: dict[tuple[Layout, Layout], float] = {}
         self._transfers: dict[tuple[float, DeviceMesh, DeviceMesh], float] = {}
 
@@ -133,11 +134,14 @@ class StepPrices:
         would else depend on the searches before it.
         """
         fewer = StepPrices(problem, self.model)
-        fewer._transfers = self._transfers
+        fewer._calls, fewer._transfers = self._calls, self._transfers
         return fewer
 
     def call(self, name: str, allocation: Allocation) -> CallCost:
-        return call_cost(self.problem, name, allocation, self.model)
+        key = (name, allocation)
+        if key not in self._calls:
+            self._calls[key] = call_cost(self.problem, name, allocation, self.model)
+        return self._calls[key]
 
     def swap(self, name: str, allocation: Allocation) -> SwapCost:
         """Seconds of the Reload before a call and the Offload after it."""

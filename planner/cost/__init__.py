@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil
+from typing import NamedTuple
 
 from planner.cost.generate import generate_parts
 from planner.cost.model import CallCost, CostModel
 from planner.cost.stage import Priced
 from planner.cost.train import infer_parts, train_parts
-from planner.graph import CallKind
+from planner.graph import CallKind, ModelFunctionCall
 from planner.mesh import DeviceMesh
-from planner.plan import Allocation, Problem
+from planner.plan import Allocation, Problem, Workload
+from profiles.models import ModelSpec
 
-__all__ = ["CallCost", "CostModel", "call_cost"]
+__all__ = ["CallCost", "CostModel", "call_cost", "call_seconds"]
 
 
 def call_cost(
@@ -29,34 +31,60 @@ def call_cost(
 
     What is offloaded is there: bringing it is priced by ``offload.swap_cost``.
 
-    The busiest data-parallel rank counts. Answers are kept in ``model``. The allocation must be
-    legal (``plan.allocation_problem``). Nodes are equal, so a mesh costs the same wherever it is.
+    The busiest data-parallel rank counts. The allocation must be legal
+    (``plan.allocation_problem``). Nodes are equal, so a mesh costs the same wherever it is.
     """
     call = problem.graph.call(call_name)
-    spec = problem.spec_of(call_name)
-    allocation = _at_the_start(allocation, model)
-    workload = problem.workload_of(call_name)
-    passes = (call.num_mini_batches, call.num_epochs)
-    question = (call.kind, passes, spec, workload, allocation)
-    known = model.known_calls.get(question)
-    if known is not None:
-        return known
-    parts: Mapping[str, Priced]
+    question = _question(problem, call, allocation, model)
+    return CallCost.of(_parts(question, model), model.corrections.get(call.kind.value, 1.0))
+
+
+def call_seconds(
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation, model: CostModel
+) -> float:
+    """The seconds of ``call_cost``, which are kept in ``model``: a search asks for thousands."""
+    question = _question(problem, call, allocation, model)
+    seconds = model.known_calls.get(question)
+    if seconds is None:
+        factor = model.corrections.get(call.kind.value, 1.0)
+        parts = _parts(question, model).values()
+        seconds = model.known_calls[question] = sum(part.seconds * factor for part in parts)
+    return seconds
+
+
+class _Question(NamedTuple):
+    """All that a call's seconds depend on."""
+
+    kind: CallKind
+    num_mini_batches: int
+    num_epochs: int
+    spec: ModelSpec | None
+    workload: Workload
+    allocation: Allocation
+
+
+def _question(
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation, model: CostModel
+) -> _Question:
+    return _Question(
+        call.kind, call.num_mini_batches, call.num_epochs, problem.spec_of(call.name),
+        problem.workload_of(call.name), _at_the_start(allocation, model),
+    )  # fmt: skip
+
+
+def _parts(question: _Question, model: CostModel) -> Mapping[str, Priced]:
+    kind, num_mini_batches, num_epochs, spec, workload, allocation = question
     if spec is None:
         num_sequences = ceil(workload.batch_size / allocation.strategy.dp) * workload.group_size
-        parts = {"compute": Priced.modelled(model.function_s * num_sequences)}
-    elif call.kind is CallKind.GENERATE:
-        parts = generate_parts(spec, workload, allocation, model)
-    elif call.kind is CallKind.TRAIN:
-        parts = train_parts(
-            spec, workload, allocation, model, num_mini_batches=call.num_mini_batches,
-            num_epochs=call.num_epochs,
+        return {"compute": Priced.modelled(model.function_s * num_sequences)}
+    if kind is CallKind.GENERATE:
+        return generate_parts(spec, workload, allocation, model)
+    if kind is CallKind.TRAIN:
+        return train_parts(
+            spec, workload, allocation, model, num_mini_batches=num_mini_batches,
+            num_epochs=num_epochs,
         )  # fmt: skip
-    else:
-        parts = infer_parts(spec, workload, allocation, model)
-    cost = CallCost.of(parts, model.corrections.get(call.kind.value, 1.0))
-    model.known_calls[question] = cost
-    return cost
+    return infer_parts(spec, workload, allocation, model)
 
 
 def _at_the_start(allocation: Allocation, model: CostModel) -> Allocation:

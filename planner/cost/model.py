@@ -81,7 +81,7 @@ class CostModel:
         self.stages = StageCosts(
             cluster.device, layer_costs, collectives, kernels, stops_early=stops_early
         )
-        self.known_calls: dict[tuple[object, ...], CallCost] = {}
+        self.known_calls: dict[tuple[object, ...], float] = {}
         self._answers: dict[tuple[object, ...], object] = {}
         self._known_hops: dict[tuple[frozenset[LinkClass], float, float], Priced] = {}
         self.known_reallocations: dict[tuple[object, ...], float] = {}

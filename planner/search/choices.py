@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from operator import add, le, sub
 
+from planner.cost import call_seconds
 from planner.cost.offload import NO_SWAP, SwapCost
 from planner.graph import CallKind, ModelFunctionCall
 from planner.layout import Layout
@@ -183,7 +184,7 @@ class Costing:
         return bool(max(map(add, held, running)) <= self.free_bytes)
 
     def _seconds(self, call: ModelFunctionCall, allocation: Allocation) -> float:
-        return self.prices.call(call.name, allocation).seconds
+        return call_seconds(self.problem, call, allocation, self.prices.model)
 
     def _choice(
         self, call: ModelFunctionCall, way: _Way, state: _State, borrowed: Bytes, average_s: float

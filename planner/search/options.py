@@ -7,7 +7,9 @@ mesh. Read ``Option``, then ``OptionSpace``.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from planner.graph import ModelFunctionCall
@@ -53,6 +55,21 @@ class Option:
 Assignment = tuple[Option, ...]  # one option for each call, in the order of ``step_calls``
 
 
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Costing makes a million small values and no cycles of them: the collector would take a
+
+    fifth of its time to find none.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class OptionSpace:
     """All options of a problem under the prices of a cost model.
 
@@ -81,7 +98,8 @@ class OptionSpace:
         self._costing = Costing(problem, prices)
         self._options: dict[tuple[str, DeviceMesh, int], Option] = {}
         self._known: dict[tuple[object, ...], Mapping[int, tuple[Choice, ...]]] = {}
-        self.choices = {call.name: self._choices(call) for call in self.calls}
+        with no_collector():
+            self.choices = {call.name: self._choices(call) for call in self.calls}
         self.meshes: Mapping[str, tuple[DeviceMesh, ...]] = {
             name: tuple(m for size in by_size for m in self.meshes_of(name, size))
             for name, by_size in self.choices.items()
