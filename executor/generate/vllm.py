@@ -133,23 +133,9 @@ class VLLM:
         divides the logits in vLLM's model, which tells them before anything is left out.
         """
         answers = begun(stage.spec, prompts, samples, params)
-        layout = stage.ctx.layout
-        if layout not in self.engines:
-            self.engines[layout] = self._engine(stage, max_rows or len(answers))
-            self.scales[layout] = _scales(self.engines[layout])
-        llm = self.engines[layout]
-        if self.sleeps:
-            llm.wake_up(tags=["weights"])
-        weights = checkpoint_tensors(stage.ctx, stage.buffer, stage.spec)
-        with torch.no_grad():
-            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            if stage.spec.tied_embedding:
-                llm.apply_model(_repack_head)
-        for module, scale in self.scales[layout]:
+        llm = self.hand_over(stage, max_rows or len(answers))
+        for module, scale in self.scales[stage.ctx.layout]:
             module.scale = scale / params.temperature
-        if self.sleeps:
-            llm.wake_up(tags=["kv_cache"])
-        llm.reset_prefix_cache()  # it holds keys and values of other weights
         outputs = llm.generate(
             [{"prompt_token_ids": answer.prompt.tolist()} for answer in answers],
             self._sampling(answers, params, seed, step),
@@ -163,6 +149,26 @@ class VLLM:
                 answer.append(token, log_probs[token].logprob)
             answer.finished = answer.answer[-1] in params.stop_token_ids
         return batch_of(answers, stage.ctx.device)
+
+    def hand_over(self, stage: DecoderStage, rows: int) -> Any:
+        """The layout's engine, awake, with the weights of ``stage``; made for ``rows`` sequences
+        under way at once if there is none yet."""
+        layout = stage.ctx.layout
+        if layout not in self.engines:
+            self.engines[layout] = self._engine(stage, rows)
+            self.scales[layout] = _scales(self.engines[layout])
+        llm = self.engines[layout]
+        if self.sleeps:
+            llm.wake_up(tags=["weights"])
+        weights = checkpoint_tensors(stage.ctx, stage.buffer, stage.spec)
+        with torch.no_grad():
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if stage.spec.tied_embedding:
+                llm.apply_model(_repack_head)
+        if self.sleeps:
+            llm.wake_up(tags=["kv_cache"])
+        llm.reset_prefix_cache()  # it holds keys and values of other weights
+        return llm
 
     def _sampling(
         self, answers: Sequence[Answer], params: SamplingParams, seed: int, step: int

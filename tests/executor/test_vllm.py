@@ -5,6 +5,7 @@ before anything is loaded. All that needs vLLM is skipped where it is not instal
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -178,8 +179,9 @@ def _forward(stage: DecoderStage, batch: SequenceBatch, temperature: float) -> T
 
 def _alone(rank: int, world_size: int) -> dict[str, Any]:
     """Everything that one process answers: the engine takes long to start."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    torch.set_num_threads(2)  # vLLM would leave one of them
     vllm = VLLM(tp=1, longest_tokens=48, device=torch.device("cpu"))
-    threads = torch.get_num_threads()
     found: dict[str, Any] = {}
 
     def ask(generate: Any, stage: DecoderStage, step: int = 2, **changes: Any) -> SequenceBatch:
@@ -211,8 +213,9 @@ def _alone(rank: int, world_size: int) -> dict[str, Any]:
     found["forward"] = _forward(stage, found["sampled"], 0.7)
     found["cold greedy"] = ask(vllm.generate, stage, greedy=True, temperature=0.7)
     found["cold forward"] = _forward(stage, found["cold greedy"], 0.7)
-    assert torch.get_num_threads() == threads
-    torch.set_num_threads(threads)  # is torch's again
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert torch.get_num_threads() == 1
     return found
 
 
