@@ -23,7 +23,9 @@ class ParameterBuffer:
     """Flat storage [num_values + padding] of ``slices``, in their order.
 
     ``flat`` holds no values yet; it is padded with zeros to a multiple of ``multiple`` so that it
-    can be cut evenly over data-parallel ranks. ``lender``: slices that it has alike are not stored
+    can be cut evenly over data-parallel ranks. ``expert_multiple``: experts, which come last, are
+    held by fewer ranks; they begin at ``experts_start``, padded before to ``multiple`` and after
+    to this. ``lender``: slices that it has alike are not stored
     but lent; neither side may be written while both are in use.
     """
 
@@ -34,6 +36,7 @@ class ParameterBuffer:
         dtype: torch.dtype,
         device: torch.device | str,
         multiple: int = 1,
+        expert_multiple: int | None = None,
         lender: ParameterBuffer | None = None,
     ) -> None:
         self.slices = tuple(slices)
@@ -42,24 +45,36 @@ class ParameterBuffer:
         self.starts: dict[str, int] = {}
         self.by_name = {piece.name: piece for piece in self.slices}
         assert len(self.by_name) == len(self.slices), "one slice of a parameter on a rank"
-        end = 0
-        for piece in self.slices:
-            if piece.name not in self.lent:
-                self.starts[piece.name] = end
-                end += piece.num_values
-        self.num_values = end
-        padded = -(-end // multiple) * multiple
-        self.flat = torch.empty(padded, dtype=dtype, device=device)
+        stored = [piece for piece in self.slices if piece.name not in self.lent]
+        experts = [piece for piece in stored if expert_multiple is not None and piece.is_expert]
+        assert stored[len(stored) - len(experts) :] == experts, "experts come last"
+        rest = stored[: len(stored) - len(experts)]
+        self.num_values = sum(piece.num_values for piece in stored)
+        rest_end = self._place(rest, 0)
+        self.experts_start = -(-rest_end // multiple) * multiple
+        end = self._place(experts, self.experts_start)
+        padded = -(-(end - self.experts_start) // (expert_multiple or 1)) * (expert_multiple or 1)
+        self.flat = torch.empty(self.experts_start + padded, dtype=dtype, device=device)
+        self.flat[rest_end : self.experts_start] = 0
         self.flat[end:] = 0
+
+    def _place(self, pieces: Sequence[ParameterSlice], start: int) -> int:
+        """Slices one after the other from ``start`` on; returns where the last one ends."""
+        for piece in pieces:
+            self.starts[piece.name] = start
+            start += piece.num_values
+        return start
 
     @classmethod
     def for_rank(
         cls, layout: Layout, rank: int, *, dtype: torch.dtype, device: torch.device | str,
         multiple: int = 1, lender: ParameterBuffer | None = None,
     ) -> ParameterBuffer:  # fmt: skip
+        expert_multiple = max(1, multiple // layout.ep) if layout.ep > 1 else None
         return cls(
-            layout.slices(rank), dtype=dtype, device=device, multiple=multiple, lender=lender
-        )
+            layout.slices(rank), dtype=dtype, device=device, multiple=multiple,
+            expert_multiple=expert_multiple, lender=lender,
+        )  # fmt: skip
 
     def view(self, name: str, *, of: Tensor | None = None) -> Tensor:
         """The tensor of one slice, in its local shape; ``of``: another flat tensor, same order."""

@@ -25,6 +25,8 @@ class RankContext:
     ``tp_group``: ranks that hold the other shards of the same layers for the same data.
     ``kv_group``: of the tp group, ranks that hold the same kv heads.
     ``dp_group``: ranks that hold the same shard and work on other data.
+    ``ep_group``: of the dp group, neighbours that hold the other experts.
+    ``expert_group``: where experts are split, of the dp group those that hold the same ones.
     ``embedding_group``: first and last stage of a tied embedding under pp > 1.
     ``mesh_group``: all ranks of the layout.
     """
@@ -35,6 +37,8 @@ class RankContext:
     tp_group: dist.ProcessGroup | None = None
     kv_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
+    ep_group: dist.ProcessGroup | None = None
+    expert_group: dist.ProcessGroup | None = None
     embedding_group: dist.ProcessGroup | None = None
     mesh_group: dist.ProcessGroup | None = None
 
@@ -71,7 +75,7 @@ def single_process(layout: Layout, device: torch.device | str = "cpu") -> RankCo
 
 def _groups(layout: Layout) -> list[tuple[str, list[int]]]:
     """(axis, world ranks) of every group of a layout, in one order on all ranks."""
-    pp, tp, dp = range(layout.pp), range(layout.tp), range(layout.dp)
+    pp, tp, dp, ep = range(layout.pp), range(layout.tp), range(layout.dp), range(layout.ep)
     found = [("tp", [layout.device(p, d, t) for t in tp]) for p in pp for d in dp]
     repeats = layout.tp // gcd(layout.tp, layout.spec.num_kv_heads)
     found += [
@@ -81,6 +85,16 @@ def _groups(layout: Layout) -> list[tuple[str, list[int]]]:
         for first in range(0, layout.tp, repeats)
     ]
     found += [("dp", [layout.device(p, d, t) for d in dp]) for p in pp for t in tp]
+    if layout.ep > 1:
+        firsts = range(0, layout.dp, layout.ep)
+        found += [
+            ("ep", [layout.device(p, first + e, t) for e in ep])
+            for p in pp for first in firsts for t in tp
+        ]  # fmt: skip
+        found += [
+            ("expert", [layout.device(p, first + e, t) for first in firsts])
+            for p in pp for e in ep for t in tp
+        ]  # fmt: skip
     if layout.spec.tied_embedding and layout.pp > 1:
         ends = (0, layout.pp - 1)
         found += [("embedding", [layout.device(p, d, t) for p in ends]) for d in dp for t in tp]

@@ -41,9 +41,11 @@ def optimizer_pieces(adam: Adam, *, once: bool) -> list[Piece]:
         for piece, counted in zip(adam.buffer.slices, adam.is_counted, strict=True)
         if counted or not once
     ]
-    if once and adam.is_replica:
-        return []
-    return pieces_of(slices, adam.buffer.starts, adam.state(), adam.own)
+    found: list[Piece] = []
+    for section in adam.sections:
+        if not (once and section.is_replica):
+            found += pieces_of(slices, adam.buffer.starts, section.state(), section.own)
+    return found
 
 
 def average_pieces(worker: Worker, *, once: bool) -> dict[str, list[Piece]]:

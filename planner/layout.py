@@ -69,6 +69,10 @@ class ParameterSlice:
     def num_values(self) -> int:
         return prod(self.length)
 
+    @property
+    def is_expert(self) -> bool:
+        return f".{EXPERTS}" in self.name
+
     def relative_to(self, outer: ParameterSlice) -> tuple[slice, ...]:
         """Index of this box inside a tensor that holds ``outer``."""
         assert self.name == outer.name, (self.name, outer.name)

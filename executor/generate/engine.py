@@ -14,6 +14,9 @@ turns move one stage on and the last stage tells everybody its tokens. For pp 2 
     stage 0      g0    g1    g0'   g1'   g0''
     stage 1            g0    g1    g0'   g1'
 
+Replicas whose experts lie on one another's ranks tick together, to the last tick of the slowest: in
+a tick in which a stage holds no turn, its experts compute for the others' tokens.
+
 Which token is chosen is ``sampling.py``'s, where keys and values lie ``kv_cache.py``'s.
 """
 
@@ -32,6 +35,7 @@ from executor.generate.answers import Answer, batch_of, begun
 from executor.generate.kv_cache import KVCache, Turn
 from executor.generate.sampling import SamplingParams, sample, uniform
 from executor.model.transformer import DecoderStage
+from executor.parallel.experts import anyone
 from executor.parallel.tensor import gather_vocab
 from planner.cost.stage import MAX_PROMPT_TOKENS
 from profiles.errors import ConfigError
@@ -133,10 +137,13 @@ class _Ticks:
         while True:
             self.flights.pop()
             self.flights.appendleft(self._next_flight())
-            if all(flight is None for flight in self.flights):
+            busy = any(flight is not None for flight in self.flights)
+            if not anyone(busy, self.ctx.ep_group, self.ctx.device):
                 break
             mine = self.flights[self.ctx.pp_rank]
             result = None if mine is None else self._compute(mine, hidden)
+            if mine is None and self.stage.serves:
+                self.stage.serve()
             hidden, chosen = self._exchange(result)
             last = self.flights[-1]
             if last is not None:

@@ -3,7 +3,7 @@
 Read ``dense`` and ``mixture`` first. Both take hidden states that are whole on every shard and
 give the shard's part of the sum over shards (backward likewise): columns of the first matrices and
 rows of the second are split over tp, of every expert alike, so that no token crosses to another
-shard.
+shard. Where experts are split over ep too, tokens cross to those that hold them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from executor.model.elementwise import activate
 from executor.model.linear import linear, linear_of
+from executor.parallel.experts import on_holders
 from planner.strategy import Recompute
 from profiles.models import ModelSpec
 
@@ -42,9 +44,10 @@ class FeedForward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """``router`` [experts, hidden]; ``up`` [experts, 2 or 1, ffn / tp, hidden] with the gate first;
+    """``router`` [experts, hidden]; ``shared_gate`` [1, hidden]; of the experts that a rank holds
 
-    ``down`` [experts, hidden, ffn / tp]; ``shared_gate`` [1, hidden].
+    ``up`` [experts / ep, 2 or 1, ffn / tp, hidden] with the gate first, and ``down``
+    [experts / ep, hidden, ffn / tp].
     """
 
     router: Tensor
@@ -78,16 +81,19 @@ def dense_down(
     return linear(activated(inner), weights.down.weight)
 
 
-def mixture(weights: Experts, x: Tensor, spec: ModelSpec) -> Tensor:
+def mixture(
+    weights: Experts, x: Tensor, spec: ModelSpec, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """sum over a token's experts of probability * expert(x), [tokens, hidden], this shard's part.
 
     The router is whole on every shard, which all make the same choice; its gradient is, as x's,
-    the sum of what the shards' parts give. With a shared expert:
+    the sum of what the shards' parts give. ``group``: ranks that hold the other experts, which all
+    call this together, with any number of tokens. With a shared expert:
     + sigmoid(shared_gate(x)) * shared(x).
     Source: Jiang et al. 2024 (Mixtral), section 2.1; Qwen team 2024 (Qwen1.5-MoE).
     """
     probabilities, chosen = route(F.linear(x, weights.router), spec)
-    out = _experts(weights, x, probabilities, chosen, spec)
+    out = _experts(weights, x, probabilities, chosen, spec, group)
     if weights.shared_gate is not None:
         assert weights.shared is not None
         gate = F.linear(x, weights.shared_gate).sigmoid()  # [tokens, 1]
@@ -108,8 +114,9 @@ def route(logits: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
 
 
 def _experts(
-    weights: Experts, x: Tensor, probabilities: Tensor, chosen: Tensor, spec: ModelSpec
-) -> Tensor:
+    weights: Experts, x: Tensor, probabilities: Tensor, chosen: Tensor, spec: ModelSpec,
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # fmt: skip
     """Rows sorted by their expert, one product for each, and back in the order of the tokens.
 
     Sums run over a token's experts in the order of ``chosen``, whatever the other tokens do.
@@ -117,9 +124,13 @@ def _experts(
     order = chosen.flatten().argsort(stable=True)  # [tokens * k]
     counts = torch.bincount(chosen.flatten(), minlength=spec.num_experts)
     rows = x[order // spec.experts_per_token]
-    inner = _grouped(rows, weights.up.flatten(1, 2), counts)
-    inner = activate(inner, spec.activation, gated=spec.gated)
-    done = _grouped(inner, weights.down, counts)
+
+    def answers(rows: Tensor, counts: Tensor) -> Tensor:
+        inner = _grouped(rows, weights.up.flatten(1, 2), counts)
+        inner = activate(inner, spec.activation, gated=spec.gated)
+        return _grouped(inner, weights.down, counts)
+
+    done = answers(rows, counts) if group is None else on_holders(rows, counts, group, answers)
     back = torch.empty_like(done).index_copy(0, order, done)
     return (back.unflatten(0, chosen.shape) * probabilities[..., None]).sum(1)
 

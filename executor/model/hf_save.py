@@ -168,17 +168,19 @@ def _write_stage(
 ) -> OSError | None:  # fmt: skip
     """The files of this rank's stage. A rank that cannot write still takes part in gathering."""
     problem: OSError | None = None
-    if ctx.dp_rank != 0:
+    if ctx.dp_rank >= ctx.layout.ep:  # another replica has the same
         return None
     for file in files:
         if file.pp_rank != ctx.pp_rank:
             continue
         tensors: dict[str, Tensor] = {}
         for parameter in file.parameters:
+            if ctx.dp_rank > 0 and not parameter.is_expert:
+                continue
             whole = _gathered(ctx, buffer.view(parameter.name), parameter)
             if whole is not None:
                 _add(tensors, stored(spec)[parameter.name], whole.cpu())
-        if ctx.tp_rank == 0 and problem is None:
+        if ctx.tp_rank == ctx.dp_rank == 0 and problem is None:
             try:
                 save_file(tensors, str(work / file.name), metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:
@@ -233,7 +235,25 @@ def _add(tensors: dict[str, Tensor], places: tuple[Stored, ...], whole: Tensor) 
 
 
 def _gathered(ctx: RankContext, local: Tensor, parameter: ParameterShape) -> Tensor | None:
-    """The whole parameter on the first shard's rank, None on the others."""
+    """The whole parameter on the first shard's rank of the first replica, None on the others."""
+    whole = _gathered_over_tp(ctx, local, parameter)
+    if whole is None or ctx.ep_group is None or not parameter.is_expert:
+        return whole
+    if ctx.dp_rank > 0:
+        dist.send(whole, dst=ctx.layout.device(ctx.pp_rank, 0, 0), group=ctx.ep_group)
+        return None
+    parts = [whole]
+    for dp_rank in range(1, ctx.layout.ep):
+        part = torch.empty_like(whole)
+        dist.recv(part, src=ctx.layout.device(ctx.pp_rank, dp_rank, 0), group=ctx.ep_group)
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def _gathered_over_tp(
+    ctx: RankContext, local: Tensor, parameter: ParameterShape
+) -> Tensor | None:  # fmt: skip
+    """The whole parameter, or of experts those of this replica, on the first shard's rank."""
     tp, local = ctx.layout.tp, local.detach().contiguous()
     num_parts = parameter.num_parts(tp)
     holds_first = ctx.tp_rank % (tp // num_parts) == 0
@@ -244,15 +264,16 @@ def _gathered(ctx: RankContext, local: Tensor, parameter: ParameterShape) -> Ten
             first = ctx.layout.device(ctx.pp_rank, ctx.dp_rank, 0)
             dist.send(local, dst=first, group=ctx.tp_group)
         return None
-    whole = local.new_empty(parameter.shape)
+    own = shard(parameter, 1, 0, ctx.layout.ep, ctx.dp_rank)
+    whole = local.new_empty(own.length)
     for tp_rank in range(0, tp, tp // num_parts):
-        piece = shard(parameter, tp, tp_rank)
+        piece = shard(parameter, tp, tp_rank, ctx.layout.ep, ctx.dp_rank)
         part = local
         if tp_rank > 0:
             part = local.new_empty(piece.length)
             device = ctx.layout.device(ctx.pp_rank, ctx.dp_rank, tp_rank)
             dist.recv(part, src=device, group=ctx.tp_group)
-        whole[tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.length))].copy_(part)
+        whole[piece.relative_to(own)].copy_(part)
     return whole
 
 

@@ -128,7 +128,7 @@ def _feed_forward(
     spec, feed_forward = region.ctx.layout.spec, weights.feed_forward
     if isinstance(feed_forward, Experts):
         x = region.enter(normalize(hidden, weights.ffn_norm, spec))
-        return region.leave(mixture(feed_forward, x, spec))
+        return region.leave(mixture(feed_forward, x, spec, region.ctx.ep_group))
     inner = _normed_linear(hidden, weights.ffn_norm, feed_forward.up, region, recompute)
     part = dense_down(feed_forward, inner, spec, recompute=recompute)
     return _row_parallel(part, feed_forward.down, region)
@@ -307,6 +307,34 @@ class DecoderStage:
             return hidden
 
     __call__ = forward
+
+    @property
+    def serves(self) -> bool:
+        """Other replicas' tokens come to experts of this one: see ``serve``."""
+        return self.ctx.ep_group is not None
+
+    def serve(self) -> Tensor:
+        """A pass without tokens of its own: experts compute for the others', layer by layer.
+
+        Collective over the ranks that hold the other experts, one of which has tokens. Where
+        gradients are kept, what it returns, [0, hidden], is to be run backward when theirs is.
+        """
+        assert self.serves
+        train = self.gradients is not None and torch.is_grad_enabled()
+        hidden = self.buffer.flat.new_empty(0, self.spec.hidden).requires_grad_(train)
+        with torch.set_grad_enabled(train):
+            for weights in self.layers:
+                hidden = self._serve_block(weights, hidden, train=train)
+        return hidden
+
+    def _serve_block(self, weights: BlockWeights, hidden: Tensor, *, train: bool) -> Tensor:
+        assert isinstance(weights.feed_forward, Experts)
+        args = (weights.feed_forward, hidden, self.spec, self.ctx.ep_group)
+        if not (train and self.recompute == "full"):
+            return hidden + mixture(*args)
+        # The others' blocks run again in backward, with all that they exchange.
+        again: Tensor = checkpoint(mixture, *args, use_reentrant=False, preserve_rng_state=False)
+        return hidden + again
 
     def _run(
         self, weights: BlockWeights, hidden: Tensor, rotary: Rotary | None, attend: Attend,

@@ -2,6 +2,7 @@
 
 Read ``Adam.step`` first. Weights that are not fp32 have fp32 masters here. ZeRO 0 keeps the
 state of every parameter of the rank, ZeRO 1 that of the rank's shard of the flat buffer over dp.
+Experts that are split over ep are a section of their own: dp / ep ranks hold the same ones.
 Sums over replicas are ``data.py``'s; what fills the gradients is ``pipeline.py``'s.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Literal
 
 import torch
@@ -85,6 +86,61 @@ def learning_rate(config: AdamConfig, step: int) -> float:
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+class Section:
+    """A run of the flat buffer that the ranks of ``group`` hold alike; they sum its gradients.
+
+    ``own``: the range that this rank keeps state for, with ``zero`` 1 its shard, else all. Views.
+    """
+
+    def __init__(
+        self, flat: Tensor, within: Range, group: dist.ProcessGroup | None, *, zero: int
+    ) -> None:
+        self.within, self.group = within, group
+        self.shard_group = group if zero == 1 else None
+        whole = flat[within[0] : within[1]]
+        self.weights = data.shard(whole, self.shard_group)
+        num_shards = 1 if self.shard_group is None else dist.get_world_size(self.shard_group)
+        assert whole.numel() == self.weights.numel() * num_shards, (
+            "ZeRO 1 needs ParameterBuffer(multiple=dp)"
+        )
+        rank = 0 if group is None else dist.get_rank(group)
+        start = within[0] + (self.weights.numel() * rank if self.shard_group else 0)
+        self.own: Range = (start, start + self.weights.numel())
+        # Another rank has the same state.
+        self.is_replica = self.shard_group is None and rank > 0
+        masters_are_weights = flat.dtype == torch.float32
+        self.masters = self.weights if masters_are_weights else self.weights.float()
+        self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
+
+    def reduce(self, gradients: Tensor) -> None:
+        """``gradients`` of the whole flat buffer become their sums where this rank needs them."""
+        part = gradients[self.within[0] : self.within[1]]
+        if self.shard_group is not None:
+            data.reduce_scatter(part, self.shard_group)
+        else:
+            data.all_reduce(part, self.group)
+
+    def gather(self, flat: Tensor) -> None:
+        """Every shard of the section of ``flat`` from its owner."""
+        data.all_gather(flat[self.within[0] : self.within[1]], self.shard_group)
+
+    def take_weights(self) -> None:
+        if self.masters is not self.weights:
+            self.masters.copy_(self.weights)
+
+    def give_weights(self) -> None:
+        if self.masters is not self.weights:
+            self.weights.copy_(self.masters)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the rank keeps, fp32 [own values] each, shared and not copied.
+
+        ``weight`` (the masters), ``exp_avg`` and ``exp_avg_sq``. With ``Adam``'s ``steps`` and
+        ``count``, which are the same on all ranks, this is all that the next step depends on.
+        """
+        return {"weight": self.masters, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
+
+
 class Adam:
     """The optimizer of one rank. ``gradients``: flat, in ``buffer.flat``'s order and padding.
 
@@ -103,33 +159,31 @@ class Adam:
         assert zero in (0, 1), zero
         self.ctx, self.buffer, self.gradients, self.config = ctx, buffer, gradients, config
         self.partial = tuple(partial)
-        self.shard_group = ctx.dp_group if zero == 1 else None
-        # The own range: what this rank keeps state for, views.
-        self.weights = data.shard(buffer.flat, self.shard_group)
-        start = self.weights.numel() * (ctx.dp_rank if self.shard_group else 0)
-        self.own: Range = (start, start + self.weights.numel())
-        assert self.shard_group is None or buffer.flat.numel() == (
-            self.weights.numel() * dist.get_world_size(self.shard_group)
-        ), "ZeRO 1 needs ParameterBuffer(multiple=dp)"
-        masters_are_weights = buffer.flat.dtype == torch.float32
-        self.masters = self.weights if masters_are_weights else self.weights.float()
-        self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
+        ends = (0, buffer.experts_start, buffer.flat.numel())
+        self.sections = [
+            Section(buffer.flat, within, group, zero=zero)
+            for within, group in zip(pairwise(ends), (ctx.dp_group, ctx.expert_group))
+            if within[0] < within[1]
+        ]
         self.count = torch.zeros((), dtype=torch.float32, device=buffer.flat.device)
         self.steps = 0
         self.decayed = [len(piece.length) > 1 for piece in buffer.slices]
         self.is_counted = self._find_counted()
-        self.counted = _ranges(buffer, self.is_counted, self.own)[True]
+        self.counted = [
+            part
+            for section in self.sections
+            if not section.is_replica
+            for part in _ranges(buffer, self.is_counted, section.own)[True]
+        ]
 
     @property
     def own_state(self) -> tuple[Tensor, ...]:
         """What nothing but ``step`` reads: moments, and masters where they are not the weights."""
-        masters = () if self.masters is self.weights else (self.masters,)
-        return (*self.moments, *masters)
-
-    @property
-    def is_replica(self) -> bool:
-        """Another data-parallel rank has the same state."""
-        return self.shard_group is None and self.ctx.dp_rank > 0
+        found: list[Tensor] = []
+        for section in self.sections:
+            masters = () if section.masters is section.weights else (section.masters,)
+            found += [*section.moments, *masters]
+        return tuple(found)
 
     def _find_counted(self) -> list[bool]:
         """Per slice: is its gradient this rank's to count in the norm, once over tp and pp."""
@@ -158,7 +212,8 @@ class Adam:
                 bound = self.config.max_grad_norm
                 # The + 1e-6 is torch.nn.utils.clip_grad_norm_'s.
                 self._update(lr, divisor=(norm + 1e-6) / bound if bound > 0 else 0.0)
-                data.all_gather(self.buffer.flat, self.shard_group)
+                for section in self.sections:
+                    section.gather(self.buffer.flat)
         self.steps += 1
         return {"grad_norm": norm, "lr": lr, "skipped": 0.0 if finite else 1.0}
 
@@ -170,10 +225,8 @@ class Adam:
         if self.ctx.embedding_group is not None and EMBEDDING in self.buffer.by_name:
             embedding = self.buffer.view(EMBEDDING, of=self.gradients)
             data.all_reduce(embedding.flatten(), self.ctx.embedding_group)
-        if self.shard_group is not None:
-            data.reduce_scatter(self.gradients, self.shard_group)
-        else:
-            data.all_reduce(self.gradients, self.ctx.dp_group)
+        for section in self.sections:
+            section.reduce(self.gradients)
 
     def _sum(self, names: Sequence[str], group: dist.ProcessGroup | None) -> None:
         """Gradients of some parameters become their sums over ``group``, in one message."""
@@ -189,7 +242,7 @@ class Adam:
         """2-norm of the whole model's gradient: squares of every value once, over the mesh."""
         parts = [self.gradients[a:b] for a, b in self.counted]
         square = torch.zeros((), dtype=torch.float64, device=self.gradients.device)
-        if parts and not self.is_replica:
+        if parts:
             norms = torch._foreach_norm(parts, 2, dtype=torch.float32)
             square = torch.stack(norms).double().square().sum()
         if self.ctx.mesh_group is not None:
@@ -202,7 +255,11 @@ class Adam:
         scale = None
         if divisor > 1.0:
             scale = torch.full_like(self.count, divisor)
-        first, last = self.own
+        for section in self.sections:
+            self._update_section(section, lr, scale)
+
+    def _update_section(self, section: Section, lr: float, scale: Tensor | None) -> None:
+        first, last = section.own
         whole = self.gradients.dtype == torch.float32
         stride = max(1, last - first) if whole else CONVERTED_VALUES
         for start in range(first, last, stride):
@@ -214,10 +271,10 @@ class Adam:
                     continue
                 beta1, beta2 = self.config.betas
                 torch._fused_adamw_(
-                    [self.masters[a:b] for a, b in mine],
+                    [section.masters[a:b] for a, b in mine],
                     [gradient[a - start : b - start] for a, b in ranges],
-                    [self.moments[0][a:b] for a, b in mine],
-                    [self.moments[1][a:b] for a, b in mine],
+                    [section.moments[0][a:b] for a, b in mine],
+                    [section.moments[1][a:b] for a, b in mine],
                     [],
                     [self.count] * len(mine),
                     amsgrad=False,
@@ -229,33 +286,24 @@ class Adam:
                     weight_decay=self.config.weight_decay if decayed else 0.0,
                     grad_scale=scale,
                 )
-        if self.masters is not self.weights:
-            self.weights.copy_(self.masters)
+        section.give_weights()
 
     def take_weights(self) -> None:
         """Masters from the buffer's weights, after these were filled from elsewhere."""
-        if self.masters is not self.weights:
-            self.masters.copy_(self.weights)
-
-    def state(self) -> dict[str, Tensor]:
-        """This rank's part of the state, fp32 [own values] each, shared and not copied.
-
-        ``weight`` (the masters), ``exp_avg`` and ``exp_avg_sq``. With ``steps`` and ``count``,
-        which are the same on all ranks, this is all that the next step depends on.
-        """
-        return {"weight": self.masters, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
+        for section in self.sections:
+            section.take_weights()
 
     def go_on(self, *, steps: int, updates: int) -> None:
-        """After ``state`` was filled from elsewhere: the weights follow, on all ranks together.
+        """After ``state`` of the sections was filled from elsewhere: the weights follow.
 
-        ``steps`` were taken, of which ``updates`` were not skipped.
+        All ranks together.         ``steps`` were taken, of which ``updates`` were not skipped.
         """
         self.steps = steps
         self.count.fill_(updates)
         with torch.no_grad():
-            if self.masters is not self.weights:
-                self.weights.copy_(self.masters)
-            data.all_gather(self.buffer.flat, self.shard_group)
+            for section in self.sections:
+                section.give_weights()
+                section.gather(self.buffer.flat)
 
 
 def _ranges(buffer: ParameterBuffer, flags: list[bool], within: Range) -> dict[bool, list[Range]]:

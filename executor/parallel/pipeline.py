@@ -111,18 +111,20 @@ def train_1f1b(
         micro_batch = micro_batches[index]
         if inputs is not None:
             inputs.requires_grad_()
-        output = _forward(stage, micro_batch, inputs)
+        output = hidden = _forward(stage, micro_batch, inputs)
         if stage.ctx.is_last_stage:
-            output, statistics = loss(output, micro_batch)
+            output, statistics = loss(hidden, micro_batch)
             found = {"loss": output, **statistics}
             results.append({name: value.detach() for name, value in found.items()})
-        under_way[index] = (inputs, output)
+        under_way[index] = (inputs, output if micro_batch.num_tokens > 0 else hidden)
         return output.detach()
 
     def backward(index: int, gradient: Tensor | None) -> Tensor | None:
         inputs, output = under_way.pop(index)
         if micro_batches[index].num_tokens > 0:
             torch.autograd.backward(output, gradient)
+        elif stage.serves:  # nothing of its own to go back through, but others' tokens
+            torch.autograd.backward(output, torch.zeros_like(output))
         return None if inputs is None else inputs.grad
 
     assert stage.gradients is not None, "a stage without gradients cannot be trained"
@@ -139,10 +141,10 @@ def _no_backward(index: int, gradient: Tensor | None) -> Tensor | None:
 def _forward(stage: DecoderStage, micro_batch: SequenceBatch, inputs: Tensor | None) -> Tensor:
     """What ``DecoderStage.forward`` gives; ``inputs`` [rows, hidden] of the stage before, if any.
 
-    Nothing runs on an empty micro-batch, on any shard.
+    Nothing runs on an empty micro-batch, on any shard, but what experts do for other replicas.
     """
     if micro_batch.num_tokens == 0:
-        return _empty_hidden(stage, micro_batch)
+        return stage.serve() if stage.serves else _empty_hidden(stage, micro_batch)
     packed: PackedLengths = pack(micro_batch.lengths, stage.ctx.device)
     if inputs is None:
         inputs = micro_batch.token_ids.to(stage.ctx.device)

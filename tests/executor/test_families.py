@@ -59,6 +59,10 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "dp2": {"dp": 2},
     "pp2 tp2": {"pp": 2, "tp": 2},
     "tp4": {"tp": 4},
+    "ep2": {"dp": 2, "ep": 2},
+    "tp2 ep2": {"tp": 2, "dp": 2, "ep": 2},
+    "pp2 ep2": {"pp": 2, "dp": 2, "ep": 2},
+    "dp4 ep2": {"dp": 4, "ep": 2},
 }
 NEW_TOKENS = 6
 PROMPTS = (5, 9, 1)
@@ -71,6 +75,8 @@ def layouts_of(spec: ModelSpec) -> dict[str, Layout]:
     for name, axes in LAYOUTS.items():
         size = axes.get("tp", 1) * axes.get("pp", 1) * axes.get("dp", 1)
         tp = axes.get("tp", 1)
+        if spec.num_experts % axes.get("ep", 1) or ("ep" in axes and not spec.num_experts):
+            continue
         # Of four shards only what is new there: kv heads that shards share, one and two of them.
         if spec.num_heads % tp == 0 and (tp < 4 or spec.family == "qwen2"):
             found[name] = Layout(spec=spec, mesh=DeviceMesh(0, size), **axes)
@@ -95,6 +101,11 @@ def train_results(
         )
         for i in mine
     ]
+    # As many on every replica, as the worker has them: the last of some are empty.
+    empty = SequenceBatch(
+        samples=(), lengths=(), per_token={"sequences": ids[0][:0]}, per_sequence={}
+    )
+    batches += [empty] * (-(-len(LENGTHS) // ctx.layout.dp) - len(batches))
     scale = sum(LENGTHS)
 
     def loss(hidden: Tensor, batch: SequenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,7 +119,9 @@ def train_results(
     # Not a step of Adam's, which hides the size of a gradient.
     adam = Adam(ctx, buffer, gradients, AdamConfig(lr=0.0), zero=0, partial=stage.partial)
     adam._reduce_gradients()
-    losses = None if statistics is None else [float(found["loss"]) for found in statistics]
+    losses = None
+    if statistics is not None:
+        losses = [float(found["loss"]) for found, own in zip(statistics, batches) if own.lengths]
     grads = {piece.name: buffer.view(piece.name, of=gradients) for piece in buffer.slices}
     return {"losses": losses, "grads": grads}
 
@@ -149,6 +162,8 @@ def four_ranks(rank: int, world_size: int) -> dict[tuple[str, str], dict[str, An
             previous = layout
             if (ctx := contexts.get(layout)) is not None:
                 result["whole tokens"] = train_results(ctx)
+                if layout.ep > 1:
+                    result["blocks again"] = train_results(ctx, recompute="full")
                 if layout.tp > 1:
                     result["split tokens"] = train_results(
                         ctx, recompute="selective", sequence_parallel=True
@@ -173,9 +188,9 @@ def box(piece: ParameterSlice) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.length))
 
 
-TRAINED = [(*case, "whole tokens") for case in CASES] + [
-    (*case, "split tokens") for case in CASES if "tp" in case[1]
-]
+TRAINED = [(*case, "whole tokens") for case in CASES]
+TRAINED += [(*case, "split tokens") for case in CASES if "tp" in case[1]]
+TRAINED += [(*case, "blocks again") for case in CASES if "ep" in case[1]]
 
 
 @pytest.mark.parametrize("key, name, how", TRAINED)

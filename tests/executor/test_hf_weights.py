@@ -269,6 +269,9 @@ def test_every_parameter_is_in_one_file_of_bounded_size(pp, tied, scalar, kiloby
         assert file.num_values * 4 <= kilobytes * 1024 or len(file.parameters) == 1
 
 
+EXPERT_LAYOUTS = ("mixtral ep tp", "qwen2_moe ep pp", "qwen3_moe ep tp")
+
+
 def through_four_ranks(rank: int, world_size: int, source: str, target: str) -> list[str]:
     """Read ``source``'s models under a layout and write them to ``target`` under the same one."""
     layouts: dict[str, Layout] = {}
@@ -278,6 +281,9 @@ def through_four_ranks(rank: int, world_size: int, source: str, target: str) -> 
                 spec=spec.with_head(head), mesh=DeviceMesh(0, 4), pp=2, tp=2
             )
     layouts["tied dp"] = Layout(spec=SPECS["tied"], mesh=DeviceMesh(0, 4), tp=2, dp=2)
+    for key in EXPERT_LAYOUTS:
+        spec, axes = SPECS[key.split()[0]], {"tp": 2} if "tp" in key else {"pp": 2}
+        layouts[key] = Layout(spec=spec, mesh=DeviceMesh(0, 4), dp=2, ep=2, **axes)
     contexts = build_contexts(layouts.values(), rank=rank, device=torch.device("cpu"))
     for key, layout in layouts.items():
         folder = Path(source, key.split()[0])
@@ -302,7 +308,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, li
     return source, target, spawn(4, through_four_ranks, str(source), str(target))
 
 
-@pytest.mark.parametrize("name", [f"{name} lm" for name in SPECS] + ["tied dp"])
+@pytest.mark.parametrize("name", [f"{name} lm" for name in SPECS] + ["tied dp", *EXPERT_LAYOUTS])
 def test_four_ranks_write_back_what_they_read_bit_for_bit(four_ranks, name):
     source, target = four_ranks[0] / name.split()[0], four_ranks[1] / name
     before, after = all_tensors(source), all_tensors(target)

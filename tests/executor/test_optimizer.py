@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.spawn import spawn
 
 SPEC = ModelSpec(name="t", num_layers=3, hidden=6, num_heads=4, num_kv_heads=2, head_dim=2,
                  ffn=8, vocab=10, tied_embedding=True, qkv_bias=True)  # fmt: skip
+MIXTURE = replace(SPEC, num_experts=4, experts_per_token=1)
 CONFIG = AdamConfig(lr=0.01, weight_decay=0.1, warmup_steps=2, total_steps=8, schedule="cosine",
                     max_grad_norm=20.0)  # fmt: skip
 STEPS = 5
@@ -44,9 +46,9 @@ def box(piece: ParameterSlice) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.length))
 
 
-def expected(config: AdamConfig) -> tuple[dict[str, Tensor], list[float]]:
+def expected(config: AdamConfig, spec: ModelSpec = SPEC) -> tuple[dict[str, Tensor], list[float]]:
     """(weights, gradient norms) of the oracle after STEPS."""
-    weights = {p.name: random(p.name, p.shape).requires_grad_() for p in parameters(SPEC)}
+    weights = {p.name: random(p.name, p.shape).requires_grad_() for p in parameters(spec)}
     decayed = [w for w in weights.values() if w.dim() > 1]
     others = [w for w in weights.values() if w.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -79,10 +81,15 @@ def made(
 
 
 def set_gradients(ctx: RankContext, adam: Adam, step: int) -> None:
-    """This rank's part of a sum over dp, and over both ends of a tied embedding."""
-    share = (ctx.dp_rank + 1) / sum(range(1, ctx.layout.dp + 1))
+    """This rank's part of a sum over dp, or of experts over those that hold them, and over both
+
+    ends of a tied embedding.
+    """
+    ep, dp = ctx.layout.ep, ctx.layout.dp
+    share = (ctx.dp_rank + 1) / sum(range(1, dp + 1))
+    of_experts = (ctx.dp_rank // ep + 1) / sum(range(1, dp // ep + 1))
     for shape in ctx.layout.stage_parameters(ctx.pp_rank):
-        part = share
+        part = of_experts if shape.is_expert else share
         if shape.name == "embedding.weight" and ctx.layout.pp > 1:
             part *= 0.25 if ctx.is_first_stage else 0.75
         piece = adam.buffer.by_name[shape.name]
@@ -98,15 +105,16 @@ def follow(rank: int, world_size: int, cases: list[tuple[Layout, int, AdamConfig
         if rank not in layout.mesh:
             continue
         ctx, label = contexts[layout], f"{layout.key} zero {zero} {config}"
-        weights, norms = expected(config)
+        weights, norms = expected(config, layout.spec)
         buffer, adam = made(ctx, config, zero)
         for step in range(STEPS):
             set_gradients(ctx, adam, step)
             if step == 3:  # resume in the middle
                 old = adam
                 adam = Adam(ctx, buffer, old.gradients, config, zero=zero)
-                for name, values in adam.state().items():
-                    values.copy_(old.state()[name])
+                for section, before in zip(adam.sections, old.sections, strict=True):
+                    for name, values in section.state().items():
+                        values.copy_(before.state()[name])
                 adam.go_on(steps=old.steps, updates=int(old.count))
             told = adam.step()
             assert told["grad_norm"] == pytest.approx(norms[step], rel=1e-5), label
@@ -118,9 +126,16 @@ def follow(rank: int, world_size: int, cases: list[tuple[Layout, int, AdamConfig
                 buffer.view(piece.name), weights[piece.name][box(piece)], rtol=1e-5, atol=1e-6,
                 msg=f"{label} {piece}",
             )  # fmt: skip
-        size = buffer.flat.numel() // (layout.dp if zero else 1)
-        assert adam.state()["exp_avg"].numel() == size, "ZeRO 1 keeps a dp-th"
-        assert not buffer.flat[buffer.num_values :].any(), "padding stays zero"
+        sizes = [buffer.experts_start // (layout.dp if zero else 1)]
+        if layout.ep > 1:
+            rest = buffer.flat.numel() - buffer.experts_start
+            sizes.append(rest // (layout.dp // layout.ep if zero else 1))
+        kept = [section.state()["exp_avg"].numel() for section in adam.sections]
+        assert kept == sizes, "ZeRO 1 keeps a dp-th, of experts a (dp / ep)-th"
+        padding = torch.ones_like(buffer.flat)
+        for piece in buffer.slices:
+            buffer.view(piece.name, of=padding).zero_()
+        assert not (buffer.flat * padding).any(), "padding stays zero"
     return 1
 
 
@@ -130,6 +145,10 @@ def test_every_layout_follows_adamw_with_clipping() -> None:
 
     layouts = [layout(*s) for s in ((1, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 1), (3, 1, 1),
                                     (2, 1, 2), (2, 2, 1), (1, 2, 2), (1, 1, 3))]  # fmt: skip
+    layouts += [
+        Layout(spec=MIXTURE, mesh=DeviceMesh(0, pp * tp * dp), pp=pp, tp=tp, dp=dp, ep=ep)
+        for pp, tp, dp, ep in ((1, 1, 2, 2), (1, 1, 4, 2), (1, 2, 2, 2), (2, 1, 2, 2), (1, 1, 4, 4))
+    ]
     plain = AdamConfig(lr=0.01, max_grad_norm=0.0)
     cases = [(shape, zero, CONFIG) for shape in layouts for zero in (0, 1)]
     cases += [(layouts[5], 1, plain), (layouts[5], 0, plain)]
@@ -145,7 +164,7 @@ def test_low_precision_weights_follow_their_fp32_masters(gradient_dtype: torch.d
     """bf16 weights are the fp32 path rounded, not a path of rounded steps."""
     ctx = alone()
     buffer, adam = made(ctx, CONFIG, 0, torch.bfloat16)
-    adam.masters.copy_(made(ctx, CONFIG, 0)[0].flat)
+    adam.sections[0].masters.copy_(made(ctx, CONFIG, 0)[0].flat)
     adam.gradients = adam.gradients.to(gradient_dtype)
     for step in range(STEPS):
         set_gradients(ctx, adam, step)
@@ -153,7 +172,7 @@ def test_low_precision_weights_follow_their_fp32_masters(gradient_dtype: torch.d
     weights, _ = expected(CONFIG)
     tolerance = 1e-6 if gradient_dtype == torch.float32 else 2e-3
     for piece in buffer.slices:
-        master = buffer.view(piece.name, of=adam.masters)
+        master = buffer.view(piece.name, of=adam.sections[0].masters)
         torch.testing.assert_close(master, weights[piece.name], rtol=1e-5, atol=tolerance)
         assert torch.equal(buffer.view(piece.name), master.bfloat16())
 
@@ -167,7 +186,7 @@ def test_conversion_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
         for step in range(2):
             set_gradients(alone(), adam, step)
             adam.step()
-        found.append(adam.masters.clone())
+        found.append(adam.sections[0].masters.clone())
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
 
 

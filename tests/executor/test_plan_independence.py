@@ -98,6 +98,26 @@ FAMILY_PLAN = {
 }  # fmt: skip
 
 
+# Experts over data-parallel ranks: in all calls, beside tp and pp, with what keeps or moves state.
+EXPERT_PLANS = {
+    "ep 2": (2, "0:d2p1m1e2:1", {}),
+    "ep 2 trained, tp 2 generating": (
+        2, "0:d2p1m1e2:2", {"actor_gen": "0:d1p1m2:1", "critic_train": "0:d2p1m1e2:2:zero"},
+    ),
+    "ep 2, few rows, recomputed": (
+        2, "0:d2p1m1e2:1",
+        {"actor_gen": "0:d2p1m1e2:1:rows=2", "actor_train": "0:d2p1m1e2:2:recompute:zero",
+         "critic_train": "0:d1p2m1:2"},
+    ),
+    "ep 2 beside tp and pp": (
+        4, "0:d4p1m1e2:1",
+        {"actor_gen": "0:d2p2m1e2:2", "rew_inf": "2:d2p1m1e2:1", "ref_inf": "0:d2p1m2e2:1",
+         "critic_inf": "0:d2p2m1e2:2", "actor_train": "0:d4p1m1e2:1:zero:selective",
+         "critic_train": "0:d2p1m2e2:2:zero:sp"},
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """What all plans of this file come to, by name."""
@@ -105,6 +125,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
     for name, spec in FAMILIES.items():
         plans[f"{name}, whole"] = make_plan(1, "0:d1p1m1:1", spec=spec)
         plans[f"{name}, split"] = make_plan(4, "0:d4p1m1:1", spec=spec, **FAMILY_PLAN)
+    for name, (num_devices, default, calls) in EXPERT_PLANS.items():
+        plans[name] = make_plan(num_devices, default, spec=FAMILIES["experts"], **calls)
     found: dict[str, list[Outcome]] = {}
     for few in (True, False):
         runs: Runs = {
@@ -142,6 +164,13 @@ def test_a_family_gives_the_same_under_every_plan(
     name: str, outcomes: dict[str, list[Outcome]]
 ) -> None:
     compare(name, outcomes[f"{name}, split"], outcomes[f"{name}, whole"][0])
+
+
+@pytest.mark.parametrize("name", EXPERT_PLANS)
+def test_experts_over_data_parallel_ranks_change_nothing(
+    name: str, outcomes: dict[str, list[Outcome]]
+) -> None:
+    compare(name, outcomes[name], outcomes["experts, whole"][0])
 
 
 def compare(name: str, outcomes: list[Outcome], reference: Outcome) -> None:
