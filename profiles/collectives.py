@@ -14,7 +14,7 @@ from typing import Literal
 
 from profiles.costs import Cost, Provenance
 from profiles.hardware import ClusterSpec, LinkSpec
-from profiles.interpolate import Point, Surface
+from profiles.interpolate import Messages, Point
 from profiles.kernel_tables import has_table, shipped_table
 from profiles.table import CostTable
 from profiles.units import US
@@ -97,9 +97,7 @@ class Collectives:
                 found = shipped_table(shipped, file)
                 points[name] = {(size, count): s for (count, size), s in found.rows.items()}
                 self._sources[name] = f"collectives: {found.source}"
-        # A surface over (bytes, devices); a single number of devices says nothing of others.
-        self._measured = {name: Surface(found) for name, found in points.items()}
-        self._counts = {name: {c for _, c in found} for name, found in points.items()}
+        self._measured = {name: Messages(found) for name, found in points.items()}
         self._answers: dict[tuple[str, int, int, int], Cost] = {}
 
     def all_reduce(self, num_bytes: float, devices: range) -> Cost:
@@ -175,10 +173,10 @@ class Collectives:
         ring = ring_all_reduce_s if operation == "all_reduce" else ring_gather_s
         link = self.cluster.intra_link
         model_s = ring(num_bytes, count, link, efficiency=self.efficiency)
-        counts = self._counts.get(operation)
-        if not counts:
+        if operation not in self._measured:
             return _of_link(model_s, link)
-        if min(counts) <= count <= max(counts):
+        counts = self._measured[operation].workers
+        if counts[0] <= count <= counts[-1]:
             return self._from_rows(operation, num_bytes, count)
         # Another number of devices than any measured: the formula, at the measured level.
         near = min(counts, key=lambda c: abs(c - count))

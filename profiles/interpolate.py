@@ -1,9 +1,9 @@
 """Between measured points: ``Surface``, the seconds of one operation over size and length.
 
 Seconds per unit of size (the inverse of efficiency) are far smoother than seconds: they are
-interpolated linearly in the logarithms of size and length. Every answer says whether it was
-measured, lies between measurements, or lies beyond them. ``table.TableCosts`` holds one surface
-for each component, operation, width and tp.
+interpolated linearly in the logarithms of size and length. ``Messages`` is for what links carry.
+Every answer says whether it was measured, lies between measurements, or lies beyond them.
+``table.TableCosts`` holds one surface for each component, operation, width and tp.
 """
 
 from __future__ import annotations
@@ -108,3 +108,54 @@ class Surface:
         return (
             f"sizes {self.sizes[0]} to {self.sizes[-1]}, lengths {min(lengths)} to {max(lengths)}"
         )
+
+
+class Messages:
+    """Seconds of a message or collective over (bytes, workers); workers from lowest to highest.
+
+    Between two measured sizes one protocol takes a start and its bytes at a rate: a straight
+    line. Where the network's library changes its protocol between them, no curve through the
+    sizes of a series knows at how many bytes.
+    """
+
+    def __init__(self, points: Mapping[Point, float]) -> None:
+        by_workers: dict[int, dict[int, float]] = defaultdict(dict)
+        for (num_bytes, workers), seconds in points.items():
+            by_workers[workers][num_bytes] = seconds
+        self.workers = sorted(by_workers)
+        self._series = {
+            workers: (sorted(line), [line[num_bytes] for num_bytes in sorted(line)])
+            for workers, line in by_workers.items()
+        }
+
+    def at(self, num_bytes: float, workers: int) -> Cost:
+        """Seconds of ``num_bytes``: below the smallest size its seconds, since starting dominates
+
+        there; beyond the largest its seconds per byte. Between two numbers of workers log-log.
+        """
+        i = bisect_left(self.workers, workers)
+        assert self.workers[0] <= workers <= self.workers[-1], (workers, self.workers)
+        high = self.workers[i]
+        if high == workers:
+            return self._along(num_bytes, workers)
+        low = self.workers[i - 1]
+        less, more = self._along(num_bytes, low), self._along(num_bytes, high)
+        log_s = _between(
+            math.log(workers), math.log(low), math.log(high),
+            math.log(less.seconds), math.log(more.seconds),
+        )  # fmt: skip
+        beyond = Provenance.EXTRAPOLATED in (less.provenance, more.provenance)
+        provenance = Provenance.EXTRAPOLATED if beyond else Provenance.INTERPOLATED
+        return Cost(math.exp(log_s), provenance)
+
+    def _along(self, num_bytes: float, workers: int) -> Cost:
+        sizes, seconds = self._series[workers]
+        i = bisect_left(sizes, num_bytes)
+        if i < len(sizes) and sizes[i] == num_bytes:
+            return Cost(seconds[i], Provenance.MEASURED)
+        if i == 0:
+            return Cost(seconds[0], Provenance.EXTRAPOLATED)
+        if i == len(sizes):
+            return Cost(seconds[-1] * num_bytes / sizes[-1], Provenance.EXTRAPOLATED)
+        line_s = _between(num_bytes, sizes[i - 1], sizes[i], seconds[i - 1], seconds[i])
+        return Cost(line_s, Provenance.INTERPOLATED)

@@ -86,9 +86,11 @@ def build_device(folder: Path, device: str) -> None:
     collectives = pd.read_parquet(data / "comm" / "nccl" / nccl / "nccl_perf.parquet")
     half = collectives[collectives["nccl_dtype"] == "half"].rename(columns={"num_gpus": "workers"})
     half = half.assign(num_bytes=half["message_size"] * 2)
-    for operation in ("all_gather", "reduce_scatter"):
-        rows = half[half["op_name"] == operation]
-        write(device, operation, rows, f"aiconfigurator {name} NCCL {nccl}")
+    repeats = gather_repeats(collectives)
+    build_repeat_check(device, repeats)
+    write(device, "all_gather", repeats, f"aiconfigurator {name} NCCL {nccl}")
+    scatter = half[half["op_name"] == "reduce_scatter"]
+    write(device, "reduce_scatter", scatter, f"aiconfigurator {name} NCCL {nccl}")
     custom = bf16(pd.read_parquet(data / "comm" / engine / "custom_allreduce_perf.parquet"))
     custom = custom.rename(columns={"num_gpus": "workers"})
     custom = custom.assign(num_bytes=custom["message_size"] * 2)
@@ -106,13 +108,34 @@ def build_device(folder: Path, device: str) -> None:
     shutil.copy(folder / "aiconfigurator" / "LICENSE", DATA_FOLDER / device / "LICENSE")
 
 
+def gather_repeats(collectives: pd.DataFrame) -> pd.DataFrame:
+    """All-gathers of both types: one that moves as many bytes does the same, measured again."""
+    gathers = collectives[collectives["op_name"] == "all_gather"]
+    width = gathers["nccl_dtype"].map({"half": 2, "int8": 1})
+    gathers = gathers.assign(num_bytes=gathers["message_size"] * width)
+    return gathers.rename(columns={"num_gpus": "workers"})
+
+
+def build_repeat_check(device: str, repeats: pd.DataFrame) -> None:
+    """Both measurements of each all-gather: how far a measurement is from its repetition."""
+    times = repeats.pivot_table(
+        index=["workers", "num_bytes"], columns="nccl_dtype", values="latency"
+    )
+    times = (times.dropna() * 1000.0).round(2).add_suffix("_us").reset_index()
+    path = DATA_FOLDER / "check" / f"repeat_{device}.csv.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(times.to_csv(index=False).encode(), 9, mtime=0))
+    print(f"{path.relative_to(DATA_FOLDER)}: {len(times)} rows")
+
+
 SOURCE_TEXT = """# Kernels measured on {device}
 
 From NVIDIA's aiconfigurator (github.com/ai-dynamo/aiconfigurator, Apache-2.0, LICENSE beside this
 file), `data/{name}`: GEMM and attention of TensorRT-LLM (`{engine}`), custom all-reduce of the
 same, NCCL {nccl}. Made by `scripts/build_profiles.py`; nothing was changed but:
 
-- bfloat16 rows only (NCCL: half), no sliding window, head sizes 64 and 128, GEMM rows (m) on one
+- bfloat16 rows only (NCCL: half; of all-gathers also int8, which move bytes alike, the mean of
+  both), no sliding window, head sizes 64 and 128, GEMM rows (m) on one
   grid; NCCL's and the custom all-reduce joined, the faster of both at each point;
 - milliseconds are microseconds (`latency_us`), elements are bytes (`num_bytes`, the whole tensor),
   a decode step's `length` is its context with the new token; repeated points are their median.
@@ -183,8 +206,9 @@ Median times of LLaMA's linear layers from Vidur (github.com/microsoft/vidur, MI
 this file), `data/profiling/compute/{a100,h100}`: Llama-2 7B and 70B, CodeLlama 34B, tensor
 parallel 1, 2, 4, 8, tokens on powers of two and some between. `latency_us`: microseconds of
 [m, k] x [k, n]. `network_*`: medians of its `data/profiling/network/{a100,h100}_dgx` between
-nodes, `num_bytes` of the whole tensor. No plan rests on them: `scripts/validate_profiles.py`
-compares the GEMM tables and the formulas of the network with them.
+nodes, `num_bytes` of the whole tensor. `repeat_*`: NCCL's all-gathers of as many bytes as half and
+as int8, from the tables' own source (LICENSE beside those). No plan rests on them:
+`scripts/validate_profiles.py` compares the tables and the formulas of the network with them.
 """
 
 

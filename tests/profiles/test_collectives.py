@@ -14,9 +14,14 @@ from profiles.collectives import Collectives, ring_all_reduce_s, ring_gather_s
 from profiles.costs import Provenance
 from profiles.devices import DEVICES
 from profiles.hardware import ClusterSpec, LinkSpec
-from profiles.kernel_tables import shipped_table
+from profiles.kernel_tables import has_table, shipped_devices, shipped_table
 from profiles.table import CostRow, CostTable
-from scripts.validate_profiles import network_check
+from scripts.validate_profiles import (
+    COLLECTIVES,
+    MEDIAN_LIMIT,
+    held_out_collectives,
+    network_check,
+)
 
 
 def cluster(intra: float = 100.0, inter: float = 10.0, latency: float = 0.0) -> ClusterSpec:
@@ -113,9 +118,13 @@ def test_measured_rows_are_used_inside_a_node() -> None:
     )
     assert model.all_reduce(1000, range(2)).seconds == 7.0
     assert model.all_reduce(1000, range(2)).provenance is Provenance.MEASURED
-    # Halfway in logarithms: seconds per byte is the geometric mean.
-    assert model.all_reduce(2000, range(2)).seconds == pytest.approx(2000 * (0.007 * 0.004) ** 0.5)
+    # A third of the way in bytes, so a third of the way from 7 to 16 s.
+    assert model.all_reduce(2000, range(2)).seconds == pytest.approx(10.0)
     assert model.all_reduce(2000, range(2)).provenance is Provenance.INTERPOLATED
+    for beyond, seconds in ((500, 7.0), (8000, 32.0)):
+        found = model.all_reduce(beyond, range(2))
+        assert found.seconds == pytest.approx(seconds)
+        assert found.provenance is Provenance.EXTRAPOLATED
     assert model.p2p(1000, 0, 1).seconds == 3.0
     assert model.all_gather(1000, range(2)).provenance is Provenance.ROOFLINE
 
@@ -150,3 +159,13 @@ def test_the_network_formula_agrees_with_measured_messages(device: str) -> None:
     assert statistics.median(errors) < 0.15
     if device == "h100":
         assert rate == make_cluster("dgx-h100", 16).inter_link.bytes_per_s
+
+
+@pytest.mark.parametrize("device", shipped_devices())
+def test_sizes_held_out_of_the_shipped_tables_are_predicted(device: str) -> None:
+    """The gate of ``scripts/validate_profiles.py``, and that what it sets aside is a minority."""
+    for name in (n for n in COLLECTIVES if has_table(device, n)):
+        found = held_out_collectives(device, name)
+        assert not found.is_bad, (name, found.median, found.lawful[-3:])
+        assert found.median <= MEDIAN_LIMIT
+        assert len(found.lawful) > len(found.errors) / 2, name

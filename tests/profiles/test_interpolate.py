@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.costs import Provenance
-from profiles.interpolate import Surface
+from profiles.interpolate import Messages, Surface
 
 sizes = st.integers(1, 1 << 20)
 lengths = st.integers(1, 1 << 14)
@@ -88,3 +88,24 @@ def test_a_triangular_grid_is_covered() -> None:
     assert surface.at(256, 512).provenance is Provenance.EXTRAPOLATED
     assert surface.at(512, 2048).provenance is Provenance.EXTRAPOLATED
     assert between.seconds < surface.at(512, 512).seconds < 4.0
+
+
+# ---- messages ---------------------------------------------------------------------------------
+
+
+@given(st.floats(1e-6, 1e-3), st.floats(1e-12, 1e-8), st.integers(1 << 10, 1 << 20))
+def test_a_start_and_a_rate_are_reproduced_between_sizes(
+    start_s: float, s_per_byte: float, num_bytes: int
+) -> None:
+    messages = Messages({(n, 4): start_s + s_per_byte * n for n in (1 << 10, 1 << 14, 1 << 20)})
+    found = messages.at(num_bytes, 4)
+    assert found.seconds == pytest.approx(start_s + s_per_byte * num_bytes, rel=1e-9)
+    assert found.provenance is not Provenance.EXTRAPOLATED
+
+
+def test_between_two_numbers_of_workers_seconds_are_their_geometric_mean() -> None:
+    messages = Messages({(100, 2): 1.0, (200, 2): 2.0, (100, 8): 4.0, (200, 8): 8.0})
+    assert messages.at(100, 4).seconds == pytest.approx(2.0)
+    assert messages.at(150, 4).seconds == pytest.approx((1.5 * 6.0) ** 0.5)
+    assert messages.at(100, 4).provenance is Provenance.INTERPOLATED
+    assert messages.at(400, 4).provenance is Provenance.EXTRAPOLATED
