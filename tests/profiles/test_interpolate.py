@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiles.costs import Provenance
@@ -16,6 +16,7 @@ grids = st.dictionaries(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(grids)
 def test_every_point_is_given_back_exactly(points: dict[tuple[int, int], float]) -> None:
     surface = Surface(points)
@@ -24,6 +25,7 @@ def test_every_point_is_given_back_exactly(points: dict[tuple[int, int], float])
         assert surface.at(size, length).provenance is Provenance.MEASURED
 
 
+@settings(deadline=None)
 @given(grids, sizes, lengths)
 def test_no_answer_is_below_every_measurement_or_not_finite(
     points: dict[tuple[int, int], float], size: int, length: int
@@ -34,6 +36,7 @@ def test_no_answer_is_below_every_measurement_or_not_finite(
     assert seconds >= least_per_unit * size * (1 - 1e-9)
 
 
+@settings(deadline=None)
 @given(st.floats(0.5, 1.5), st.floats(0.0, 0.5), sizes, lengths)
 def test_a_power_law_is_reproduced_inside_its_range(
     a: float, b: float, size: int, length: int
@@ -93,6 +96,7 @@ def test_a_triangular_grid_is_covered() -> None:
 # ---- messages ---------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 1e-3), st.floats(1e-12, 1e-8), st.integers(1 << 10, 1 << 20))
 def test_a_start_and_a_rate_are_reproduced_between_sizes(
     start_s: float, s_per_byte: float, num_bytes: int
