@@ -2,7 +2,10 @@
 
 All messages of a reallocation run together; a device is done when its own bytes have passed, so
 the slowest device counts. Bytes within a node and between nodes take different links and overlap;
-out and in are both directions of one link.
+out and in are both directions of one link. Contention: all messages of a device share its link, and
+``ClusterSpec.inter_link`` is a device's share of its node's network, so that all devices of a node
+at once get what its adapters carry. One that sends while the others of its node are idle gets no
+more than its share, which is too slow where several devices have one adapter.
 """
 
 from __future__ import annotations

@@ -94,6 +94,38 @@ def test_what_stays_is_lent_or_copied_and_what_goes_is_packed() -> None:
     assert joined == pytest.approx(2 * 2 * SPEC.num_parameters)
 
 
+def test_messages_that_leave_or_enter_one_device_share_its_part_of_the_network() -> None:
+    """A link's rate is one device's share, so a node's adapters carry no more than all of them.
+
+    Four shards to four devices of the other node: a quarter of the bytes on each share, all of the
+    node's network. From one device, or into one, all bytes pass one share, whoever is idle beside.
+    """
+    model = model_on(two_nodes(intra=1e30, inter=2.0))
+    one, four = layout(0, 1), layout(0, 4, tp=4)
+    far_one, far_four = layout(4, 1), layout(4, 4, tp=4)
+    shard_bytes = 2 * sum(piece.num_values for piece in far_four.slices(4))
+    lacked_bytes = 4 * shard_bytes  # each shard with its copies of norms and kv heads
+
+    def seconds(src: Layout, dst: Layout) -> float:
+        return reallocation_seconds(src, dst, bytes_per_value=2, model=model)
+
+    assert seconds(four, far_four) == pytest.approx(shard_bytes / 2.0)
+    assert seconds(one, far_four) == pytest.approx(lacked_bytes / 2.0)
+    assert seconds(four, far_one) == pytest.approx(2 * SPEC.num_parameters / 2.0)
+    # Two holders of all: each sends a half of what the four lack.
+    assert seconds(layout(0, 2, dp=2), far_four) == pytest.approx(lacked_bytes / 2 / 2.0)
+
+
+@pytest.mark.parametrize(
+    ("server", "gbit_per_s"), [("p4d", 400), ("p4de", 400), ("p5", 3200), ("g6e", 400), ("g5", 100)]
+)
+def test_devices_shares_of_a_server_s_network_add_up_to_it(server: str, gbit_per_s: int) -> None:
+    """What the vendor gives for the whole server: eight senders at once get no more."""
+    cluster = make_cluster(server, 16)
+    node_rate = cluster.inter_link.bytes_per_s * cluster.devices_per_node
+    assert node_rate == pytest.approx(gbit_per_s * 1e9 / 8)
+
+
 def test_every_message_of_a_device_has_its_latency() -> None:
     cluster = two_nodes(intra=1e30, inter=1e30)
     late = replace(cluster, intra_link=LinkSpec(bytes_per_s=1e30, latency_s=1.0))
