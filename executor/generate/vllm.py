@@ -60,7 +60,7 @@ def one_tp(plan: ExecutionPlan) -> int:
     """The tensor parallelism of all calls that generate; 1 where none does.
 
     Raises:
-        PlanError: a call generates under a layout that vLLM cannot have here; names it.
+        PlanError: a call generates a model or under a layout that vLLM cannot have here; names it.
     """
     sizes: dict[int, str] = {}
     for call in plan.problem.graph.calls:
@@ -127,7 +127,7 @@ class VLLM:
         num_groups: int = 1,
         max_rows: int | None = None,
     ) -> SequenceBatch:
-        """As ``engine.generate``, but for which tokens are drawn; ``num_groups`` must be 1.
+        """As ``engine.generate``, but for which tokens are drawn; vLLM makes its own groups.
 
         ``log_probs`` are those of log_softmax(logits / temperature), as there: the temperature
         divides the logits in vLLM's model, which tells them before anything is left out.
