@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -60,7 +61,7 @@ from planner.program import (
 )
 from planner.transfers import Parcel
 
-_aten = torch.ops.aten
+_aten, _mkldnn = torch.ops.aten, torch.ops.mkldnn
 # Rounds of a reallocation that are carried out: two are under way at once, the others hold as much.
 SAMPLED_ROUNDS = 2
 # Turns of generation that are carried out in all layers: those that bring prompts, the first of the
@@ -178,6 +179,11 @@ class StorageCount(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _count(self, tensor: Tensor) -> None:
+        if tensor.is_mkldnn:  # opaque, but as large
+            num_bytes = tensor.numel() * tensor.element_size()
+            weakref.finalize(tensor, self.hold, -num_bytes)
+            self.hold(num_bytes)
+            return
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self.seen:
@@ -212,6 +218,10 @@ class _Watch(StorageCount):
                 return 1.0 if first.dtype.is_floating_point else 1
             if func is _aten.bincount.default:
                 return _even_counts(first.numel(), kwargs.get("minlength", (*args, 0, 0)[2]))
+            if func is _mkldnn._reorder_linear_weight.default:
+                return torch.empty_like(first)
+            if func is _mkldnn._linear_pointwise.default:
+                return F.linear(first, args[1], args[2])
             if func in _INDEXED:
                 args = (first, _places(args[1]), *args[2:])
         return self._new(func, args, kwargs) if _makes_new(func) else func(*args, **kwargs)

@@ -20,6 +20,7 @@ from executor.context import RankContext
 from executor.generate.kv_cache import KVCache, Turn
 from executor.generate.sampling import SamplingParams, sample, uniform
 from executor.model.attention import pack
+from executor.model.linear import pack_weight, packable
 from executor.model.transformer import DecoderStage, normalize
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.tensor import vocab_parallel_log_probs
@@ -74,7 +75,7 @@ class LayerBench:
         self.device = device
         self.dtype = dtype
         self.generator = torch.Generator(device=device).manual_seed(seed)
-        self._stages: dict[tuple[Place, int], DecoderStage] = {}
+        self._stages: dict[tuple[Place, int, bool], DecoderStage] = {}
 
     # ---- probes ---------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class LayerBench:
     def block_decode(self, num_sequences: int, context: int) -> Probe:
         """One new token each of ``num_sequences`` sequences that hold ``context`` tokens."""
         depth = self.depth(num_sequences, context=context)
-        stage = self._stage("middle", num_layers=depth)
+        stage = self._stage("middle", num_layers=depth, generates=True)
         hidden = self._hidden(num_sequences)
         turn = self._turn(num_sequences, context, depth)
 
@@ -173,7 +174,7 @@ class LayerBench:
 
         Where tp cuts the vocabulary, the shard's logits stand in for the others'.
         """
-        stage = self._stage("last", num_layers=1)
+        stage = self._stage("last", num_layers=1, generates=True)
         hidden = self._hidden(num_sequences)
         places = torch.arange(num_sequences, device=self.device)
         params = SamplingParams(max_new_tokens=1)
@@ -213,21 +214,26 @@ class LayerBench:
         depth = ceil(CACHE_BYTES / (block_values * self.dtype.itemsize))
         return min(self.spec.num_layers, max(1, depth))
 
-    def _stage(self, place: Place, *, num_layers: int) -> DecoderStage:
+    def _stage(self, place: Place, *, num_layers: int, generates: bool = False) -> DecoderStage:
         """A stage of ``num_layers`` blocks; kept, because points of one depth come again."""
-        key = (place, num_layers)
+        key = (place, num_layers, generates)
         if key not in self._stages:
             self._stages[key] = self._new_stage(*key)
         return self._stages[key]
 
-    def _new_stage(self, place: Place, num_layers: int) -> DecoderStage:
+    def _new_stage(self, place: Place, num_layers: int, generates: bool) -> DecoderStage:
         layout = stage_of(self.spec, place, tp=self.tp, num_layers=num_layers)
         rank = layout.device(STAGES.index(place), 0, 0)
         buffer = ParameterBuffer.for_rank(layout, rank, dtype=self.dtype, device=self.device)
         buffer.flat.copy_(self._noise(buffer.flat.numel())).mul_(0.02)
+        ctx = RankContext(layout=layout, rank=rank, device=self.device)
+        if generates:  # with weights as ``generate`` has them
+            stage = DecoderStage(ctx, buffer)
+            for weight in filter(packable, stage.linear_weights()):
+                pack_weight(weight)
+            return stage
         # Gradients are summed in fp32 on every device, as the worker does.
         gradients = torch.zeros_like(buffer.flat, dtype=torch.float32)
-        ctx = RankContext(layout=layout, rank=rank, device=self.device)
         return DecoderStage(ctx, buffer, gradients=gradients)
 
     def _noise(self, num_values: int) -> Tensor:

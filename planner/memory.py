@@ -22,6 +22,7 @@ from planner.cost.stage import (
     VALUE_BYTES,
     StageShape,
     expert_values,
+    packed_values,
     stage_shapes,
     stage_values,
 )
@@ -289,5 +290,6 @@ def _running_generate(
         logits=logits,
         # A block's keys or values are there twice while they grow.
         buffers=rows_bytes // 2
+        + packed_values(spec, shape, s.tp, problem.cluster.device.kind) * value_bytes
         + (2 * tokens * spec.hidden * value_bytes if s.pp > 1 else 0),
     )  # fmt: skip

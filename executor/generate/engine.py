@@ -34,6 +34,7 @@ from executor.batch import SequenceBatch
 from executor.generate.answers import Answer, batch_of, begun
 from executor.generate.kv_cache import KVCache, Turn
 from executor.generate.sampling import SamplingParams, sample, uniform
+from executor.model.linear import packed_weights
 from executor.model.transformer import DecoderStage
 from executor.parallel.experts import anyone
 from executor.parallel.tensor import gather_vocab
@@ -86,7 +87,7 @@ def generate(
         for capacity in _shares(num_rows, min(num_groups, num_rows))
     ]
     waiting = deque(sequences)
-    with torch.no_grad():
+    with torch.no_grad(), packed_weights(stage.linear_weights()):
         _Ticks(stage, groups, waiting, params, (seed, step), max_prompt_tokens).run()
     return batch_of(sequences, stage.ctx.device)
 

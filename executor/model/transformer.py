@@ -182,6 +182,17 @@ class DecoderStage:
             self.head_weight = self.embedding if tied else self._weight("head.weight")
         self.products = self._products()
 
+    def linear_weights(self) -> list[Tensor]:
+        """What ``linear`` multiplies by: of blocks, and of a language model's head."""
+        linears = [layer for block in self.layers for layer in (block.qkv, block.o)]
+        for block in self.layers:
+            if isinstance(block.feed_forward, FeedForward):
+                linears += [block.feed_forward.up, block.feed_forward.down]
+        found = [layer.weight for layer in linears]
+        if self.head_weight is not None and self.spec.head == "lm":
+            found.append(self.head_weight)
+        return found
+
     def _products(self) -> list[Tensor]:
         """Leaves whose gradient comes of ``linear`` alone, in every backward pass.
 
@@ -189,14 +200,8 @@ class DecoderStage:
         """
         if self.gradients is None or self.recompute == "full":
             return []
-        linears = [layer for block in self.layers for layer in (block.qkv, block.o)]
-        for block in self.layers:
-            if isinstance(block.feed_forward, FeedForward):
-                linears += [block.feed_forward.up, block.feed_forward.down]
-        found = [layer.weight for layer in linears]
-        if self.head_weight is not None and self.spec.head == "lm" and not self.spec.tied_embedding:
-            found.append(self.head_weight)
-        return [weight for weight in found if weight.grad is not None]
+        tied = self.embedding if self.spec.tied_embedding else None
+        return [w for w in self.linear_weights() if w is not tied and w.grad is not None]
 
     def clear_gradients(self) -> None:
         """Before the first backward pass of an optimizer step."""

@@ -20,6 +20,8 @@ from planner.cost.stage import (
     ZERO,
     Pass,
     Priced,
+    packed_values,
+    stage_shapes,
 )
 from planner.plan import Allocation, Workload
 from profiles.models import ModelSpec
@@ -43,7 +45,7 @@ def generate_parts(
     num_sequences = ceil(workload.batch_size / allocation.strategy.dp) * workload.group_size
     if len(set(workload.response_lengths)) > 1:
         return _unlike_lengths(spec, workload, allocation, model, num_sequences)
-    prefill = decode = ZERO
+    prefill, decode = ZERO, _packing(spec, allocation, model)
     for rows, count in waves(num_sequences, allocation.generation_batch):
         prefill = prefill + _prefill(spec, workload, allocation, model, rows) * count
         wave = _decode(spec, workload, allocation, model, rows, most_points=most_points)
@@ -75,7 +77,7 @@ def _unlike_lengths(
     """
     rows = min(allocation.generation_batch or num_sequences, num_sequences)
     plan = schedule(workload.response_lengths, num_sequences, rows)
-    prefill = decode = ZERO
+    prefill, decode = ZERO, _packing(spec, allocation, model)
     for entering, count in plan.entries.items():
         prefill = prefill + _prefill(spec, workload, allocation, model, entering) * count
     for stretch in plan.stretches:
@@ -83,6 +85,20 @@ def _unlike_lengths(
         live = max(1, round(stretch.rows))
         decode = decode + _turn(spec, allocation, model, live, context) * stretch.turns
     return {"prefill": prefill, "decode": decode}
+
+
+def _packing(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Priced:
+    """Copies of the weights in the order in which a CPU decodes: three passes over the memory,
+
+    one to read and, as a cache writes, two to write.
+    """
+    s, device = allocation.strategy, model.cluster.device
+    most = max(
+        packed_values(spec, shape, s.tp, device.kind) for shape in set(stage_shapes(spec, s.pp))
+    )
+    if not most:
+        return ZERO
+    return Priced.modelled(3.0 * most * model.value_bytes / device.memory_bytes_per_s)
 
 
 def _turn(

@@ -16,7 +16,7 @@ from planner.layout import EMBEDDING_LAYER, POSITION_LAYER, head_layer, shard_va
 from planner.strategy import stage_layers
 from profiles.collectives import Collectives
 from profiles.costs import Component, Cost, LayerCosts, Operation, Provenance
-from profiles.hardware import DeviceSpec
+from profiles.hardware import DeviceKind, DeviceSpec
 from profiles.models import ModelSpec
 from profiles.roofline import RooflineCosts
 
@@ -288,6 +288,17 @@ def stage_values(spec: ModelSpec, stage: StageShape, tp: int, ep: int = 1) -> in
     if stage.last:
         values += shard_values(spec, head_layer(spec), tp)
     return values
+
+
+def packed_values(spec: ModelSpec, stage: StageShape, tp: int, kind: DeviceKind) -> int:
+    """Values that a device copies for a generation, in the order that its kernels read.
+
+    Only CPUs do: of all blocks (their norms are next to nothing) but experts, and the head.
+    """
+    if kind != "cpu":
+        return 0
+    values = stage.num_layers * shard_values(spec, 0, tp) - expert_values(spec, stage, tp, 1)
+    return values + (ceil(spec.vocab / tp) * spec.hidden if stage.last else 0)
 
 
 def expert_values(spec: ModelSpec, stage: StageShape, tp: int, ep: int) -> int:

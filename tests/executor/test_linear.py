@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from executor.model.linear import linear, linear_of, overwrite_gradient
+from executor.model.linear import (
+    linear,
+    linear_of,
+    overwrite_gradient,
+    packable,
+    packed_weights,
+)
 
 
 def leaf(*shape: int) -> Tensor:
@@ -90,3 +96,35 @@ def test_the_first_product_writes_over_what_was_there(recompute: bool) -> None:
     for _ in range(2):
         F.linear(F.silu(x), weight).sin().sum().backward()
     torch.testing.assert_close(total, weight.grad)
+
+
+@pytest.mark.skipif(not packable(torch.zeros(1, 1)), reason="a torch without oneDNN")
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 7, 16, 63, 64])
+def test_packed_weights_give_the_same_product(rows: int, with_bias: bool) -> None:
+    torch.manual_seed(1)
+    x, weight = torch.randn(rows, 24), torch.randn(40, 24)
+    bias = torch.randn(40) if with_bias else None
+    wanted = F.linear(x, weight, bias)
+    with torch.no_grad(), packed_weights([weight]):
+        torch.testing.assert_close(linear(x, weight, bias), wanted)
+
+
+@pytest.mark.skipif(not packable(torch.zeros(1, 1)), reason="a torch without oneDNN")
+def test_copies_end_with_their_block_and_gradients_never_use_them() -> None:
+    x, weight = torch.randn(8, 24), torch.randn(40, 24)
+    with packed_weights([weight]):
+        weight += 1.0  # what nobody may do: shows who reads the copy
+        with torch.no_grad():
+            stale = linear(x, weight)
+        assert not torch.allclose(stale, F.linear(x, weight))
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_what_is_not_fp32_on_a_cpu_stays_as_it_is() -> None:
+    weight = torch.randn(40, 24, dtype=torch.bfloat16)
+    with torch.no_grad(), packed_weights([weight]):
+        x = torch.randn(8, 24, dtype=torch.bfloat16)
+        assert torch.equal(linear(x, weight), F.linear(x, weight))

@@ -98,7 +98,7 @@ def test_one_device_measures_every_shard_of_a_wide_layer(tp: int) -> None:
     probe = bench.block_train(16, 8)
     found = Lockstep(device, world_size=1).measure(probe, cap_s=0.05)
     check_rows(layer_rows(NARROW_70B, "block", tp, {(16, 8): found}))
-    layer = bench._stages["middle", probe.count].layers[0]
+    layer = bench._stages["middle", probe.count, False].layers[0]
     assert layer.feed_forward.down.weight.shape == (512, 1792 // tp)
     for more in (bench.block_decode(2, 8), bench.head_train(16, 8), bench.embedding_train(16, 8)):
         more.actions[0]()
