@@ -9,7 +9,8 @@ Costs are the shipped A100 tables with their defaults; no constant is fitted to 
 those runs did that our executor does not is said to the model, alike for all rows: attention that
 writes its scores, dropout, recomputation of blocks to their end, an interleaved pipeline, hidden
 states that cross nodes in parts, and inputs of products that sequence parallelism gathers again.
-Not modelled: Megatron-LM overlaps a part of the backward collectives with products.
+Not modelled: Megatron-LM overlaps a part of the backward collectives with products. No row has
+data-parallel replicas, so none says anything of how their gradients are summed.
 Source: Korthikanti et al. 2022, arXiv:2205.05198; Narayanan et al. 2021, arXiv:2104.04473.
 """
 

@@ -45,7 +45,8 @@ def train_parts(
 ) -> Mapping[str, Priced]:
     """Of each mini-batch: 1F1B, then the gradients' sum over replicas, then the optimizer.
 
-    The three do not overlap, as the executor runs them.
+    The three do not overlap, as the executor runs them: ``data_parallel`` is the most that
+    overlapping could save.
     """
     s = allocation.strategy
     mini_batch = ceil(workload.batch_size / num_mini_batches)
