@@ -80,11 +80,13 @@ def working_values(spec: ModelSpec, strategy: ParallelStrategy) -> int:
 
     Three hidden states: the residual, its norm gathered, and a half's result; sequence
     parallelism splits the first. ``selective`` makes the larger of a norm and an activation again.
+    Experts: rows for them, answers, and these in order; split over ep also the rows as they arrived
+    and in the order of the experts.
     """
     tp = strategy.tp
     split = strategy.sequence_parallel
     hidden = 2 * spec.hidden + (ceil(spec.hidden / tp) if split else spec.hidden)
-    rows = 3 * spec.experts_per_token * spec.hidden
+    rows = (5 if strategy.ep > 1 else 3) * spec.experts_per_token * spec.hidden
     width = (3 if spec.gated else 2) * spec.active_ffn // tp
     again = max(spec.hidden, spec.active_ffn // tp) if strategy.recompute == "selective" else 0
     return hidden + max(3 * attention_values(spec, tp), width + rows) + again

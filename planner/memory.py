@@ -21,7 +21,7 @@ from planner.cost.stage import (
     MAX_PROMPT_TOKENS,
     VALUE_BYTES,
     StageShape,
-    expert_values,
+    own_values,
     packed_values,
     stage_shapes,
     stage_values,
@@ -97,9 +97,9 @@ class MemoryBreakdown:
 # ---- one call ---------------------------------------------------------------------------------
 
 
-def _largest_weight_values(spec: ModelSpec, stage: StageShape, tp: int) -> int:
+def _largest_weight_values(spec: ModelSpec, stage: StageShape, tp: int, ep: int) -> int:
     """Of one weight of a stage, whose gradient exists once beside the flat gradients."""
-    first = (2 if spec.gated else 1) * spec.ffn * max(1, spec.num_experts)
+    first = (2 if spec.gated else 1) * spec.ffn * max(1, spec.num_experts // ep)
     values = max(first, spec.num_heads * spec.head_dim) * spec.hidden // tp
     if stage.first or (stage.last and spec.head == "lm"):
         values = max(values, ceil(spec.vocab / tp) * spec.hidden)
@@ -139,18 +139,6 @@ def held_memory(
         gradients=values * GRADIENT_BYTES,
         optimizer=own * OPTIMIZER_BYTES[kind],
     )
-
-
-def own_values(spec: ModelSpec, shape: StageShape, s: ParallelStrategy) -> int:
-    """Values of a stage's shard that a rank keeps optimizer state for: with ZeRO 1 its share of
-
-    experts over the dp / ep ranks that hold them, and of all else over dp.
-    """
-    values = stage_values(spec, shape, s.tp, s.ep)
-    if s.zero == 0:
-        return values
-    experts = expert_values(spec, shape, s.tp, s.ep) if s.ep > 1 else 0
-    return ceil((values - experts) / s.dp) + ceil(experts * s.ep / s.dp)
 
 
 def offloaded_memory(held: MemoryBreakdown, *, trained: bool) -> MemoryBreakdown:
@@ -255,7 +243,7 @@ class _MicroBatch:
         s = allocation.strategy
         shape = stage_shapes(spec, s.pp)[stage]
         in_flight = min(allocation.num_micro_batches, s.pp - stage)
-        gradient = _largest_weight_values(spec, shape, s.tp) if self.trained else 0
+        gradient = _largest_weight_values(spec, shape, s.tp, s.ep) if self.trained else 0
         return MemoryBreakdown(
             activations=in_flight * shape.num_layers * self.kept + self.working,
             logits=self.logits if shape.last else 0,

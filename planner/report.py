@@ -325,6 +325,8 @@ def _describe(plan: ExecutionPlan, rank: int, instruction: Instruction) -> tuple
     s = allocation.strategy
     pp_rank, dp_rank, tp_rank = s.coordinates(rank - allocation.mesh.first)
     place = f"pp {pp_rank}/{s.pp} tp {tp_rank}/{s.tp} dp {dp_rank}/{s.dp}"
+    if s.ep > 1:
+        place += f" ep {dp_rank % s.ep}/{s.ep}"
     return name, f"{instruction.call} on {allocation} as {place}"
 
 

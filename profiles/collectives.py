@@ -1,4 +1,4 @@
-"""Seconds of an all-reduce, all-gather, reduce-scatter and point-to-point message.
+"""Seconds of an all-reduce, all-gather, reduce-scatter, all-to-all and point-to-point message.
 
 A group of devices is a Python ``range`` (first, stop, stride): consecutive devices for tensor
 parallelism, ``stride = tp`` for data parallelism, ``stride = dp * tp`` for neighbouring pipeline
@@ -111,6 +111,30 @@ class Collectives:
     def reduce_scatter(self, num_bytes: float, devices: range) -> Cost:
         """Every device gets 1 / n of the sum of all devices' ``num_bytes``."""
         return self._collective("reduce_scatter", num_bytes, devices)
+
+    def all_to_all(self, num_bytes: float, devices: range) -> Cost:
+        """Every device sends 1 / n of its ``num_bytes`` to each of n devices, itself included.
+
+        Inside a node as the all-gather that brings a device as many bytes, (n - 1) / n of them,
+        at the level that was measured for it. Of l devices on a node (n - l) / n cross the
+        network, at its rate of one device and its latency for each node but the own; the rest
+        goes inside. Source: pairwise exchange, Thakur, Rabenseifner and Gropp 2005, section 3.4.
+        """
+        count = len(devices)
+        if count <= 1 or num_bytes <= 0:
+            return Cost(0.0, Provenance.ROOFLINE)
+        per_node, num_nodes = self.spread(devices)
+        inside = self._in_node("all_gather", round(num_bytes * per_node / count), per_node)
+        modelled = Cost(
+            inside.seconds, Provenance.ROOFLINE, source=f"as an all-gather: {inside.source}"
+        )
+        if num_nodes == 1:
+            return modelled
+        link = self.cluster.inter_link
+        rate = link.bytes_per_s * self.network_efficiency
+        wire_s = num_bytes * (count - per_node) / count / rate
+        outer_s = self.network_start_s + wire_s + (num_nodes - 1) * link.latency_s
+        return Cost.total([_of_link(outer_s, link), modelled])
 
     def p2p(self, num_bytes: float, src: int, dst: int) -> Cost:
         """One message: bytes / bandwidth + latency; nothing to itself."""

@@ -137,6 +137,16 @@ class RooflineCosts:
             seconds += self.accumulate_s(products)
         return seconds + self.self_attention_s(spec, operation, tp, size, length)
 
+    def experts_s(
+        self, spec: ModelSpec, operation: Operation, tp: int, size: int, ep: int = 1
+    ) -> float:
+        """The part of a block that splitting experts over ``ep`` ranks changes: their products."""
+        products = expert_products(spec, tp, size, ep)
+        matmul_s = sum(self.matmul_s(p.rows, p.inner, p.columns, groups=p.groups) for p in products)
+        if operation == "backward":
+            return 2 * matmul_s + self.accumulate_s(products)
+        return matmul_s
+
     def accumulate_s(self, products: Iterable[MatrixProduct]) -> float:
         """Adding a micro-batch's gradients of the products' weights to the fp32 sums.
 
@@ -285,27 +295,42 @@ class MatrixProduct:
 def block_products(spec: ModelSpec, tp: int, size: int) -> tuple[MatrixProduct, ...]:
     """A block's matrix products for ``size`` tokens on one shard: qkv, o, first and second of the
 
-    feed-forward; with experts also the router. Of E experts E (1 - (1 - k / E)^size) are expected
-    to be given a token when all are equally likely: so many matrices are read.
+    feed-forward; with experts also the router.
     """
     q, kv = spec.num_heads * spec.head_dim // tp, spec.held_kv_heads(tp) * spec.head_dim
-    firsts = 2 if spec.gated else 1
-
-    def feed_forward(ffn: int, rows: float, groups: float = 1.0) -> tuple[MatrixProduct, ...]:
-        return (
-            MatrixProduct(rows=rows, inner=spec.hidden, columns=firsts * ffn // tp, groups=groups),
-            MatrixProduct(rows=rows, inner=ffn // tp, columns=spec.hidden, groups=groups),
-        )
-
     attention = (
         MatrixProduct(rows=size, inner=spec.hidden, columns=q + 2 * kv),
         MatrixProduct(rows=size, inner=q, columns=spec.hidden),
     )
     if not spec.num_experts:
-        return (*attention, *feed_forward(spec.ffn, size))
-    share = spec.experts_per_token / spec.num_experts
-    busy = spec.num_experts * (1.0 - (1.0 - share) ** size)
+        return (*attention, *_feed_forward_products(spec, spec.ffn, tp, size))
     router = MatrixProduct(rows=size, inner=spec.hidden, columns=spec.num_experts)
-    experts = feed_forward(spec.ffn, size * spec.experts_per_token / busy, busy)
-    shared = feed_forward(spec.shared_ffn, size) if spec.shared_ffn else ()
-    return (*attention, router, *experts, *shared)
+    shared: tuple[MatrixProduct, ...] = ()
+    if spec.shared_ffn:
+        shared = _feed_forward_products(spec, spec.shared_ffn, tp, size)
+    return (*attention, router, *expert_products(spec, tp, size), *shared)
+
+
+def expert_products(
+    spec: ModelSpec, tp: int, size: int, ep: int = 1
+) -> tuple[MatrixProduct, MatrixProduct]:
+    """Products of the E / ep experts of a rank, one of ``ep`` that have ``size`` tokens each.
+
+    All experts are taken to be equally likely: a rank gets as many rows as it sends, k size of
+    them. Of E experts E (1 - (1 - k / E)^(ep size)) are expected to be given a token: so many
+    matrices are read.
+    """
+    share = spec.experts_per_token / spec.num_experts
+    busy = spec.num_experts / ep * (1.0 - (1.0 - share) ** (ep * size))
+    rows = size * spec.experts_per_token / busy
+    return _feed_forward_products(spec, spec.ffn, tp, rows, busy)
+
+
+def _feed_forward_products(
+    spec: ModelSpec, ffn: int, tp: int, rows: float, groups: float = 1.0
+) -> tuple[MatrixProduct, MatrixProduct]:
+    columns = (2 if spec.gated else 1) * ffn // tp
+    return (
+        MatrixProduct(rows=rows, inner=spec.hidden, columns=columns, groups=groups),
+        MatrixProduct(rows=rows, inner=ffn // tp, columns=spec.hidden, groups=groups),
+    )

@@ -20,6 +20,7 @@ from planner.cost.stage import (
     ZERO,
     Pass,
     Priced,
+    expert_ranks,
     packed_values,
     stage_shapes,
 )
@@ -113,7 +114,7 @@ def _turn(
     group = ceil(rows / min(allocation.num_micro_batches, rows))
     s = allocation.strategy
     through, slowest = model.once(
-        ("decode", spec, allocation.mesh, s.pp, s.tp, group, context),
+        ("decode", spec, allocation.mesh, s.pp, s.tp, s.ep, group, context),
         lambda: _decode_round(spec, allocation, model, group, context),
     )
     return max(through, slowest * ceil(rows / group), key=lambda cost: cost.seconds)
@@ -156,6 +157,7 @@ def _prefill(
         cost = model.stages.passes(
             spec, ("prefill",), tp=s.tp, size=size, length=max(1, round(tokens)),
             rows=min(prompts * workload.group_size, num_sequences),
+            experts=expert_ranks(allocation.mesh, s),
         )  # fmt: skip
         hops = model.hops(alike, float(size) * spec.hidden * model.value_bytes)
         kinds.append(PipelinePass([cost.of(stages.shape) for stages in alike], hops, count))
@@ -180,7 +182,10 @@ def _decode_round(
     s = allocation.strategy
     alike = model.stages_alike(spec, allocation)
     decode: Pass = "decode_alone" if model.rests_beside(allocation.mesh) else "decode"
-    whole = model.stages.passes(spec, (decode,), tp=s.tp, size=group, length=context)
+    whole = model.stages.passes(
+        spec, (decode,), tp=s.tp, size=group, length=context,
+        experts=expert_ranks(allocation.mesh, s),
+    )  # fmt: skip
     hops = model.hops(alike, float(group) * spec.hidden * model.value_bytes)
     first = allocation.mesh.first
     back = Priced.of(

@@ -38,7 +38,7 @@ def swap_cost(
         return NO_SWAP
     trained, s = problem.graph.call(call_name).kind is CallKind.TRAIN, allocation.strategy
     # Of the allocation only its layout and its ZeRO stage matter.
-    question = ("swap", spec, trained, s.pp, s.tp, s.dp, s.zero)
+    question = ("swap", spec, trained, s.pp, s.tp, s.dp, s.ep, s.zero)
     return model.once(question, lambda: _swap_cost(spec, trained, s, model))
 
 

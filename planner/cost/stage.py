@@ -13,7 +13,8 @@ from math import ceil
 from typing import Literal, NamedTuple
 
 from planner.layout import EMBEDDING_LAYER, POSITION_LAYER, head_layer, shard_values
-from planner.strategy import stage_layers
+from planner.mesh import DeviceMesh
+from planner.strategy import ParallelStrategy, stage_layers
 from profiles.collectives import Collectives
 from profiles.costs import Component, Cost, LayerCosts, Operation, Provenance
 from profiles.hardware import DeviceKind, DeviceSpec
@@ -79,7 +80,10 @@ ZERO = Priced()
 
 @dataclass(slots=True, unsafe_hash=True)
 class StageCost:
-    """One pass of one micro-batch through a stage: ``compute`` and tensor-parallel collectives."""
+    """One pass of one micro-batch through a stage: ``compute`` and ``tensor_parallel``, what shards
+
+    send each other for it, and with experts over ep also replicas.
+    """
 
     compute: Priced = ZERO
     tensor_parallel: Priced = ZERO
@@ -113,6 +117,7 @@ def stage_shapes(spec: ModelSpec, pp: int) -> tuple[StageShape, ...]:
 
 
 NOTHING = StageCost()
+NO_RANKS = range(1)  # experts are with their tokens
 
 
 class _Sums(NamedTuple):
@@ -160,7 +165,7 @@ class StageCosts:
 
     def passes(
         self, spec: ModelSpec, passes: tuple[Pass, ...], *, tp: int, size: int, length: int,
-        rows: int = 0, split_tokens: bool = False,
+        rows: int = 0, split_tokens: bool = False, experts: range = NO_RANKS,
     ) -> PassCost:  # fmt: skip
         """The sum of ``passes``. ``size`` tokens in sequences of ``length``, or in decode ``size``
 
@@ -169,23 +174,52 @@ class StageCosts:
         scalar head reads all. ``recompute`` is the blocks' forward pass again, without the ends,
         and where it stops early without what nothing is kept of: a dense block's last product,
         and its sum over shards. ``selective`` is what is made again where only cheap things are.
-        ``split_tokens``: sequence parallelism.
+        ``split_tokens``: sequence parallelism. ``experts``: the devices that a device's experts
+        are split over, with as many tokens each.
         """
         if size <= 0:
             return PassCost()
-        question = (spec, passes, tp, size, length, rows, split_tokens)
+        question = (spec, passes, tp, size, length, rows, split_tokens, experts)
         answer = self._answers.get(question)
         if answer is None:
             length = max(1, length)
             answer = PassCost()
             for what in passes:
-                answer = answer + (
+                cost = (
                     self._selective(spec, tp, size, length, split_tokens)
                     if what == "selective"
                     else self._pass(spec, what, tp, size, length, rows, split=split_tokens)
                 )
+                if len(experts) > 1 and what != "selective":
+                    cost = self._with_experts_apart(cost, spec, what, tp, size, experts)
+                answer = answer + cost
             self._answers[question] = answer
         return answer
+
+    def _with_experts_apart(
+        self, cost: PassCost, spec: ModelSpec, what: Pass, tp: int, size: int, experts: range
+    ) -> PassCost:  # fmt: skip
+        """``cost`` of a pass where experts are split over ``experts``.
+
+        Every expert is taken to be equally likely, so that a device gets as many rows as it sends:
+        its products are as large in all, fewer and larger, and of their matrices fewer bytes are
+        read and get gradients. Rows go to their experts and back, after their counts; backward
+        likewise, without counts. ``selective`` makes nothing of experts again.
+        """
+        operation: Operation = "backward" if what == "backward" else "forward"
+        whole_s, split_s = (
+            self.kernels.experts_s(spec, operation, tp, size, ep) for ep in (1, len(experts))
+        )
+        compute = cost.block.compute
+        # Measured blocks keep their origin, as with split tokens.
+        if compute.seconds:
+            compute = compute * max(0.0, 1.0 - (whole_s - split_s) / compute.seconds)
+        rows_bytes = float(size) * spec.experts_per_token * spec.hidden * self.value_bytes
+        sent = Priced.of(self.collectives.all_to_all(rows_bytes, experts)) * 2.0
+        if what != "backward":
+            sent = sent + Priced.of(self.collectives.all_to_all(8.0 * spec.num_experts, experts))
+        block = StageCost(compute, cost.block.tensor_parallel + sent)
+        return PassCost(block, cost.first, cost.last)
 
     def _selective(self, spec: ModelSpec, tp: int, size: int, length: int, split: bool) -> PassCost:
         """Inputs of products made again in backward, and with split tokens gathered again.
@@ -304,3 +338,20 @@ def packed_values(spec: ModelSpec, stage: StageShape, tp: int, kind: DeviceKind)
 def expert_values(spec: ModelSpec, stage: StageShape, tp: int, ep: int) -> int:
     """Of ``stage_values`` those of experts."""
     return stage.num_layers * shard_values(spec, 0, tp, ep, only_experts=True)
+
+
+def own_values(spec: ModelSpec, stage: StageShape, s: ParallelStrategy) -> int:
+    """Values of a stage's shard that a rank keeps optimizer state for: with ZeRO 1 its share of
+
+    experts over the dp / ep ranks that hold them, and of all else over dp.
+    """
+    values = stage_values(spec, stage, s.tp, s.ep)
+    if s.zero == 0:
+        return values
+    experts = expert_values(spec, stage, s.tp, s.ep) if s.ep > 1 else 0
+    return ceil((values - experts) / s.dp) + ceil(experts * s.ep / s.dp)
+
+
+def expert_ranks(mesh: DeviceMesh, s: ParallelStrategy) -> range:
+    """The first devices of a mesh that its experts are split over."""
+    return range(mesh.first, mesh.first + s.ep * s.tp, s.tp) if s.ep > 1 else NO_RANKS

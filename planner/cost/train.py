@@ -18,6 +18,9 @@ from planner.cost.stage import (
     Pass,
     Priced,
     StageShape,
+    expert_ranks,
+    expert_values,
+    own_values,
     stage_shapes,
     stage_values,
 )
@@ -56,7 +59,7 @@ def train_parts(
         passes = ("forward", again, "backward")
     num_groups = ceil(mini_batch / s.dp)
     # What does not depend on ZeRO, and what depends on little else, is asked once.
-    layout = (allocation.mesh, s.pp, s.tp, s.sequence_parallel, allocation.num_micro_batches)
+    layout = (allocation.mesh, s.pp, s.tp, s.ep, s.sequence_parallel, allocation.num_micro_batches)
     pipeline = model.once(
         ("pipeline", spec, workload, layout, num_groups, passes, schedule),
         lambda: _pipeline(
@@ -64,7 +67,7 @@ def train_parts(
         ),
     )
     update = model.once(
-        ("update", spec, allocation.mesh, s.pp, s.tp, s.zero),
+        ("update", spec, allocation.mesh, s.pp, s.tp, s.ep, s.zero),
         lambda: _update(spec, allocation, model),
     )
     parts = {**pipeline, **update}
@@ -77,11 +80,10 @@ def _update(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Mappin
     reduced = _reductions(spec, allocation, model)
     if spec.tied_embedding and s.pp > 1:
         reduced = reduced + _tied_embedding(spec, allocation, model)
-    most_values = max(stage_values(spec, shape, s.tp) for shape in set(stage_shapes(spec, s.pp)))
-    own_values = ceil(most_values / s.dp) if s.zero else most_values
+    most_values = max(own_values(spec, shape, s) for shape in set(stage_shapes(spec, s.pp)))
     return {
         "data_parallel": reduced,
-        "optimizer": Priced.of(model.layer_costs.optimizer_step(own_values)),
+        "optimizer": Priced.of(model.layer_costs.optimizer_step(most_values)),
     }
 
 
@@ -109,7 +111,7 @@ def _pipeline(
         answers = max(1, round(sequences * workload.expected_response_tokens))
         cost = model.stages.passes(
             spec, passes, tp=s.tp, size=size, length=length, rows=answers,
-            split_tokens=s.sequence_parallel,
+            split_tokens=s.sequence_parallel, experts=expert_ranks(allocation.mesh, s),
         )  # fmt: skip
         split = s.sequence_parallel or schedule.scatter_hops
         own = ceil(size / s.tp) if split else size
@@ -140,13 +142,22 @@ def _reduction(
 ) -> Priced:
     """Gradients of a stage, fp32, over its replicas: all-reduced, or with ZeRO 1
 
-    reduce-scattered, and the updated weights all-gathered.
+    reduce-scattered, and the updated weights all-gathered. Experts that are split over ep have
+    dp / ep replicas.
     """
     s = allocation.strategy
     first = allocation.mesh.first + s.rank(stage, 0, 0)
-    group = range(first, first + s.dp * s.tp, s.tp)
-    values = stage_values(spec, shape, s.tp)
-    if s.zero == 0:
+    last = first + s.dp * s.tp
+    values = stage_values(spec, shape, s.tp, s.ep)
+    if s.ep == 1:
+        return _over_replicas(values, range(first, last, s.tp), s.zero, model)
+    experts = expert_values(spec, shape, s.tp, s.ep)
+    rest = _over_replicas(values - experts, range(first, last, s.tp), s.zero, model)
+    return rest + _over_replicas(experts, range(first, last, s.ep * s.tp), s.zero, model)
+
+
+def _over_replicas(values: int, group: range, zero: int, model: CostModel) -> Priced:
+    if zero == 0:
         return Priced.of(model.collectives.all_reduce(float(GRADIENT_BYTES) * values, group))
     scatter = model.collectives.reduce_scatter(float(GRADIENT_BYTES) * values, group)
     gather = model.collectives.all_gather(float(model.value_bytes) * values, group)

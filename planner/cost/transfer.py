@@ -76,7 +76,7 @@ def average_seconds(layout: Layout, *, model: CostModel) -> float:
     weights are read, and the average's own weights written.
     """
     shapes = set(stage_shapes(layout.spec, layout.pp))
-    num_values = max(stage_values(layout.spec, shape, layout.tp) for shape in shapes)
+    num_values = max(stage_values(layout.spec, shape, layout.tp, layout.ep) for shape in shapes)
     passes_bytes = num_values * (2 * AVERAGE_BYTES + 2 * model.value_bytes)
     return passes_bytes / model.cluster.device.memory_bytes_per_s
 

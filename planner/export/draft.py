@@ -112,6 +112,17 @@ def unknown(plan: ExecutionPlan, system: str, known: list[str]) -> ConfigError:
     )  # fmt: skip
 
 
+def lose_experts(draft: Draft, system: str, *, megatron: bool = False) -> None:
+    """Calls whose experts are split over ep, of which the settings say nothing.
+
+    ``megatron``: they do of calls that train or infer.
+    """
+    for call in draft.plan.problem.graph.calls:
+        ep = draft.plan.allocations[call.name].strategy.ep
+        if ep > 1 and not (megatron and call.kind is not CallKind.GENERATE):
+            draft.lost.append(f"{call.name}: experts over ep {ep} are not said to {system}")
+
+
 def lose_averages(draft: Draft, system: str) -> None:
     for average in draft.plan.problem.graph.averages:
         draft.lost.append(f"{average.role} as a moving average of {average.of}: not in {system}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.export.draft import Draft, Exported, lose_averages, nodes_of, unknown
+from planner.export.draft import Draft, Exported, lose_averages, lose_experts, nodes_of, unknown
 from planner.graph import CallKind
 from planner.plan import ExecutionPlan
 
@@ -92,4 +92,5 @@ def _nemo_losses(
     if any(allocation.offload for allocation in plan.allocations.values()):
         draft.lost.append("offloading single calls; NeMo-RL moves the policy out by itself")
     draft.compare_twins("NeMo-RL", "ref_inf", train)
+    lose_experts(draft, "NeMo-RL")
     lose_averages(draft, "NeMo-RL")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from planner.export.draft import Draft, Exported, lose_averages, nodes_of, unknown
+from planner.export.draft import Draft, Exported, lose_averages, lose_experts, nodes_of, unknown
 from planner.graph import CallKind
 from planner.plan import Allocation, ExecutionPlan
 
@@ -51,6 +51,7 @@ def to_openrlhf(plan: ExecutionPlan) -> Exported:
     put["prompt_max_len"] = workload.prompt_tokens
     put["generate_max_len"] = workload.response_tokens
     draft.compare_twins("OpenRLHF", "critic_inf", "critic_train")
+    lose_experts(draft, "OpenRLHF")
     lose_averages(draft, "OpenRLHF")
     if plan.problem.graph.max_staleness:
         put["async_train"] = True

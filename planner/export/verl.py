@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from planner.export.draft import Draft, Exported, lose_averages, unknown
+from planner.export.draft import Draft, Exported, lose_averages, lose_experts, unknown
 from planner.graph import CallKind
 from planner.plan import Allocation, ExecutionPlan
 
@@ -53,6 +53,7 @@ def to_verl(plan: ExecutionPlan) -> Exported:
         "trains; the plan takes them from generation"
     )
     draft.staleness("max_staleness 1 is verl's recipe one_step_off_policy, not an option here")
+    lose_experts(draft, "verl", megatron=True)
     lose_averages(draft, "verl")
     return Exported(
         system="verl", version="volcengine/verl 00bbce4", settings=put, lost=tuple(draft.lost),
@@ -91,6 +92,8 @@ def _verl_trained(draft: Draft, role: str, path: str) -> None:
     put[f"{path}.ppo_micro_batch_size_per_gpu"] = draft.micro_batch(call, allocation, dp)
     put[f"{path}.megatron.tensor_model_parallel_size"] = s.tp
     put[f"{path}.megatron.pipeline_model_parallel_size"] = s.pp
+    if s.ep > 1:
+        put[f"{path}.megatron.expert_model_parallel_size"] = s.ep
     put[f"{path}.megatron.sequence_parallel"] = s.sequence_parallel
     put[f"{path}.megatron.use_distributed_optimizer"] = bool(s.zero)
     for what in ("optimizer", "grad"):
@@ -125,5 +128,7 @@ def _verl_frozen(draft: Draft, role: str, path: str, micro: str) -> None:
     put[f"{path}.{micro}"] = draft.micro_batch(call, allocation, dp)
     put[f"{path}.megatron.tensor_model_parallel_size"] = s.tp
     put[f"{path}.megatron.pipeline_model_parallel_size"] = s.pp
+    if s.ep > 1:
+        put[f"{path}.megatron.expert_model_parallel_size"] = s.ep
     put[f"{path}.megatron.sequence_parallel"] = s.sequence_parallel
     put[f"{path}.megatron.param_offload"] = allocation.offload

@@ -17,7 +17,7 @@ from planner.search.choices import Choice
 from planner.search.evaluate import Evaluator, Score
 from planner.search.options import Assignment, Option, OptionSpace
 
-Axes = tuple[int, int, int]  # (pp, tp, dp)
+Axes = tuple[int, int, int, int]  # (pp, tp, dp, ep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Baseline:
 
 
 def symmetric(evaluator: Evaluator) -> Baseline | None:
-    """The best single layout: every call on all devices under one (pp, tp, dp).
+    """The best single layout: every call on all devices under one (pp, tp, dp, ep).
 
     Each call has its own micro-batches and its own offload, each training its own ZeRO stage and
     recomputation; all are tried that matter. None where no single layout fits.
@@ -161,7 +161,7 @@ def _axes(space: OptionSpace, calls: Sequence[int], mesh: DeviceMesh) -> list[Ax
         for i in calls
         if space.calls[i].role is not None
     ]
-    return sorted(set.intersection(*sets)) if sets else [(1, 1, mesh.num_devices)]
+    return sorted(set.intersection(*sets)) if sets else [(1, 1, mesh.num_devices, 1)]
 
 
 def _fill(

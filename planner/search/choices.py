@@ -67,9 +67,9 @@ class Choice:
         return self.reload_s + self.seconds
 
     @property
-    def axes(self) -> tuple[int, int, int]:
-        """What fixes the layout on a given mesh: (pp, tp, dp)."""
-        return self.strategy.pp, self.strategy.tp, self.strategy.dp
+    def axes(self) -> tuple[int, int, int, int]:
+        """What fixes the layout on a given mesh: (pp, tp, dp, ep)."""
+        return self.strategy.pp, self.strategy.tp, self.strategy.dp, self.strategy.ep
 
 
 def undominated(choices: Sequence[Choice]) -> list[Choice]:
@@ -154,7 +154,7 @@ class Costing:
         self, call: ModelFunctionCall, layout: Sequence[Allocation],
         wanted: Sequence[tuple[int, bool]],
     ) -> list[Choice]:  # fmt: skip
-        """Undominated ways of one (pp, tp, dp), each in every state in which it fits."""
+        """Undominated ways of one (pp, tp, dp, ep), each in every state in which it fits."""
         spec = self.problem.spec_of(call.name)
         states = [
             self._state(call, spec, layout[0], zero, offload)
@@ -229,7 +229,7 @@ class Costing:
 
     def _held(self, spec: ModelSpec, s: ParallelStrategy, trained: bool) -> Bytes:
         """Bytes of weights and their state, by stage."""
-        key = (spec, s.pp, s.tp, s.dp, s.zero if trained else 0, trained)
+        key = (spec, s.pp, s.tp, s.dp, s.ep, s.zero if trained else 0, trained)
         if key not in self._known_held:
             self._known_held[key] = tuple(
                 held_memory(spec, s, stage, self.kind, trained=trained).total

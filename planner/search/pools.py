@@ -94,7 +94,7 @@ class Pools:
     def _table(self, i: int) -> _Table:
         name, num_devices = self.calls[i].name, self.num_devices
         rows = [(size, c) for size, group in self.space.choices[name].items() for c in group]
-        codes: dict[tuple[int, tuple[int, int, int]], int] = {}
+        codes: dict[tuple[int, tuple[int, int, int, int]], int] = {}
         always = self.home[i] is None or self.home[i] == i  # its own weights are resident
 
         def total(size: int, by_stage: Sequence[int]) -> float:

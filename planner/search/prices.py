@@ -50,9 +50,9 @@ class ReallocationPrices:
         return self._layout(spec, source, first), self._layout(spec, target, other)
 
     def _layout(self, spec: int, axes: int, first: int) -> Layout:
-        pp, tp, dp = self.index.axes[axes]
+        pp, tp, dp, ep = self.index.axes[axes]
         mesh = DeviceMesh(first, pp * tp * dp)
-        return Layout(spec=self.index.specs[spec], mesh=mesh, pp=pp, tp=tp, dp=dp)
+        return Layout(spec=self.index.specs[spec], mesh=mesh, pp=pp, tp=tp, dp=dp, ep=ep)
 
 
 def empty_prices(num_places: int) -> Prices:

@@ -38,7 +38,7 @@ ROW = np.dtype(
         ("seconds", "f8"),  # of the call and of what leaves the device after it
         ("reload_s", "f8"),  # of what comes from the host before it; above 0: it is offloaded
         ("average_s", "f8"),  # of the average in its layout, where its role is one
-        ("axes", "i8"),  # index of (pp, tp, dp)
+        ("axes", "i8"),  # index of (pp, tp, dp, ep)
         ("stages", "i8"),  # pp
         ("split", "i8"),  # equal where equal dp means equal samples on equal ranks
         ("copies", "i8"),  # index of pp * tp: of every sample so many ranks need one
@@ -74,7 +74,7 @@ class Tables(NamedTuple):
     """What a problem's options are, as arrays; ``tables.py`` makes it.
 
     ``C`` calls, ``M`` meshes, ``S`` sizes of meshes, ``R`` choices of all calls ("rows"), ``A``
-    axes (pp, tp, dp), ``P`` pairs of a producer and a consumer.
+    axes (pp, tp, dp, ep), ``P`` pairs of a producer and a consumer.
     """
 
     num_devices: int

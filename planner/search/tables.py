@@ -37,7 +37,7 @@ from planner.simulate import StepPrices, num_splits, sample_bytes
 from planner.transfers import readers_of
 from profiles.models import ModelSpec
 
-Axes = tuple[int, int, int]  # (pp, tp, dp)
+Axes = tuple[int, int, int, int]  # (pp, tp, dp, ep)
 
 
 @dataclass(frozen=True, kw_only=True)

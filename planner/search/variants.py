@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from math import ceil
+from math import ceil, gcd
 
 from planner.cost.stage import VALUE_BYTES
 from planner.graph import CallKind, ModelFunctionCall
@@ -90,10 +90,11 @@ def variants(
 def ways(
     problem: Problem, call: ModelFunctionCall, mesh: DeviceMesh
 ) -> Iterator[Sequence[Allocation]]:
-    """Of each (pp, tp, dp) what may be chosen besides, but for ZeRO and offload: 0 and False."""
+    """Of each (pp, tp, dp, ep) what may be chosen besides; ZeRO is 0, offload False."""
     most, spec = largest_dp(problem, call.name), problem.spec_of(call.name)
     group_size = problem.workload_of(call.name).group_size
-    for legal in legal_strategies(spec, mesh, problem.cluster, max_dp=most):
+    splits = legal_strategies(spec, mesh, problem.cluster, max_dp=most)
+    for legal in (way for split in splits for way in _with_experts(spec, split)):
         share = ceil(problem.workload.batch_size / legal.dp) * group_size
         counts = micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]
         if call.kind is CallKind.GENERATE and spec is not None:
@@ -110,6 +111,14 @@ def ways(
                 Allocation(mesh=mesh, strategy=strategy, num_micro_batches=count)
                 for strategy, count in product(_strategies(call, legal), counts)
             ]
+
+
+def _with_experts(spec: ModelSpec | None, split: ParallelStrategy) -> list[ParallelStrategy]:
+    """``split`` with every ep that divides its dp and the experts; without experts as it is."""
+    if spec is None or not spec.num_experts:
+        return [split]
+    most = gcd(split.dp, spec.num_experts)
+    return [replace(split, ep=ep) for ep in range(1, most + 1) if most % ep == 0]
 
 
 def zero_and_offload(

@@ -84,6 +84,11 @@ PLANS = {
         critic_train=allocate(dp=2, m=2, zero=1, offload=True),
     ),
     "experts": plan_of(EXPERTS, 2, allocate(tp=2, m=2)),
+    "experts over replicas": plan_of(
+        EXPERTS, 4, allocate(dp=4, m=2, ep=4), actor_gen=allocate(dp=2, tp=2, ep=2),
+        actor_train=allocate(dp=4, ep=2, zero=1),
+        critic_train=allocate(dp=4, ep=4, zero=1, recompute="full"),
+    ),
     "grpo": plan_of(
         DENSE, 2, allocate(dp=2, m=2), algorithm=GRPO, actor_train=allocate(tp=2, m=1),
         sizes=["batch_size=4", "samples_per_prompt=8", "prompt_len=384", "response_len=64"],

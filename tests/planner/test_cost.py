@@ -348,6 +348,57 @@ def test_replicas_of_shards_are_tp_apart() -> None:
     assert found.parts["data_parallel"] == pytest.approx(4 * num_bytes / 4)
 
 
+def test_gradients_of_split_experts_are_summed_over_who_holds_them() -> None:
+    """dp 4: 2 (n - 1) / n of fp32 values, of experts with n = 4 / ep and an ep-th of them."""
+    model = slow_links(free_links(make_cluster("a100", 8)), intra_link=ONE_BYTE)
+    problem = ppo(model.cluster, "mixtral-8x7b")
+    spec = problem.models["actor"]
+    experts = 3 * spec.num_layers * spec.num_experts * spec.hidden * spec.ffn
+    rest = spec.num_parameters - experts
+    found = call_cost(problem, "actor_train", allocate(dp=4, ep=2), model).parts["data_parallel"]
+    assert found == pytest.approx(4 * 4 * (1.5 * rest + experts / 2))
+    found = call_cost(problem, "actor_train", allocate(dp=4, ep=4), model).parts["data_parallel"]
+    assert found == pytest.approx(4 * 4 * 1.5 * rest)
+
+
+def test_tokens_go_to_their_experts_and_back() -> None:
+    """Of a rank's rows (ep - 1) / ep cross, twice forward and twice backward, after the counts."""
+    model = slow_links(free_links(make_cluster("a100", 8)), intra_link=ONE_BYTE)
+    problem = ppo(model.cluster, "mixtral-8x7b")
+    spec, share = problem.models["actor"], TOKENS // 4
+
+    def seconds(call: str, ep: int, **options: object) -> float:
+        return call_cost(problem, call, allocate(dp=4, ep=ep, **options), model).parts[
+            "tensor_parallel"
+        ]
+
+    rows_bytes, counts_bytes = share * 2 * spec.hidden * 2, 8 * spec.num_experts
+    assert seconds("ref_inf", 1) == 0
+    for ep in (2, 4):
+        crossing = (ep - 1) / ep * spec.num_layers
+        once = crossing * (2 * rows_bytes + counts_bytes)
+        assert seconds("ref_inf", ep) == pytest.approx(once)
+        assert seconds("actor_train", ep) == pytest.approx(
+            once + 2 * crossing * rows_bytes + 3 * crossing * counts_bytes
+        )
+        again = seconds("actor_train", ep, recompute="full") - seconds("actor_train", ep)
+        assert again == pytest.approx(once + 3 * crossing * counts_bytes)
+
+
+@pytest.mark.parametrize("call", ["actor_gen", "actor_train", "ref_inf"])
+def test_split_experts_read_fewer_weights_for_the_same_rows(call: str) -> None:
+    """With free links ep never takes longer; decoding, which reads weights, takes much less."""
+    cluster = make_cluster("a100", 8)
+    fast = LinkSpec(bytes_per_s=1e30, latency_s=0.0)
+    cluster = replace(cluster, intra_link=fast, inter_link=fast)
+    model = CostModel(cluster, RooflineCosts(cluster.device), Collectives(cluster))
+    problem = ppo(cluster, "mixtral-8x7b")
+    found = [call_cost(problem, call, allocate(dp=8, ep=ep), model).seconds for ep in (1, 2, 4, 8)]
+    assert found == sorted(found, reverse=True)
+    if call == "actor_gen":
+        assert found[-1] < 0.5 * found[0]
+
+
 def test_a_tied_embedding_is_summed_over_both_ends() -> None:
     model = slow_links(free_links(make_cluster("a100", 8)), intra_link=ONE_BYTE)
     spec = MODELS["tiny"]

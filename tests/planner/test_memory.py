@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from experiments.ppo.graph import ALGORITHM
 from planner.activations import BlockKernels, kept_bytes, working_values
 from planner.algorithm import make_config, make_problem
+from planner.layout import Layout
 from planner.memory import (
     RESERVE_BYTES,
     STAGING_BYTES,
     MemoryBreakdown,
     call_memory,
+    held_memory,
     running_bytes,
     running_memory,
 )
@@ -65,6 +67,24 @@ def block_values(tp: int = 1, **options: Any) -> int:
     """What a block of LLaMA-7B keeps of a token, in bf16 values."""
     strategy = ParallelStrategy(tp=tp, **options)
     return kept_bytes(SPEC, strategy, value_bytes=2, length=TOKENS) // 2
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("zero", [0, 1])
+def test_split_experts_are_held_once_in_ep_ranks(ep: int, zero: int) -> None:
+    """Oracle: the layout's slices; state of experts over dp / ep ranks, of the rest over dp."""
+    spec = replace(MODELS["mixtral-8x7b"], num_layers=3)
+    strategy = ParallelStrategy(dp=4, tp=2, ep=ep, zero=zero)
+    layout = Layout.of(spec, DeviceMesh(0, 8), strategy)
+    pieces = layout.slices(3)
+    experts = sum(piece.num_values for piece in pieces if piece.is_expert)
+    rest = sum(piece.num_values for piece in pieces) - experts
+    assert experts == 3 * 3 * 8 * 4096 * 14336 // (2 * ep)
+    held = held_memory(spec, strategy, 0, "cuda", trained=True)
+    assert held.weights == 2 * (experts + rest)
+    assert held.gradients == 4 * (experts + rest)
+    own = rest / 4 + experts / (4 // ep) if zero else rest + experts
+    assert held.optimizer == pytest.approx(12 * own, abs=24)
 
 
 # ---- one call ---------------------------------------------------------------------------------

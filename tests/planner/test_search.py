@@ -23,7 +23,7 @@ from planner.search.evaluate import Evaluator
 from planner.search.moves import MOVES, State, move
 from planner.search.options import Assignment, Option, OptionSpace
 from planner.search.records import Ints, Tables
-from planner.search.variants import considered_meshes, variants
+from planner.search.variants import considered_meshes, variants, ways
 from planner.simulate import StepPrices, run_program, simulate
 from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
@@ -207,7 +207,7 @@ def test_pruning_keeps_the_best_of_every_layout() -> None:
             seconds = space.prices.call(call.name, allocation).seconds
             need = call_memory(problem, call.name, allocation).total
             assert any(
-                choice.axes == (strategy.pp, strategy.tp, strategy.dp)
+                choice.axes == (strategy.pp, strategy.tp, strategy.dp, strategy.ep)
                 and choice.seconds <= seconds
                 and call_memory(problem, call.name, option.allocation).total <= need
                 for choice in space.choices[call.name][4]
@@ -241,6 +241,14 @@ def test_moves_make_legal_plans(name: str) -> None:
 def test_every_family_is_planned(name: str) -> None:
     """Experts, ungated feed-forwards, and heads that tp does not divide: found, and it fits."""
     problem = ppo(make_cluster("h100", 64), ["batch_size=64"], spec=MODELS[name])
+    degrees = {
+        way.strategy.ep
+        for call in problem.graph.step_calls
+        for layout in ways(problem, call, DeviceMesh(0, 64))
+        for way in layout
+    }
+    most = {"mixtral-8x7b": {1, 2, 4, 8}, "qwen1.5-moe-a2.7b": {1, 2, 4}}.get(name, {1})
+    assert degrees == most
     result = search(problem, model_of(problem), max_evaluations=200)
     check_memory(result.plan)
     timeline = simulate(result.plan, compile_plan(result.plan), model_of(problem))

@@ -62,6 +62,20 @@ def test_between_nodes_the_share_of_each_device_takes_the_network() -> None:
     assert model.p2p(400, 3, 4).seconds == pytest.approx(40)
 
 
+def test_an_all_to_all_sends_each_device_its_part() -> None:
+    model = collectives()
+    # To each of three others a quarter of 400 bytes, at 100 B/s.
+    assert model.all_to_all(400, range(4)).seconds == pytest.approx(3)
+    # 16 devices: to three neighbours 25 bytes each inside, to twelve others through the network.
+    assert model.all_to_all(400, range(16)).seconds == pytest.approx(3 * 25 / 100 + 12 * 25 / 10)
+    # One device of each node: all but its own quarter crosses.
+    assert model.all_to_all(400, range(0, 16, 4)).seconds == pytest.approx(300 / 10)
+    assert model.all_to_all(400, range(1)).seconds == 0
+    assert model.all_to_all(0, range(4)).seconds == 0
+    slow = collectives(intra=1e30, inter=1e30, latency=1.0)
+    assert slow.all_to_all(400, range(0, 16, 4)).seconds == pytest.approx(3)
+
+
 def test_a_strided_group_inside_a_node_stays_inside() -> None:
     model = collectives()
     assert model.spread(range(0, 4, 2)) == (2, 1)
