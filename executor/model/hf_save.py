@@ -193,10 +193,10 @@ def checkpoint_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint by name, whole, on every rank: in memory what ``save`` writes.
 
-    For layouts without pipeline stages; called by all ranks of a tensor-parallel group. Without
+    For layouts without pp and ep; called by all ranks of a tensor-parallel group. Without
     tensor parallelism a tensor is a view of the buffer where the checkpoint has it as we do.
     """
-    assert ctx.layout.pp == 1, ctx.layout
+    assert ctx.layout.pp == ctx.layout.ep == 1, ctx.layout
     for together in _joined(ctx.layout, 0):
         tensors: dict[str, Tensor] = {}
         for parameter in together:
