@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from planner.layout import Layout, ParameterSlice
+from planner.reallocation import lent
 
 Range = tuple[int, int]
 
@@ -25,8 +26,8 @@ class ParameterBuffer:
     ``flat`` holds no values yet; it is padded with zeros to a multiple of ``multiple`` so that it
     can be cut evenly over data-parallel ranks. ``expert_multiple``: experts, which come last, are
     held by fewer ranks; they begin at ``experts_start``, padded before to ``multiple`` and after
-    to this. ``lender``: slices that it has alike are not stored
-    but lent; neither side may be written while both are in use.
+    to this. ``lender``: slices that it covers are not stored but lent, as views that may be
+    strided; neither side may be written while both are in use.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ParameterBuffer:
     ) -> None:
         self.slices = tuple(slices)
         self.lender = lender
-        self.lent = frozenset() if lender is None else _alike(self.slices, lender.slices)
+        self.lent = frozenset() if lender is None else lent(self.slices, lender.slices)
         self.starts: dict[str, int] = {}
         self.by_name = {piece.name: piece for piece in self.slices}
         assert len(self.by_name) == len(self.slices), "one slice of a parameter on a rank"
@@ -78,16 +79,17 @@ class ParameterBuffer:
 
     def view(self, name: str, *, of: Tensor | None = None) -> Tensor:
         """The tensor of one slice, in its local shape; ``of``: another flat tensor, same order."""
+        piece = self.by_name[name]
         if self.lender is not None and name in self.lent:
-            return self.lender.view(name)
-        start, piece = self.starts[name], self.by_name[name]
+            return self.lender.box(piece)
+        start = self.starts[name]
         flat = self.flat if of is None else of
         return flat[start : start + piece.num_values].view(piece.length)
 
     def fused(self, names: Sequence[str], *, of: Tensor | None = None) -> Tensor:
         """Neighbouring slices as one tensor [sum of rows, …] without a copy: q, k, v at once."""
         if self.lender is not None and names[0] in self.lent:
-            return self.lender.fused(names)
+            return self.lender.fused(names) if len(names) > 1 else self.view(names[0])
         pieces = [self.by_name[name] for name in names]
         for before, after in pairwise(names):
             expected = self.starts[before] + self.by_name[before].num_values
@@ -105,17 +107,10 @@ class ParameterBuffer:
         """
         if self.lender is not None and piece.name in self.lent:
             return self.lender.row(piece)
-        whole = self.by_name[piece.name]
-        start, stride, broken = self.starts[piece.name], 1, False
-        for have, first, o, n in zip(
-            reversed(whole.length), reversed(whole.offset), reversed(piece.offset),
-            reversed(piece.length), strict=True,
-        ):  # fmt: skip
-            if broken and n > 1:
-                return None
-            broken = broken or n < have
-            start += (o - first) * stride
-            stride *= have
+        inside = row_in(self.by_name[piece.name], piece)
+        if inside is None:
+            return None
+        start = self.starts[piece.name] + inside
         return start, start + piece.num_values
 
     def of_row(self, name: str, row: Range) -> Tensor:
@@ -129,17 +124,16 @@ class ParameterBuffer:
         return self.view(piece.name)[piece.relative_to(self.by_name[piece.name])]
 
 
-def _alike(mine: Sequence[ParameterSlice], theirs: Sequence[ParameterSlice]) -> frozenset[str]:
-    """Names of the slices of both that are equal; of a block all of them, or none.
-
-    Neighbours are multiplied at once (``fused``), which needs all of them in one buffer.
-    """
-    held = frozenset(theirs)
-    unlike = {_block(piece) for piece in mine if piece not in held}
-    return frozenset(piece.name for piece in mine if _block(piece) not in unlike)
-
-
-def _block(piece: ParameterSlice) -> str:
-    """``layers.3`` of ``layers.3.q.weight``; a parameter outside the blocks is one by itself."""
-    head, _, rest = piece.name.partition(".")
-    return f"{head}.{rest.partition('.')[0]}"
+def row_in(whole: ParameterSlice, piece: ParameterSlice) -> int | None:
+    """Where in ``whole``, laid out by rows, ``piece`` begins if its values lie side by side."""
+    start, stride, broken = 0, 1, False
+    for have, first, o, n in zip(
+        reversed(whole.length), reversed(whole.offset), reversed(piece.offset),
+        reversed(piece.length), strict=True,
+    ):  # fmt: skip
+        if broken and n > 1:
+            return None
+        broken = broken or n < have
+        start += (o - first) * stride
+        stride *= have
+    return start

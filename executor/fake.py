@@ -56,6 +56,7 @@ from planner.program import (
     Offload,
     Program,
     Reallocate,
+    Reserve,
     Train,
     Transfer,
 )
@@ -114,7 +115,7 @@ def _place(plan: ExecutionPlan, instruction: Instruction, rank: int) -> object:
         allocation = plan.allocations[instruction.call]
         pp_rank, _, _ = allocation.strategy.coordinates(rank - allocation.mesh.first)
         return kind, instruction.call, pp_rank
-    if isinstance(instruction, Reallocate):
+    if isinstance(instruction, Reallocate | Reserve):
         return kind, instruction.role, stage(instruction.source), stage(instruction.destination)
     if isinstance(instruction, Load):
         return kind, instruction.role, stage(instruction.layout)

@@ -1,10 +1,11 @@
 """Carries out a ``planner.reallocation.Reallocation``: from one set of flat buffers to another.
 
-Read ``execute`` first. Who sends what is the planner's; here the slices between two ranks are
-cut into chunks: large slices by rows, small ones laid end to end. Chunk ``r`` of every pair
-crosses in round ``r``. What is contiguous in a flat buffer is sent from there and received there;
-the rest goes through a staging buffer, and while a round is under way the previous one is unpacked
-and the next one packed.
+Read ``execute`` first. Who sends what is the planner's; here what goes between two ranks is put
+into rounds (``make_schedule``). Values that lie side by side in the flat buffers of both ends cross
+from the one straight into the other. All else crosses in chunks, of which one pair has one in a
+round: large slices by rows, small ones laid end to end; they go through a staging buffer, unless
+they are side by side at this end. While a round is under way the previous one is unpacked, the
+next one packed, and a share of what stays in this rank copied.
 
 No deadlock: a rank posts all sends and receives of a round at once and waits for them before it
 posts the round after the next; both ends cut a stream alike, so every round's operations match.
@@ -21,13 +22,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from executor.buffers import ParameterBuffer, Range
-from planner.layout import ParameterSlice
+from executor.buffers import ParameterBuffer, Range, row_in
+from planner.layout import Layout, ParameterSlice
 from planner.memory import STAGING_BYTES
 from planner.reallocation import Reallocation
 
 Pair = tuple[int, int]  # (sender, receiver), world ranks
 Chunk = tuple[ParameterSlice, ...]  # boxes that cross together, laid end to end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """``num_values`` that lie side by side at both ends, from the first of box ``first`` on."""
+
+    first: ParameterSlice
+    num_values: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What crosses between two ranks in one round: at most one chunk, and any number of rows."""
+
+    chunk: Chunk
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """One rank's share of a reallocation: by pair the rounds, and what it copies from itself."""
+
+    rank: int
+    streams: Mapping[Pair, tuple[Part, ...]]
+    copies: tuple[ParameterSlice, ...]
+
+    @property
+    def num_rounds(self) -> int:
+        return max((len(parts) for parts in self.streams.values()), default=0)
 
 
 def execute(
@@ -38,7 +68,6 @@ def execute(
     rank: int,
     staging_bytes: int | None = None,
     wire_dtype: torch.dtype | None = None,
-    most_rounds: int | None = None,
 ) -> int:
     """Fills ``destination`` with this rank's part of ``plan.dst``; returns the bytes received.
 
@@ -47,8 +76,7 @@ def execute(
     values cross as ``wire_dtype`` and are converted at the ends, so that the two layouts may have
     unlike types; None: the type that the buffers share. Copies inside this rank are not counted.
     Memory beyond the buffers: at most ``staging_bytes`` (but at least two values for each
-    partner); None: ``STAGING_BYTES`` of the device. ``most_rounds``: leave out all later ones,
-    where only memory matters (``fake.py``).
+    partner); None: ``STAGING_BYTES`` of the device.
 
     With NCCL the world's communicator must exist: let all ranks pass a barrier once before.
     """
@@ -60,31 +88,47 @@ def execute(
     )
     if staging_bytes is None:
         staging_bytes = STAGING_BYTES["cuda" if buffers[0].flat.is_cuda else "cpu"]
+    schedule = make_schedule(
+        plan, rank, staging_bytes // dtype.itemsize, converted=wire_dtype is not None
+    )
+    return carry_out(schedule, source, destination, wire_dtype=wire_dtype)
+
+
+def carry_out(
+    schedule: Schedule,
+    source: ParameterBuffer | None,
+    destination: ParameterBuffer | None,
+    *,
+    wire_dtype: torch.dtype | None = None,
+    most_rounds: int | None = None,
+) -> int:
+    """``execute`` with a schedule that was made before, and can be run again and again.
+
+    ``most_rounds``: leave out all later ones, where only memory matters (``fake.py``).
+    """
+    one = destination if source is None else source
+    assert one is not None, schedule.rank
+    assert source is None or source.lender is None, "rows run on over what is lent"
+    dtype = wire_dtype or one.flat.dtype
+    like = torch.empty(0, dtype=dtype, device=one.flat.device)
+    num_rounds = min(schedule.num_rounds, most_rounds or schedule.num_rounds)
     with torch.no_grad():
-        work = _Exchange(
-            chunk_streams(plan, rank, staging_bytes // dtype.itemsize), source, destination, rank,
-            torch.empty(0, dtype=dtype, device=buffers[0].flat.device),
-        )  # fmt: skip
-        if most_rounds is not None:
-            work.num_rounds = min(work.num_rounds, most_rounds)
-        work.start(0)
-        for copy in plan.copies:  # under the first round
-            if copy.dst == rank:
-                assert source is not None, copy
-                assert destination is not None, copy
-                if copy.slice.name in destination.lent:
-                    continue
-                destination.box(copy.slice).copy_(source.box(copy.slice))
-        return work.finish() * dtype.itemsize
+        work = _Exchange(schedule, source, destination, like)
+        return work.run(num_rounds) * dtype.itemsize
 
 
-def chunk_streams(
-    plan: Reallocation, rank: int, staging_values: int
-) -> Mapping[Pair, tuple[Chunk, ...]]:
-    """The chunks of every pair that ``rank`` belongs to, the same on both ends.
+# ---- who sends what in which round --------------------------------------------------------------
+
+
+def make_schedule(
+    plan: Reallocation, rank: int, staging_values: int, *, converted: bool = False
+) -> Schedule:
+    """What ``rank`` sends, receives and copies; of every pair both ends find the same.
 
     A chunk holds at most ``staging_values / (2 * partners)`` values (at least one), where
     ``partners`` are the pairs of the busiest rank: all of a rank's chunks of two rounds fit.
+    ``converted``: an end may have values of another type than those that cross, so that nothing
+    goes straight.
     """
     streams: dict[Pair, list[ParameterSlice]] = defaultdict(list)
     for message in plan.messages:
@@ -94,9 +138,81 @@ def chunk_streams(
         partners[src] += 1
         partners[dst] += 1
     limit = max(1, staging_values // (2 * max(partners.values(), default=1)))
-    return {
-        pair: tuple(_chunks(boxes, limit)) for pair, boxes in streams.items() if rank in pair
-    }  # fmt: skip
+    found: dict[Pair, tuple[Part, ...]] = {}
+    for (src, dst), boxes in streams.items():
+        if rank in (src, dst):
+            rows: list[Row] = []
+            if not converted:
+                ends = _starts(plan.src, src), _starts(plan.dst, dst)
+                rows, boxes = _straight(boxes, *ends, least=limit * _ALONE)
+            found[src, dst] = _rounds(list(_chunks(boxes, limit)), rows)
+    copies = tuple(copy.slice for copy in plan.copies if copy.dst == rank)
+    return Schedule(rank=rank, streams=found, copies=copies)
+
+
+_Starts = Mapping[str, tuple[int, ParameterSlice]]  # where a slice begins, and what it is
+
+
+def _starts(layout: Layout, device: int) -> _Starts:
+    found, start, gap = {}, 0, layout.ep > 1
+    for piece in layout.slices(device):
+        if gap and piece.is_expert:  # a buffer may have padding here, which this stands for
+            start, gap = start + 1, False
+        found[piece.name] = start, piece
+        start += piece.num_values
+    return found
+
+
+def _straight(
+    boxes: Sequence[ParameterSlice], here: _Starts, there: _Starts, *, least: float
+) -> tuple[list[Row], list[ParameterSlice]]:
+    """Rows of at least so many values that go straight, and the boxes that do not.
+
+    Boxes are joined that follow each other at both ends. What is lent is never received, so that
+    a buffer without it has the others no further apart than they are counted here.
+    """
+    rows: list[Row] = []
+    others: list[ParameterSlice] = []
+    together: list[ParameterSlice] = []
+    ends: tuple[int | None, ...] = ()
+
+    def close() -> None:
+        num_values = sum(box.num_values for box in together)
+        if num_values >= least and together:
+            rows.append(Row(first=together[0], num_values=num_values))
+        else:
+            others.extend(together)
+        together.clear()
+
+    for box in boxes:
+        places = []
+        for starts in (here, there):
+            start, whole = starts[box.name]
+            inside = row_in(whole, box)
+            places.append(None if inside is None else start + inside)
+        if None in places:
+            others.append(box)
+            continue
+        if tuple(places) != ends:
+            close()
+        together.append(box)
+        ends = tuple(place + box.num_values for place in places if place is not None)
+    close()
+    return rows, others
+
+
+def _rounds(chunks: Sequence[Chunk], rows: Sequence[Row]) -> tuple[Part, ...]:
+    """A chunk a round, and in each about as many values of rows."""
+    num_rounds = max(1, len(chunks))
+    dealt: list[list[Row]] = [[] for _ in range(num_rounds)]
+    total, before = sum(row.num_values for row in rows), 0
+    for row in rows:
+        dealt[before * num_rounds // total].append(row)
+        before += row.num_values
+    return tuple(
+        Part(chunk=chunks[index] if chunks else (), rows=tuple(own))
+        for index, own in enumerate(dealt)
+    )
 
 
 # A slice with at least this share of a chunk's limit crosses alone: often without a copy.
@@ -168,6 +284,9 @@ def _rows(box: ParameterSlice, first: int, count: int) -> ParameterSlice:
     )
 
 
+# ---- carrying it out ----------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Round:
     """What is under way: requests, and what they bring: where it is to go, and where it is.
@@ -183,27 +302,23 @@ class _Exchange:
     """The rounds of one rank over a staging buffer of two halves, one segment a pair in each."""
 
     def __init__(
-        self,
-        streams: Mapping[Pair, tuple[Chunk, ...]],
-        source: ParameterBuffer | None,
-        destination: ParameterBuffer | None,
-        rank: int,
-        like: Tensor,
-    ) -> None:
-        self.streams, self.rank = streams, rank
+        self, schedule: Schedule, source: ParameterBuffer | None,
+        destination: ParameterBuffer | None, like: Tensor,
+    ) -> None:  # fmt: skip
+        self.schedule, self.rank, self.dtype = schedule, schedule.rank, like.dtype
         self.source, self.destination = source, destination
-        self.num_rounds = max((len(chunks) for chunks in streams.values()), default=0)
-        self.dtype = like.dtype
-        self.direct = {
-            pair: [self._in_place(pair, chunk) for chunk in chunks]
-            for pair, chunks in streams.items()
+        self.in_place = {
+            pair: [self._in_place(pair, part.chunk) for part in parts]
+            for pair, parts in schedule.streams.items()
         }
         self.sizes = {
-            pair: max((_num_values(c) for c, d in zip(chunks, self.direct[pair]) if d is None),
-                      default=0)
-            for pair, chunks in streams.items()
-        }  # fmt: skip
-        self.staging = like.new_empty(min(2, self.num_rounds), sum(self.sizes.values()))
+            pair: max(
+                _num_values(part.chunk) if place is None else 0
+                for part, place in zip(parts, self.in_place[pair], strict=True)
+            )
+            for pair, parts in schedule.streams.items()
+        }
+        self.staging = like.new_empty(min(2, schedule.num_rounds), sum(self.sizes.values()))
         self.under_way: dict[int, _Round] = {}
 
     def _own(self, pair: Pair) -> ParameterBuffer:
@@ -215,54 +330,85 @@ class _Exchange:
     def _in_place(self, pair: Pair, chunk: Chunk) -> Range | None:
         """Where the values of a chunk lie as one row of this rank's buffer, if they do."""
         buffer = self._own(pair)
-        if len(chunk) > 1 or buffer.flat.dtype != self.dtype:
+        if len(chunk) != 1 or buffer.flat.dtype != self.dtype:
             return None
         return buffer.row(chunk[0])
 
+    def run(self, num_rounds: int) -> int:
+        """All rounds; returns the values received."""
+        received, copied = 0, 0
+        copies = self._copies()
+        total = sum(theirs.numel() for theirs, _ in copies)
+        if num_rounds:
+            self.start(0)
+        for index in range(num_rounds):
+            if index + 1 < num_rounds:
+                self.start(index + 1)
+            while copies and copied * num_rounds <= index * total:
+                theirs, mine = copies.pop()
+                mine.copy_(theirs)
+                copied += theirs.numel()
+            received += self.finish(index)
+        for theirs, mine in reversed(copies):
+            mine.copy_(theirs)
+        return received
+
+    def _copies(self) -> list[tuple[Tensor, Tensor]]:
+        """What goes from this rank to itself, from and to, the last first."""
+        source, destination = self.source, self.destination
+        if source is None or destination is None:
+            return []
+        return [
+            (source.box(piece), destination.box(piece))
+            for piece in reversed(self.schedule.copies)
+            if piece.name not in destination.lent
+        ]
+
     def start(self, index: int) -> None:
         """Packs and posts round ``index``."""
-        if index >= self.num_rounds:
-            return
         operations: list[dist.P2POp] = []
         incoming: list[tuple[Chunk, Tensor]] = []
         segments = self.staging[index % 2].split(list(self.sizes.values()))
-        for ((src, dst), chunks), segment in zip(self.streams.items(), segments):
-            if index >= len(chunks):
+        for (pair, parts), segment in zip(self.schedule.streams.items(), segments, strict=True):
+            if index >= len(parts):
                 continue
-            buffer, chunk, direct = (
-                self._own((src, dst)),
-                chunks[index],
-                self.direct[src, dst][index],
-            )
-            if direct is None:
-                part = segment[: _num_values(chunk)]
+            part, place, buffer = parts[index], self.in_place[pair][index], self._own(pair)
+            receives = pair[1] == self.rank
+            tensors = [_row(buffer, row.first, row.num_values) for row in part.rows]
+            if part.chunk:
+                chunk = segment[: _num_values(part.chunk)]
+                if place is not None:
+                    chunk = buffer.of_row(part.chunk[0].name, place)
+                elif not receives:
+                    _pack(buffer, part.chunk, chunk)
+                if receives:
+                    incoming.append((part.chunk if place is None else (), chunk))
+                tensors.append(chunk)
+            if receives:
+                operations += [dist.P2POp(dist.irecv, tensor, pair[0]) for tensor in tensors]
+                incoming += [((), tensor) for tensor in tensors[: len(part.rows)]]
             else:
-                part = buffer.of_row(chunk[0].name, direct)
-            if dst == self.rank:
-                operations.append(dist.P2POp(dist.irecv, part, src))
-                incoming.append((chunk if direct is None else (), part))
-            else:
-                if direct is None:
-                    _pack(buffer, chunk, part)
-                operations.append(dist.P2POp(dist.isend, part, dst))
+                operations += [dist.P2POp(dist.isend, tensor, pair[1]) for tensor in tensors]
         self.under_way[index] = _Round(
             requests=dist.batch_isend_irecv(operations), incoming=incoming
         )
 
-    def finish(self) -> int:
-        """Runs what ``start(0)`` began to its end; returns the values received."""
-        received = 0
-        for index in range(self.num_rounds):
-            self.start(index + 1)
-            current = self.under_way.pop(index)
-            for request in current.requests:
-                request.wait()
-            for chunk, part in current.incoming:
-                if chunk:
-                    assert self.destination is not None
-                    _unpack(self.destination, chunk, part)
-                received += part.numel()
-        return received
+    def finish(self, index: int) -> int:
+        """Waits for round ``index`` and unpacks it; returns the values received."""
+        current = self.under_way.pop(index)
+        for request in current.requests:
+            request.wait()
+        for chunk, tensor in current.incoming:
+            if chunk:
+                assert self.destination is not None
+                _unpack(self.destination, chunk, tensor)
+        return sum(tensor.numel() for _, tensor in current.incoming)
+
+
+def _row(buffer: ParameterBuffer, first: ParameterSlice, num_values: int) -> Tensor:
+    place = buffer.row(first)
+    assert place is not None, first
+    return buffer.of_row(first.name, (place[0], place[0] + num_values))
 
 
 def _num_values(chunk: Chunk) -> int:

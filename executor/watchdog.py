@@ -33,6 +33,7 @@ from planner.program import (
     Program,
     Reallocate,
     Reload,
+    Reserve,
     Transfer,
 )
 from planner.reallocation import reallocate
@@ -146,7 +147,7 @@ def read_position(file: Path) -> Position | None:
 
 def partners(plan: ExecutionPlan, instruction: Instruction, rank: int) -> frozenset[int]:
     """The ranks that ``rank`` may wait for in an instruction."""
-    if isinstance(instruction, Load | Free | Function | Average | Offload | Reload):
+    if isinstance(instruction, Load | Reserve | Free | Function | Average | Offload | Reload):
         return frozenset()
     if isinstance(instruction, Transfer):
         return frozenset(parcel.peer for parcel in instruction.receives)

@@ -21,12 +21,14 @@ from executor.model.random_weights import init_random
 from executor.model.transformer import DecoderStage
 from executor.offload import Offloadable
 from executor.parallel.optimizer import Adam, AdamConfig
-from executor.reallocate import execute
+from executor.reallocate import Schedule, carry_out, make_schedule
 from executor.run import Run
 from executor.training import Trainer
 from planner.layout import Layout
-from planner.program import Average, Free, Load, Offload, Reallocate, Reload
+from planner.memory import STAGING_BYTES
+from planner.program import Average, Free, Load, Offload, Reallocate, Reload, Reserve
 from planner.reallocation import reallocate
+from profiles.hardware import DeviceKind
 
 
 class Weights:
@@ -46,9 +48,12 @@ class Weights:
         self.rank = rank
         self.device = device
         self.dtype = dtype
-        self.staging_bytes = staging_bytes
+        kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+        self.staging_bytes = staging_bytes or STAGING_BYTES[kind]
         self.most_rounds = most_rounds
         self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
+        self.reserved: dict[tuple[str, Layout], ParameterBuffer] = {}
+        self.schedules: dict[tuple[Layout, Layout], Schedule] = {}
         self.stages: dict[tuple[str, Layout, bool], DecoderStage] = {}
         self.trainers: dict[str, Trainer] = {}
         # Averages in fp32, flat as the buffer of (role, layout), which they may be.
@@ -69,9 +74,8 @@ class Weights:
 
     def load(self, load: Load) -> int:
         """Read this rank's slices of a checkpoint, or draw them."""
-        buffer = self._buffer(
-            load.role, load.layout, multiple=load.layout.dp if load.trained else 1
-        )
+        buffer = self._buffer(load.layout, multiple=load.layout.dp if load.trained else 1)
+        self.buffers[load.role, load.layout] = buffer
         self._fill(load.role, buffer)
         if load.trained:
             self.trainers[load.role] = self._trainer(load.role, load.layout, buffer)
@@ -80,15 +84,12 @@ class Weights:
         return buffer.flat.numel() * buffer.flat.element_size()
 
     def _buffer(
-        self, role: str, layout: Layout, *, multiple: int = 1,
-        lender: ParameterBuffer | None = None,
-    ) -> ParameterBuffer:  # fmt: skip
-        buffer = ParameterBuffer.for_rank(
+        self, layout: Layout, *, multiple: int = 1, lender: ParameterBuffer | None = None
+    ) -> ParameterBuffer:
+        return ParameterBuffer.for_rank(
             layout, self.rank, dtype=self.dtype, device=self.device, multiple=multiple,
             lender=lender,
         )  # fmt: skip
-        self.buffers[(role, layout)] = buffer
-        return buffer
 
     def _fill(self, role: str, buffer: ParameterBuffer) -> None:
         spec, path = self.problem.models[role], self.run.model_path(role)
@@ -154,28 +155,34 @@ class Weights:
 
     # ---- between layouts ----------------------------------------------------------------------
 
+    def reserve(self, reserve: Reserve) -> None:
+        """Memory for what ``reallocate`` will bring in every step, at one address for the run."""
+        self.reserved[reserve.role, reserve.destination] = self._buffer(
+            reserve.destination, lender=self.buffers.get((reserve.role, reserve.source))
+        )
+
     def reallocate(self, instruction: Reallocate) -> int:
         """Bring a role into another layout; returns the bytes that this rank received."""
-        role, destination = instruction.role, instruction.destination
-        plan = reallocate(
-            instruction.source,
-            destination,
-            devices_per_node=self.problem.cluster.devices_per_node,
-        )
+        role, layout = instruction.role, instruction.destination
         source = self.buffers.get((role, instruction.source))
         target = None
-        if self.rank in destination.mesh:
-            target = self._buffer(role, destination, lender=source)
-        return execute(
-            plan, source, target, rank=self.rank, staging_bytes=self.staging_bytes,
-            most_rounds=self.most_rounds,
-        )  # fmt: skip
+        if self.rank in layout.mesh:
+            target = self.reserved.get((role, layout)) or self._buffer(layout, lender=source)
+            self.buffers[role, layout] = target
+        key = (instruction.source, layout)
+        if key not in self.schedules:
+            plan = reallocate(*key, devices_per_node=self.problem.cluster.devices_per_node)
+            num_values = self.staging_bytes // self.dtype.itemsize
+            self.schedules[key] = make_schedule(plan, self.rank, num_values)
+        return carry_out(self.schedules[key], source, target, most_rounds=self.most_rounds)
 
     def free(self, free: Free) -> None:
-        """Drop what ``reallocate`` brought."""
-        del self.buffers[(free.role, free.layout)]
-        for split in (False, True):
-            self.stages.pop((free.role, free.layout, split), None)
+        """What ``reallocate`` brought is not read again; its memory goes unless it is reserved."""
+        key = (free.role, free.layout)
+        del self.buffers[key]
+        if key not in self.reserved:
+            for split in (False, True):
+                self.stages.pop((*key, split), None)
 
     def average(self, instruction: Average) -> None:
         """A small step is lost in a bf16 weight, so that the average is kept in fp32."""

@@ -53,6 +53,7 @@ from planner.program import (
     Program,
     Reallocate,
     Reload,
+    Reserve,
     Train,
     Transfer,
     call_layout,
@@ -120,6 +121,7 @@ class Worker:
             Function: self._function,
             Transfer: self._transfer,
             Reallocate: self._reallocate,
+            Reserve: self._reserve,
             Free: self._free,
             Average: self._average,
             Offload: self._offload,
@@ -192,6 +194,9 @@ class Worker:
 
     def _reallocate(self, instruction: Reallocate, counts: dict[str, int]) -> None:
         counts["num_bytes"] = self.weights.reallocate(instruction)
+
+    def _reserve(self, instruction: Reserve, counts: dict[str, int]) -> None:
+        self.weights.reserve(instruction)
 
     def _free(self, free: Free, counts: dict[str, int]) -> None:
         self.weights.free(free)

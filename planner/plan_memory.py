@@ -1,7 +1,8 @@
 """Bytes on every device of a plan over a step: ``memory_over_time``, and whether it fits.
 
 One call's bytes are ``memory.py``'s; here is what stays between calls, what is borrowed for some
-of them, and what comes from the host's memory for one.
+of them, and what comes from the host's memory for one. Borrowed weights keep their memory between
+steps where there is enough of it: ``kept_layouts``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from planner.cost.stage import VALUE_BYTES
 from planner.graph import CallKind
 from planner.layout import Layout
 from planner.memory import (
@@ -22,6 +24,7 @@ from planner.memory import (
     running_memory,
 )
 from planner.plan import ExecutionPlan
+from planner.reallocation import stored_values
 from planner.strategy import ParallelStrategy
 from profiles.errors import InfeasibleError
 from profiles.hardware import DeviceKind
@@ -46,6 +49,37 @@ def home_strategies(plan: ExecutionPlan) -> dict[str, dict[Layout, ParallelStrat
     return homes
 
 
+# Of a device's memory a plan may fill so much for the sake of speed. The tenth that is left is as
+# much as the memory model may be wrong by (tests/executor/test_fake.py, test_tracked_memory.py).
+KEPT_SHARE = 0.9
+
+Held = tuple[str, Layout]  # a role's weights in a layout
+
+
+def kept_layouts(plan: ExecutionPlan) -> frozenset[Held]:
+    """Borrowed layouts whose memory stays from step to step, where a plan has room for it.
+
+    Memory that is there need not be found, mapped and touched again, and what knows its addresses
+    (a CUDA graph) stays right. In the order of their first use each layout is kept that leaves
+    its devices at most ``KEPT_SHARE`` full at their fullest; the others come and go.
+    """
+    homes = home_strategies(plan)
+    limit = KEPT_SHARE * plan.problem.cluster.device.memory_bytes
+    averaged = [
+        (average.of, layout)
+        for average in plan.problem.graph.averages
+        for layout in homes[average.role]
+        if layout not in homes[average.of]
+    ]
+    kept: frozenset[Held] = frozenset()
+    for held in dict.fromkeys((*_borrowed(plan, homes), *averaged)):
+        moments = memory_over_time(plan, kept=kept | {held})
+        devices = held[1].mesh.devices
+        if all(fullest(moments[device]).need.total <= limit for device in devices):
+            kept |= {held}
+    return kept
+
+
 class MemoryMoment(NamedTuple):
     """A device's bytes while ``call`` runs on it, or ``after`` it; "" between calls."""
 
@@ -54,15 +88,19 @@ class MemoryMoment(NamedTuple):
     after: str = ""
 
 
-def memory_over_time(plan: ExecutionPlan) -> Mapping[int, tuple[MemoryMoment, ...]]:
+def memory_over_time(
+    plan: ExecutionPlan, *, kept: frozenset[Held] | None = None
+) -> Mapping[int, tuple[MemoryMoment, ...]]:
     """Every device's bytes over a step: between calls, then in each of its calls in their order.
 
     What stays, what the call needs while it runs, and weights that are borrowed for it, or for
-    calls before and after it.
+    calls before and after it. ``kept``: see ``kept_layouts``, whose answer is taken for None; with
+    none kept a plan needs least, and as much as the search counts.
     """
     problem, kind = plan.problem, plan.problem.cluster.device.kind
     homes = home_strategies(plan)
-    resident = _resident(plan, homes)
+    kept = kept_layouts(plan) if kept is None else kept
+    resident = _resident(plan, homes, kept)
     borrowed = _borrowed(plan, homes)
     found = {device: [MemoryMoment("", need)] for device, need in resident.items()}
     for position, call in enumerate(problem.graph.step_calls):
@@ -83,12 +121,12 @@ def memory_over_time(plan: ExecutionPlan) -> Mapping[int, tuple[MemoryMoment, ..
                     for need, own in zip(stages, held, strict=True)
                 ]
         width = allocation.mesh.num_devices // len(stages)
-        there = [layout for (_, layout), (a, b) in borrowed.items() if a <= position <= b]
+        there = [held for held, (a, b) in borrowed.items() if a <= position <= b]
         for device in allocation.mesh.devices:
             need = resident[device] + stages[(device - allocation.mesh.first) // width]
-            for layout in there:
-                if device in layout.mesh:
-                    need += _borrowed_memory(layout, device, kind)
+            for held_there in there:
+                if device in held_there[1].mesh:
+                    need += _borrowed_memory(held_there, device, kind, kept)
             found[device].append(MemoryMoment(call.name, need))
     for average in problem.graph.averages:
         train = problem.graph.train_call(average.of)
@@ -97,17 +135,25 @@ def memory_over_time(plan: ExecutionPlan) -> Mapping[int, tuple[MemoryMoment, ..
             for device in layout.mesh.devices:
                 need = resident[device]
                 if layout not in homes[average.of]:  # the trained weights are brought here
-                    need += _borrowed_memory(layout, device, kind)
+                    need += _borrowed_memory((average.of, layout), device, kind, kept)
                 found[device].append(MemoryMoment(train.name, need, f"average {average.role}"))
     return {device: tuple(moments) for device, moments in found.items()}
 
 
-def _borrowed_memory(layout: Layout, device: int, kind: DeviceKind) -> MemoryBreakdown:
-    """Weights of a layout that is no home, and what was under way to bring them."""
+def _borrowed_memory(
+    held: Held, device: int, kind: DeviceKind, kept: frozenset[Held]
+) -> MemoryBreakdown:
+    """Weights in a layout that is no home, and what was under way to bring them.
+
+    As if nothing of them were lent, unless their memory is there anyway.
+    """
+    staging = MemoryBreakdown(buffers=STAGING_BYTES[kind])
+    if held in kept:
+        return staging
+    _, layout = held
     strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp, ep=layout.ep)
     stage = layout.coordinates(device)[0]
-    held = held_memory(layout.spec, strategy, stage, kind, trained=False)
-    return held + MemoryBreakdown(buffers=STAGING_BYTES[kind])
+    return held_memory(layout.spec, strategy, stage, kind, trained=False) + staging
 
 
 def fullest(moments: Sequence[MemoryMoment]) -> MemoryMoment:
@@ -115,9 +161,15 @@ def fullest(moments: Sequence[MemoryMoment]) -> MemoryMoment:
     return max(moments, key=lambda moment: moment.need.total)
 
 
-def plan_memory(plan: ExecutionPlan) -> Mapping[int, MemoryBreakdown]:
-    """The fullest moment of every device of the cluster: what stays, and the worst call."""
-    return {device: fullest(moments).need for device, moments in memory_over_time(plan).items()}
+def plan_memory(
+    plan: ExecutionPlan, *, kept: frozenset[Held] | None = None
+) -> Mapping[int, MemoryBreakdown]:
+    """The fullest moment of every device of the cluster: what stays, and the worst call.
+
+    ``kept`` as ``memory_over_time`` has it.
+    """
+    moments = memory_over_time(plan, kept=kept)
+    return {device: fullest(own).need for device, own in moments.items()}
 
 
 def check_memory(plan: ExecutionPlan) -> None:
@@ -162,7 +214,9 @@ REMEDIES: Mapping[str, str] = {
 
 
 def _resident(
-    plan: ExecutionPlan, homes: Mapping[str, Mapping[Layout, ParallelStrategy]]
+    plan: ExecutionPlan,
+    homes: Mapping[str, Mapping[Layout, ParallelStrategy]],
+    kept: frozenset[Held],
 ) -> dict[int, MemoryBreakdown]:
     """What every device holds at all times."""
     kind = plan.problem.cluster.device.kind
@@ -186,6 +240,11 @@ def _resident(
                 if averaged:
                     more = average_bytes(own.weights, kind) - own.weights
                     found[device] += MemoryBreakdown(weights=more)
+    for role, layout in kept:
+        (home,) = homes[role]
+        for device in layout.mesh.devices:
+            stored_bytes = stored_values(home, layout, device) * VALUE_BYTES[kind]
+            found[device] += MemoryBreakdown(weights=stored_bytes)
     return found
 
 
@@ -201,9 +260,9 @@ def _offloaded(plan: ExecutionPlan, role: str) -> set[Layout]:
 
 def _borrowed(
     plan: ExecutionPlan, homes: Mapping[str, Mapping[Layout, ParallelStrategy]]
-) -> dict[tuple[str, Layout], tuple[int, int]]:
+) -> dict[Held, tuple[int, int]]:
     """Layouts that exist for a part of the step: positions of their first and last call."""
-    found: dict[tuple[str, Layout], tuple[int, int]] = {}
+    found: dict[Held, tuple[int, int]] = {}
     ahead = plan.problem.graph.ahead
     for position, call in enumerate(plan.problem.graph.step_calls):
         if call.role is None:

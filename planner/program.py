@@ -19,6 +19,7 @@ from typing import Literal
 from planner.graph import CallKind, ModelFunctionCall, ParameterAverage
 from planner.layout import Layout
 from planner.plan import ExecutionPlan, validate_plan
+from planner.plan_memory import kept_layouts
 from planner.transfers import Arrivals, Parcel, plan_transfers, readers_of
 
 
@@ -93,8 +94,24 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reserve:
+    """Before the first step: memory for the role in ``destination``, which ``Free`` does not free.
+
+    It comes from ``source`` in every step, which lends what it has.
+    """
+
+    index: int
+    role: str
+    source: Layout
+    destination: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Free:
-    """The role's weights in ``layout`` are not read again in this step."""
+    """The role's weights in ``layout`` are not read again in this step.
+
+    Their memory is free then too, unless it was reserved.
+    """
 
     index: int
     role: str
@@ -141,8 +158,8 @@ class Reload:
 
 
 Instruction = (
-    Generate | Infer | Train | Function | Transfer | Reallocate | Load | Free | Average
-    | Offload | Reload
+    Generate | Infer | Train | Function | Transfer | Reallocate | Load | Reserve | Free
+    | Average | Offload | Reload
 )  # fmt: skip
 CALL_INSTRUCTIONS: Mapping[CallKind, type[Generate | Infer | Train | Function]] = {
     CallKind.GENERATE: Generate,
@@ -241,6 +258,12 @@ class _Compiler:
                     found.append(Offload(index=self.index(), role=role, layout=layout, what=what))
                 for rank in layout.mesh.devices:
                     loads[rank].extend(found)
+        order = sorted(kept_layouts(self.plan), key=lambda held: (held[0], held[1].key))
+        for role, layout in order:
+            (home,) = self.homes[role]
+            reserve = Reserve(index=self.index(), role=role, source=home, destination=layout)
+            for rank in layout.mesh.devices:
+                loads[rank].append(reserve)
         return {rank: tuple(instructions) for rank, instructions in loads.items()}
 
     def last_use(self) -> dict[tuple[str, Layout], str]:

@@ -15,8 +15,8 @@ there is one, and among equals from the one that has been given least to send so
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import gcd, lcm
@@ -31,6 +31,7 @@ from planner.layout import (
     head_layer,
     layer_parameters,
 )
+from planner.mesh import DeviceMesh
 from profiles.models import ModelSpec
 
 # Sharded parameters by how they are cut: into tp parts, or with kv heads into fewer, or with
@@ -127,11 +128,16 @@ def _part(parameter: ParameterShape, route: Route) -> ParameterSlice | None:
     return ParameterSlice(name=parameter.name, offset=tuple(offset), length=tuple(length))
 
 
-def route_values(spec: ModelSpec, route: Route) -> int:
+# Of the parameters of a route: all; those that a device which holds more of them cannot lend
+# (``lent``); those that are cut inside their rows, so that parts do not lie side by side.
+Which = Literal["all", "unlendable", "inner"]
+
+
+def route_values(spec: ModelSpec, route: Route, which: Which = "all") -> int:
     """Values that a route moves; times the bytes of one value these are its bytes."""
     blocks = sum(0 <= layer < spec.num_layers for layer in route.layers)
     ends = [layer for layer in route.layers if not 0 <= layer < spec.num_layers]
-    interval = (route.lo, route.hi, route.units, route.replicated, route.cut, route.experts)
+    interval = (route.lo, route.hi, route.units, route.replicated, route.cut, route.experts, which)
     total = blocks * _layer_values(spec, 0, *interval) if blocks else 0
     return total + sum(_layer_values(spec, layer, *interval) for layer in ends)
 
@@ -139,15 +145,88 @@ def route_values(spec: ModelSpec, route: Route) -> int:
 @lru_cache(maxsize=4096)
 def _layer_values(
     spec: ModelSpec, layer: int, lo: int, hi: int, units: int, replicated: bool, cut: Cut,
-    experts: tuple[int, int, int],
+    experts: tuple[int, int, int], which: Which,
 ) -> int:  # fmt: skip
     """As ``route_values``, of one layer; all blocks have the same."""
     route = Route(
         src=0, dst=1, layers=(layer,), lo=lo, hi=hi, units=units, replicated=replicated, cut=cut,
         experts=experts,
     )  # fmt: skip
-    parts = (_part(parameter, route) for parameter in layer_parameters(spec, layer))
-    return sum(part.num_values for part in parts if part is not None)
+    total = 0
+    for parameter in layer_parameters(spec, layer):
+        part = _part(parameter, route)
+        if part is not None and (which == "all" or _is(parameter, which)):
+            total += part.num_values
+    return total
+
+
+def _is(parameter: ParameterShape, which: Literal["unlendable", "inner"]) -> bool:
+    if which == "inner":
+        return bool(parameter.shard_dim)
+    return len(parameter.shape) > 2 or _group(parameter.name) != parameter.name
+
+
+# Parameters that the executor multiplies at once: neighbours in the buffer that holds them.
+_TOGETHER = {
+    "q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up", "q_norm": "qk_norm",
+    "k_norm": "qk_norm",
+}  # fmt: skip
+
+
+def _group(name: str) -> str:
+    """``layers.3.qkv.weight`` of ``layers.3.q.weight``; what is used alone is a group by itself."""
+    prefix, _, kind = name.rpartition(".")
+    before, _, last = prefix.rpartition(".")
+    return f"{before}.{_TOGETHER[last]}.{kind}" if last in _TOGETHER else name
+
+
+def lent(wanted: Sequence[ParameterSlice], held: Sequence[ParameterSlice]) -> frozenset[str]:
+    """Names of wanted slices that need no memory: views of held ones of the same device.
+
+    A matrix or a vector is one where the held slice covers it, strided if need be: a product takes
+    rows at any distance. What is multiplied at once only if all of it is held alike, and so is
+    a stack of matrices.
+    """
+    by_name = {piece.name: piece for piece in held}
+    unlike = {_group(piece.name) for piece in wanted if by_name.get(piece.name) != piece}
+    found = []
+    for piece in wanted:
+        group = _group(piece.name)
+        covered = group == piece.name and len(piece.length) <= 2 and piece.name in by_name
+        if group not in unlike or (covered and _covers(by_name[piece.name], piece)):
+            found.append(piece.name)
+    return frozenset(found)
+
+
+def _covers(outer: ParameterSlice, inner: ParameterSlice) -> bool:
+    return all(
+        a <= o and o + n <= a + have
+        for a, have, o, n in zip(
+            outer.offset, outer.length, inner.offset, inner.length, strict=True
+        )
+    )
+
+
+def stored_values(src: Layout, dst: Layout, device: int) -> int:
+    """Values of ``dst`` that ``device`` needs memory for beside those of ``src`` (``lent``)."""
+    near, far = (
+        replace(layout, mesh=DeviceMesh(0, layout.mesh.num_devices)) for layout in (src, dst)
+    )
+    held_at = None if device not in src.mesh else _alike_to(src, device)
+    return _stored_values(near, far, held_at, _alike_to(dst, device))
+
+
+def _alike_to(layout: Layout, device: int) -> int:
+    """The first device that holds what ``device`` does, were the mesh to begin at 0."""
+    pp_rank, _, tp_rank = layout.coordinates(device)
+    return layout.device(pp_rank, layout.ep_rank(device), tp_rank) - layout.mesh.first
+
+
+@lru_cache(maxsize=4096)
+def _stored_values(src: Layout, dst: Layout, held_at: int | None, wanted_at: int) -> int:
+    wanted = dst.slices(wanted_at)
+    names = lent(wanted, () if held_at is None else src.slices(held_at))
+    return sum(piece.num_values for piece in wanted if piece.name not in names)
 
 
 def groups_of_layers(src: Layout, dst: Layout) -> Iterator[tuple[int, frozenset[int], list[int]]]:

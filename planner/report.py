@@ -27,6 +27,7 @@ from planner.program import (
     Offload,
     Reallocate,
     Reload,
+    Reserve,
     Transfer,
     compile_plan,
     home_layouts,
@@ -304,6 +305,8 @@ def program_table(plan: ExecutionPlan, rank: int) -> Table:
 
 def _describe(plan: ExecutionPlan, rank: int, instruction: Instruction) -> tuple[str, str]:
     name = type(instruction).__name__
+    if isinstance(instruction, Reserve):
+        return name, f"{instruction.role} in {instruction.destination.key}"
     if isinstance(instruction, Load | Free):
         return name, f"{instruction.role} in {instruction.layout.key}"
     if isinstance(instruction, Offload | Reload):

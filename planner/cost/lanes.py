@@ -20,11 +20,13 @@ from planner.mesh import DeviceMesh
 from planner.reallocation import (
     Cut,
     Route,
+    Which,
     crossing_parts,
     cuts,
     groups_of_layers,
     route_values,
     routes,
+    stored_values,
 )
 from profiles.models import ModelSpec
 
@@ -36,8 +38,8 @@ OUT_INTRA, IN_INTRA, OUT_INTER, IN_INTER, PASSES = range(5)
 class LaneLoads:
     """By lane (out and in inside a node, out and in between nodes) and device: [4, devices].
 
-    ``passes``: values that a device reads or writes for it [devices]; what is there alike in whole
-    blocks (equal tp, equal shard) is lent, as by ``executor.buffers``.
+    ``passes``: values that a device reads or writes for it [devices]; what it need not copy is not
+    among them (``planner.reallocation.lent``).
     """
 
     values: Ints
@@ -76,24 +78,24 @@ def _loads_of_routes(src: Layout, dst: Layout, devices_per_node: int) -> LaneLoa
     last = max(src.mesh.devices[-1], dst.mesh.devices[-1])
     values = np.zeros((5, last + 1), dtype=np.int64)
     messages = np.zeros((4, last + 1), dtype=np.int64)
-    num_layers = src.spec.num_layers
+    received = np.zeros(last + 1, dtype=np.int64)
     for route in routes(src, dst, devices_per_node=devices_per_node):
-        moved = route_values(src.spec, route)
         if route.src == route.dst:
-            alike = src.tp == dst.tp and route.lo < route.hi
-            same_experts = src.ep == dst.ep and src.ep_rank(route.src) == dst.ep_rank(route.dst)
-            if alike and not same_experts:  # blocks are lent as wholes
-                blocks = tuple(layer for layer in route.layers if 0 <= layer < num_layers)
-                moved, alike = route_values(src.spec, replace(route, layers=blocks)), False
-            values[PASSES, route.dst] += 0 if alike else 2 * moved
             continue
-        values[PASSES, [route.src, route.dst]] += 2 * moved
+        moved = route_values(src.spec, route)
+        received[route.dst] += moved
+        # As in _cross: parts of rows are packed and unpacked.
+        inner = route_values(src.spec, replace(route, replicated=False), "inner")
+        for device, tp in ((route.src, src.tp), (route.dst, dst.tp)):
+            values[PASSES, device] += 2 * inner * ((route.hi - route.lo) * tp != route.units)
         near = route.src // devices_per_node == route.dst // devices_per_node
         lane = OUT_INTRA if near else OUT_INTER
         values[lane, route.src] += moved
         values[lane + 1, route.dst] += moved
         messages[lane, route.src] += 1
         messages[lane + 1, route.dst] += 1
+    for device in dst.mesh.devices:  # what is neither lent nor received is copied
+        values[PASSES, device] += 2 * (stored_values(src, dst, device) - received[device])
     return LaneLoads(values=values[:4], messages=messages, passes=values[PASSES])
 
 
@@ -126,21 +128,25 @@ def _groups(src: Layout, dst: Layout) -> Sequence[tuple[int, Ints, int, tuple[in
 def _values(
     spec: ModelSpec, blocks: int, ends: tuple[int, ...], src_parts: int, dst_parts: int, cut: Cut
 ) -> tuple[Ints, int, int]:
-    """(sharded values before each unit [units + 1], replicated ones, all) of some layers."""
+    """(sharded values before each unit [kinds, units + 1], replicated ones, all) of some layers.
+
+    Kinds: all, those that cannot be lent, those that are cut inside their rows.
+    """
     units = lcm(src_parts, dst_parts)
 
-    def count(lo: int, hi: int, units: int, replicated: bool) -> int:
+    def count(lo: int, hi: int, units: int, replicated: bool, which: Which = "all") -> int:
         def of(layers: tuple[int, ...]) -> int:
-            return route_values(spec, Route(
+            route = Route(
                 src=0, dst=1, layers=layers, lo=lo, hi=hi, units=units, replicated=replicated,
                 cut=cut,
-            ))  # fmt: skip
+            )  # fmt: skip
+            return route_values(spec, route, which)
 
         return (blocks * of((0,)) if blocks else 0) + of(ends)
 
-    before = [count(0, unit, units, False) for unit in range(units + 1)]
-    replicated = count(0, 0, units, True)
-    return np.array(before, dtype=np.int64), replicated, count(0, 1, 1, True)
+    kinds: tuple[Which, ...] = ("all", "unlendable", "inner")
+    before = [[count(0, unit, units, False, kind) for unit in range(units + 1)] for kind in kinds]
+    return np.array(before, dtype=np.int64), count(0, 0, units, True), count(0, 1, 1, True)
 
 
 @compiled
@@ -186,7 +192,7 @@ def _cross(
     """
     first, dp, tp, per_node = shape[3], shape[4], shape[5], shape[6]
     dst_stage, src_parts, dst_parts = detail[0], detail[1], detail[2]
-    units = len(cumulated) - 1
+    units = cumulated.shape[1] - 1
     src_step, dst_step = units // src_parts, units // dst_parts
     for rank in range(dp * tp):
         device = first + dst_stage * dp * tp + rank
@@ -196,24 +202,28 @@ def _cross(
         wanted = held >= 0 and held * src_step < hi and (held + 1) * src_step > lo
         for part in range(lo // src_step, -(-hi // src_step)):
             start, end = max(lo, part * src_step), min(hi, (part + 1) * src_step)
-            moved = cumulated[end] - cumulated[start]
+            sharded = cumulated[0, end] - cumulated[0, start]
+            unlendable = cumulated[1, end] - cumulated[1, start]
+            inner = cumulated[2, end] - cumulated[2, start]
+            moved = sharded
             with_replicated = held == part if wanted else start == lo
             if with_replicated and (held < 0 or held == part) and detail[5] == 1:
                 moved += detail[3]
-            # What a device holds alike of whole blocks is lent to the new layout, not copied.
-            if held != part or shape[2] != tp:
-                values[PASSES, device] += 2 * moved  # read and written
+            whole = start == lo and end == hi
             if held == part:
+                # One shard of equally many: all is alike, and lent.
+                if shape[2] != tp or (device - shape[0]) % tp != rank % tp:
+                    values[PASSES, device] += 2 * (unlendable if whole else sharded)
                 continue
             giver = _nearest(shape, stages, src_parts, part, device // per_node, sent, False)
             if giver < 0:
                 giver = _nearest(shape, stages, src_parts, part, 0, sent, True)
             sent[giver] += detail[4] * (end - start) // units
-            values[PASSES, giver] += 2 * moved
+            # Parts of rows are packed, or unpacked, once read and once written.
+            values[PASSES, giver] += 0 if end - start == src_step else 2 * inner
+            values[PASSES, device] += 0 if whole else 2 * inner
             lane = OUT_INTRA if giver // per_node == device // per_node else OUT_INTER
             values[lane, giver] += moved
             values[lane + 1, device] += moved
             messages[lane, giver] += 1
             messages[lane + 1, device] += 1
-        if held >= 0 and not wanted and detail[5] == 1:
-            values[PASSES, device] += 2 * detail[3]  # norms, but no part that is wanted

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from executor.buffers import ParameterBuffer
 from planner.layout import Layout, ParameterSlice
 from planner.mesh import DeviceMesh
+from planner.reallocation import stored_values
 from tests.executor.small_models import small_spec
 
 SPEC = small_spec(qkv_bias=True, family="qwen2")
@@ -84,8 +85,8 @@ def test_one_slice_of_a_parameter_on_a_rank():
         ParameterBuffer([piece, piece], dtype=torch.float32, device="cpu")
 
 
-def test_what_both_have_alike_is_lent_and_not_stored():
-    """One stage of two is there already; of the other tp nothing is."""
+def test_what_a_held_slice_covers_is_lent_and_not_stored():
+    """One stage of two is there already; of the other tp what is multiplied by itself."""
     whole = Layout(spec=SPEC, mesh=DeviceMesh(0, 2), dp=2)
     stages = Layout(spec=SPEC, mesh=DeviceMesh(0, 2), pp=2)
     source = ParameterBuffer.for_rank(stages, 0, dtype=torch.float32, device="cpu")
@@ -98,7 +99,19 @@ def test_what_both_have_alike_is_lent_and_not_stored():
 
     shards = Layout(spec=SPEC, mesh=DeviceMesh(0, 2), tp=2)
     other = ParameterBuffer.for_rank(shards, 0, dtype=torch.float32, device="cpu", lender=source)
-    assert other.lent <= {"final_norm.weight", "final_norm.bias"}
+    kinds = {name.partition(".")[2].partition(".")[2] or name for name in other.lent}
+    assert {"o.weight", "down.weight", "embedding.weight"} <= kinds
+    assert not kinds & {"q.weight", "k.weight", "v.weight", "gate.weight", "up.weight"}
+    for piece in shards.slices(0):
+        if piece.name in other.lent:
+            part = source.view(piece.name)[tuple(slice(0, n) for n in piece.length)]
+            assert torch.equal(other.view(piece.name), part)
+            assert other.view(piece.name).data_ptr() == part.data_ptr()
+            assert torch.equal(other.fused([piece.name]), part)
+    assert other.num_values == stored_values(stages, shards, 0)
+    assert stored_values(shards, stages, 1) == sum(
+        piece.num_values for piece in stages.slices(1) if "norm" not in piece.name
+    ), "halves do not cover wholes"
 
 
 @given(data=st.data())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import Counter
 from itertools import product
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.buffers import ParameterBuffer
-from executor.reallocate import chunk_streams, cut, execute
+from executor.reallocate import Part, cut, execute, make_schedule
 from planner.layout import Layout, ParameterSlice, parameters
 from planner.mesh import DeviceMesh
 from planner.reallocation import reallocate
@@ -182,11 +183,34 @@ def test_chunks_of_two_rounds_fit_the_staging_and_both_ends_agree(
 ) -> None:
     ((src, dst, _),) = random_pairs(1, seed)
     plan = reallocate(src, dst)
-    streams = [chunk_streams(plan, rank, staging_values) for rank in range(WORLD)]
+    streams = [make_schedule(plan, rank, staging_values).streams for rank in range(WORLD)]
+    crossing = Counter[tuple[int, int]]()
+    for message in plan.messages:
+        crossing[message.src, message.dst] += message.num_values
     for rank, mine in enumerate(streams):
-        for pair, chunks in mine.items():
-            assert streams[pair[0]][pair] == streams[pair[1]][pair] == chunks
-            assert sum(len(pieces) > 0 for pieces in chunks) == len(chunks)
-        largest = [max(sum(b.num_values for b in c) for c in chunks) for chunks in mine.values()]
+        for pair, parts in mine.items():
+            assert streams[pair[0]][pair] == streams[pair[1]][pair] == parts
+            assert all(part.chunk for part in parts) or len(parts) == 1
+            assert sum(map(num_values, parts)) == crossing[pair]
+        largest = [
+            max(sum(b.num_values for b in p.chunk) for p in parts) for parts in mine.values()
+        ]
         partners = max(len(m) for m in streams)
         assert 2 * sum(largest) <= max(staging_values, 2 * partners), (rank, largest)
+
+
+def num_values(part: Part) -> int:
+    return sum(box.num_values for box in part.chunk) + sum(row.num_values for row in part.rows)
+
+
+def test_whole_stages_go_straight_in_one_message() -> None:
+    """To ranks without a share of it: neighbours at both ends are one row."""
+    model = spec(tied_embedding=True)
+    src = Layout(spec=model, mesh=DeviceMesh(0, 1))
+    dst = Layout(spec=model, mesh=DeviceMesh(1, 2), pp=2)
+    parts = [make_schedule(reallocate(src, dst), 0, 1000).streams[0, rank] for rank in (1, 2)]
+    assert [[len(part.rows) for part in own] for own in parts] == [
+        [1],
+        [1 + 1],
+    ]  # tied: first, last
+    assert not any(part.chunk for own in parts for part in own)

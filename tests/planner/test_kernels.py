@@ -59,7 +59,7 @@ def test_the_evaluator_agrees_with_the_simulator_and_the_memory_model(
         score = evaluator.score(assignment)
         expected_s = run_program(plan, compile_plan(plan), space.prices, num_steps=1).step_s
         assert score.step_s == pytest.approx(expected_s, rel=1e-9)
-        fullest = max(need.total for need in plan_memory(plan).values())
+        fullest = max(need.total for need in plan_memory(plan, kept=frozenset()).values())
         assert score.overshoot == pytest.approx(max(0.0, fullest / had - 1.0), rel=1e-12)
 
 
@@ -72,7 +72,9 @@ def test_an_average_in_fp32_takes_its_memory() -> None:
     evaluator.tables = evaluator.tables._replace(memory_bytes=20e9)
     for _ in range(20):
         assignment = random_assignment(rng, space)
-        fullest = max(n.total for n in plan_memory(evaluator.plan(assignment)).values())
+        fullest = max(
+            n.total for n in plan_memory(evaluator.plan(assignment), kept=frozenset()).values()
+        )
         expected = max(0.0, fullest / 20e9 - 1.0)
         assert evaluator.overshoot(assignment) == pytest.approx(expected, rel=1e-12)
 

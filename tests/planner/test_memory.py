@@ -25,8 +25,17 @@ from planner.memory import (
 )
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem
-from planner.plan_memory import check_memory, home_strategies, memory_over_time, plan_memory
-from planner.program import home_layouts
+from planner.plan_memory import (
+    KEPT_SHARE,
+    check_memory,
+    home_strategies,
+    kept_layouts,
+    memory_over_time,
+    plan_memory,
+)
+from planner.program import Reserve, compile_plan, home_layouts
+from planner.program_check import check_program
+from planner.reallocation import stored_values
 from planner.strategy import ParallelStrategy
 from profiles.catalogue import MODELS, resolve_model
 from profiles.clusters import make_cluster
@@ -259,7 +268,7 @@ def test_a_borrowed_layout_is_there_while_its_call_runs() -> None:
         ppo(), workload=replace(ppo().workload, prompt_tokens=1, response_tokens=1)
     )  # so that weights outweigh what runs
     together = plan_memory(plan_of(home, problem=small))
-    apart = plan_memory(plan_of(home, problem=small, actor_gen=other))
+    apart = plan_memory(plan_of(home, problem=small, actor_gen=other), kept=frozenset())
     weights = call_memory(small, "actor_gen", other).weights
     assert apart[0].weights == together[0].weights + weights
     assert apart[0].buffers >= STAGING_BYTES["cuda"]
@@ -270,7 +279,7 @@ def test_a_borrowed_layout_is_there_while_its_call_runs() -> None:
 def test_a_devices_step_is_told_call_by_call() -> None:
     home, other = allocate(tp=8, m=16), allocate(tp=4, m=16)
     plan = plan_of(home, actor_gen=other, critic_inf=allocate(tp=4, first=4, m=16))
-    moments = memory_over_time(plan)
+    moments = memory_over_time(plan, kept=frozenset())
     order = [call.name for call in plan.problem.graph.calls]
     # Devices 0 to 3 do all but critic_inf, the others all but actor_gen.
     for device, without in ((0, "critic_inf"), (7, "actor_gen")):
@@ -285,12 +294,42 @@ def test_a_devices_step_is_told_call_by_call() -> None:
         assert need.total == between.total + running + weights
 
 
-def test_a_borrowed_layout_is_gone_when_the_role_trains() -> None:
+def test_a_borrowed_layout_is_gone_when_the_role_trains_unless_its_memory_is_kept() -> None:
     home, other = allocate(tp=8, m=1), allocate(tp=4, m=16)
     together, apart = plan_of(home), plan_of(home, actor_gen=other)
     # One micro-batch: training is the fullest moment, with or without the borrowed weights.
-    assert plan_memory(apart)[0] == plan_memory(together)[0]
-    assert plan_memory(together)[0].gradients > 0
+    without = plan_memory(together)[0]
+    assert plan_memory(apart, kept=frozenset())[0] == without
+    assert without.gradients > 0
+    layouts = [Layout.of(SPEC, one.mesh, one.strategy) for one in (home, other)]
+    assert kept_layouts(apart) == {("actor", layouts[1])}
+    stored_bytes = 2 * stored_values(*layouts, 0)
+    assert (
+        stored_bytes > 0.9 * call_memory(apart.problem, "actor_gen", other).weights
+    )  # norms are lent
+    assert plan_memory(apart)[0] == replace(without, weights=without.weights + stored_bytes)
+    assert plan_memory(apart)[7] == plan_memory(together)[7]
+
+
+def test_memory_is_kept_where_a_tenth_of_the_device_stays_free() -> None:
+    """And the program says so: it reserves what is kept."""
+    apart = plan_of(allocate(tp=8, m=1), actor_gen=allocate(tp=4, m=16))
+    need = plan_memory(apart)[0].total
+    for limit, kept in ((need / KEPT_SHARE + 1, True), (need / KEPT_SHARE - 1, False)):
+        cluster = apart.problem.cluster.with_memory_limit(int(limit))
+        plan = replace(apart, problem=replace(apart.problem, cluster=cluster))
+        check_memory(plan)
+        assert bool(kept_layouts(plan)) == kept
+        program = compile_plan(plan)
+        reserved = {
+            rank: [(i.role, i.destination) for i in own if isinstance(i, Reserve)]
+            for rank, own in program.setup.items()
+        }
+        other = plan.allocations["actor_gen"]
+        layout = Layout.of(SPEC, other.mesh, other.strategy)
+        for rank, own in reserved.items():
+            assert own == ([("actor", layout)] if kept and rank in layout.mesh else [])
+        check_program(plan, program)
 
 
 def test_a_plan_that_fits_passes_and_one_that_does_not_is_explained() -> None:

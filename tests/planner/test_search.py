@@ -68,7 +68,7 @@ def test_the_evaluator_agrees_with_the_simulator_and_the_memory_model(seed: int)
         score = evaluator.score(assignment)
         assert score.step_s == pytest.approx(timeline.step_s, rel=1e-9)
         assert evaluator.floor_s(assignment) <= score.step_s * (1 + 1e-9)
-        fullest = max(need.total for need in plan_memory(plan).values())
+        fullest = max(need.total for need in plan_memory(plan, kept=frozenset()).values())
         had = problem.cluster.device.memory_bytes
         assert score.overshoot == pytest.approx(max(0.0, fullest / had - 1.0), rel=1e-12)
 
@@ -83,7 +83,9 @@ def test_overshoot_is_that_of_the_memory_model() -> None:
     evaluator, seen = Evaluator(space), 0
     for _ in range(60):
         assignment = random_assignment(rng, space)
-        need = max(n.total for n in plan_memory(evaluator.plan(assignment)).values())
+        need = max(
+            n.total for n in plan_memory(evaluator.plan(assignment), kept=frozenset()).values()
+        )
         overshoot = evaluator.overshoot(assignment)
         assert overshoot == pytest.approx(max(0.0, need / had - 1.0), abs=1e-12)
         seen += overshoot > 0
@@ -123,7 +125,7 @@ def test_the_walk_finds_the_optimum_and_the_bound_is_below_it(seed: int) -> None
 
 def fullest_bytes(space: OptionSpace, rng: random.Random) -> int:
     plan = Evaluator(space).plan(random_assignment(rng, space))
-    return max(need.total for need in plan_memory(plan).values())
+    return max(need.total for need in plan_memory(plan, kept=frozenset()).values())
 
 
 def test_a_seed_fixes_the_plan() -> None:
