@@ -140,6 +140,20 @@ def test_every_slice_arrives_exactly_and_no_byte_too_many() -> None:
     assert sum(spawn(WORLD, run_pairs, pairs)) > 0
 
 
+def test_experts_that_are_split_over_replicas_arrive_beside_their_padding() -> None:
+    """Where experts come last a buffer has padding before them, which no message may run over."""
+    model = spec(num_experts=4, experts_per_token=1, shared_ffn=12)
+    one, two = DeviceMesh(0, 1), DeviceMesh(2, 2)
+    split = Layout(spec=model, mesh=two, dp=2, ep=2)
+    whole, halves = Layout(spec=model, mesh=one), Layout(spec=model, mesh=two, tp=2)
+    moved = Layout(spec=model, mesh=DeviceMesh(0, 2), dp=2, ep=2)
+    cases = [
+        (split, whole), (whole, split), (split, halves), (halves, split), (split, moved),
+        (whole, moved),
+    ]  # fmt: skip
+    assert sum(spawn(4, run_pairs, [(*case, 1 << 20) for case in cases for _ in range(2)])) > 0
+
+
 def convert(rank: int, world_size: int) -> None:
     src = Layout(spec=spec(tied_embedding=True), mesh=DeviceMesh(0, 2), tp=2)
     dst = Layout(spec=spec(tied_embedding=True), mesh=DeviceMesh(0, 3), pp=3)
