@@ -15,7 +15,7 @@ from planner.search.mcmc import Walk
 from planner.search.options import Assignment
 from planner.search.relaxation import Relaxation
 
-FIRST_BOXES = 1_000  # that the proof halves before the walk goes on: about as long as its cycle
+FIRST_BOXES = 4_000  # that the proof halves before the walk goes on: about as long as its cycle
 
 
 def exact(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
