@@ -18,14 +18,14 @@ import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from planner.search.chain import DONE, Chain, run_chain
 from planner.search.descent import Place, descend, fastest, make_found, merge, place_of
 from planner.search.engine import Budget, Record
-from planner.search.evaluate import Evaluator
+from planner.search.evaluate import Evaluator, Score
 from planner.search.options import Assignment
 from planner.search.records import Scratch
 
@@ -105,9 +105,9 @@ class Walk:
             walker.start(place)
         with ThreadPoolExecutor(min(NUM_CHAINS, os.cpu_count() or 1)) as pool:
             _cycle(record, self.walkers, self.rounds, pool)
-        if record.spent:  # a chain may not even have begun
-            return
-        self.ends = _polished(record, self.walkers, self.rng)
+            if record.spent:  # a chain may not even have begun
+                return
+            self.ends = _polished(record, self.walkers, self.rng, pool)
         self.stale = 0 if record.best_score.step_s < before_s * (1 - 1e-6) else self.stale + 1
         self.rounds *= 2
 
@@ -153,13 +153,32 @@ def _cycle(
             merge(record, walker.chain.found)
 
 
-def _polished(record: Record, walkers: Sequence[_Walker], rng: random.Random) -> list[Place]:
-    """Where the next cycle starts: a descent from each chain's best, every other from the best."""
-    ends = []
+def _polished(
+    record: Record, walkers: Sequence[_Walker], rng: random.Random, pool: ThreadPoolExecutor
+) -> list[Place]:
+    """Where the next cycle starts: a descent from each chain's best, every other from the best.
+
+    Descents run side by side and see nothing of each other, each with its share of the budget.
+    """
+    left = (record.budget.max_evaluations - record.evaluations) // len(walkers)
+    share = replace(record.budget, max_evaluations=left, progress=None)
+    records, jobs = [], []
     for walker in walkers:
         place = walker.best
         score = record.evaluator.score_vectors(place.mesh, place.row)
         place = Place(mesh=place.mesh, row=place.row, energy=score.energy)
-        ends.append(place if record.spent else descend(record, place, rng))
+        own = Record(
+            evaluator=record.evaluator, budget=share, best=record.best,
+            best_score=record.best_score, lower_bound_s=record.lower_bound_s,
+        )  # fmt: skip
+        records.append(own)
+        jobs.append(pool.submit(descend, own, place, random.Random(rng.getrandbits(64))))
+    ends = [job.result() for job in jobs]
+    for own in records:
+        record.evaluations += own.evaluations
+        if own.best is not None:
+            record.remember(own.best, own.best_score)
+        if own.least_unfit is not None:
+            record.remember(own.least_unfit[1], Score(math.inf, own.least_unfit[0]))
     best = min(ends, key=lambda place: place.energy)
     return [best if k % 2 == 0 else end for k, end in enumerate(ends)]

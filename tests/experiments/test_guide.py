@@ -1,10 +1,11 @@
-"""Protects the guide of experiments/README.md: its two files, somewhere else than this repository,
-are planned and run, and what they train learns."""
+"""Protects the guide of experiments/README.md: its files, somewhere else than this repository, are
+planned and run, and what they train learns."""
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -61,3 +62,10 @@ def test_its_mistakes_are_told_like_ours(folder: Path, capsys: pytest.CaptureFix
     assert "samples_per_prompt: 1 is not at least 2" in capsys.readouterr().err
     assert realplan([*search, "--gpus", "1", "pases.num_epochs=2"]) == 2
     assert "passes" in capsys.readouterr().err
+
+
+def test_a_graph_alone_is_planned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = runpy.run_path(str(folder / "plan_only.py"))["found"]
+    assert list(found.plan.allocations) == ["actor_gen", "judge", "actor_train"]
+    assert found.gap <= 0.01
+    assert capsys.readouterr().out.startswith("judged on 16 x h100, ")
