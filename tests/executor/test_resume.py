@@ -100,6 +100,27 @@ def test_another_plan_goes_on_from_the_same_checkpoint(
         assert mine == pytest.approx(reference, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
+def test_experts_go_on_where_another_layout_puts_them(tmp_path: Path) -> None:
+    """Their state is written by dp / ep ranks, and read by shards of all of them."""
+    config = {
+        "model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 16, "vocab_size": 64,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ("--model", str(tmp_path), "checkpoint_every=2", "total_steps=4")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run(whole, *words, layout="d2p1m1e2")
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step00000004")
+    run(again, *words, "--resume", layout="d1p1m2")
+    found, expected = curve(again), curve(whole)
+    assert len(found) == len(expected) == 4
+    for mine, reference in zip(found, expected, strict=True):
+        assert mine == pytest.approx(reference, rel=1e-4, abs=1e-4)
+
+
 def kill_a_worker(
     process: subprocess.Popen[str], rng: random.Random, number: int = signal.SIGKILL
 ) -> None:
