@@ -100,10 +100,12 @@ def carry_out(
     destination: ParameterBuffer | None,
     *,
     wire_dtype: torch.dtype | None = None,
+    staging: Tensor | None = None,
     most_rounds: int | None = None,
 ) -> int:
     """``execute`` with a schedule that was made before, and can be run again and again.
 
+    ``staging``: memory to go through, flat and as much as the schedule was made for; None: new.
     ``most_rounds``: leave out all later ones, where only memory matters (``fake.py``).
     """
     one = destination if source is None else source
@@ -113,7 +115,7 @@ def carry_out(
     like = torch.empty(0, dtype=dtype, device=one.flat.device)
     num_rounds = min(schedule.num_rounds, most_rounds or schedule.num_rounds)
     with torch.no_grad():
-        work = _Exchange(schedule, source, destination, like)
+        work = _Exchange(schedule, source, destination, like if staging is None else staging)
         return work.run(num_rounds) * dtype.itemsize
 
 
@@ -318,7 +320,10 @@ class _Exchange:
             )
             for pair, parts in schedule.streams.items()
         }
-        self.staging = like.new_empty(min(2, schedule.num_rounds), sum(self.sizes.values()))
+        halves, width = min(2, schedule.num_rounds), sum(self.sizes.values())
+        if like.numel() < halves * width:
+            like = like.new_empty(halves * width)
+        self.staging = like[: halves * width].view(halves, width)
         self.under_way: dict[int, _Round] = {}
 
     def _own(self, pair: Pair) -> ParameterBuffer:

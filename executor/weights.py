@@ -54,6 +54,7 @@ class Weights:
         self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
         self.reserved: dict[tuple[str, Layout], ParameterBuffer] = {}
         self.schedules: dict[tuple[Layout, Layout], Schedule] = {}
+        self.staging: Tensor | None = None  # of a CPU that has reserved memory
         self.stages: dict[tuple[str, Layout, bool], DecoderStage] = {}
         self.trainers: dict[str, Trainer] = {}
         # Averages in fp32, flat as the buffer of (role, layout), which they may be.
@@ -160,6 +161,10 @@ class Weights:
         self.reserved[reserve.role, reserve.destination] = self._buffer(
             reserve.destination, lender=self.buffers.get((reserve.role, reserve.source))
         )
+        if self.problem.cluster.device.kind == "cpu" and self.staging is None:
+            # CUDA's allocator keeps what was freed; here it would be mapped and touched anew.
+            num_values = self.staging_bytes // self.dtype.itemsize
+            self.staging = torch.empty(num_values, dtype=self.dtype, device=self.device)
 
     def reallocate(self, instruction: Reallocate) -> int:
         """Bring a role into another layout; returns the bytes that this rank received."""
@@ -174,7 +179,9 @@ class Weights:
             plan = reallocate(*key, devices_per_node=self.problem.cluster.devices_per_node)
             num_values = self.staging_bytes // self.dtype.itemsize
             self.schedules[key] = make_schedule(plan, self.rank, num_values)
-        return carry_out(self.schedules[key], source, target, most_rounds=self.most_rounds)
+        return carry_out(
+            self.schedules[key], source, target, staging=self.staging, most_rounds=self.most_rounds
+        )
 
     def free(self, free: Free) -> None:
         """What ``reallocate`` brought is not read again; its memory goes unless it is reserved."""

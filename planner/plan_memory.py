@@ -149,7 +149,7 @@ def _borrowed_memory(
     """
     staging = MemoryBreakdown(buffers=STAGING_BYTES[kind])
     if held in kept:
-        return staging
+        return MemoryBreakdown() if kind == "cpu" else staging  # a CPU keeps this too
     _, layout = held
     strategy = ParallelStrategy(pp=layout.pp, tp=layout.tp, dp=layout.dp, ep=layout.ep)
     stage = layout.coordinates(device)[0]
@@ -245,6 +245,9 @@ def _resident(
         for device in layout.mesh.devices:
             stored_bytes = stored_values(home, layout, device) * VALUE_BYTES[kind]
             found[device] += MemoryBreakdown(weights=stored_bytes)
+    if kind == "cpu":
+        for device in {device for _, layout in kept for device in layout.mesh.devices}:
+            found[device] += MemoryBreakdown(buffers=STAGING_BYTES[kind])
     return found
 
 
