@@ -14,8 +14,7 @@ from planner.plan_memory import plan_memory
 from tests.runs import SMALL, make_plan, run_rank
 from tests.spawn import spawn
 
-# Wide enough that weights and activations are what counts, small enough for seconds. Nothing moves
-# between layouts: the planner's fixed staging would be most of so small a model.
+# Wide enough that weights and activations are what counts, small enough for seconds.
 WIDE = replace(
     SMALL, hidden=256, num_heads=8, num_kv_heads=4, head_dim=32, ffn=704, vocab=2048,
     max_positions=256,
@@ -30,6 +29,9 @@ PLANS = {
     "pp": make_plan(
         2, "0:d1p2m1:2", spec=WIDE, overrides=SIZES, critic_train="0:d1p2m1:2:recompute"
     ),
+    # Generation's weights come in every step, into memory that is kept.
+    "moves": make_plan(2, "0:d1p1m2:1", spec=WIDE, overrides=SIZES, actor_gen="0:d2p1m1:1"),
+    "views": make_plan(2, "0:d1p2m1:2", spec=WIDE, overrides=SIZES, actor_gen="0:d1p1m2:1"),
 }  # fmt: skip
 
 
