@@ -113,7 +113,7 @@ class VLLM:
         self.sleeps = device.type == "cuda"  # vLLM ignores it on CPUs
         self.engines: dict[Layout, Any] = {}
         self.scales: dict[Layout, list[tuple[Any, float]]] = {}  # of logits, as the model has them
-        _join(tp)
+        _join(tp, device)
 
     def generate(
         self,
@@ -239,16 +239,16 @@ class VLLM:
         return llm
 
 
-def _join(tp: int) -> None:
+def _join(tp: int, device: torch.device) -> None:
     """vLLM's process groups over the whole world, in consecutive groups of ``tp``."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.platforms import current_platform
 
     # The name of the shared memory of a tensor-parallel group.
-    name = [uuid.uuid4().hex]
-    dist.broadcast_object_list(name, src=0)
-    os.environ["VLLM_DIST_IDENT"] = name[0]
+    name = torch.tensor(list(uuid.uuid4().bytes), dtype=torch.uint8, device=device)
+    dist.broadcast(name, src=0)
+    os.environ["VLLM_DIST_IDENT"] = bytes(name.tolist()).hex()
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(
             world_size=dist.get_world_size(), rank=dist.get_rank(),
