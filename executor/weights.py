@@ -21,7 +21,8 @@ from executor.model.random_weights import init_random
 from executor.model.transformer import DecoderStage
 from executor.offload import Offloadable
 from executor.parallel.optimizer import Adam, AdamConfig
-from executor.reallocate import Schedule, carry_out, make_schedule
+from executor.reallocate import carry_out
+from executor.reallocation_rounds import Schedule, make_schedule
 from executor.run import Run
 from executor.training import Trainer
 from planner.layout import Layout

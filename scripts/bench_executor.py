@@ -56,7 +56,8 @@ from executor.model.transformer import DecoderStage
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.pipeline import train_1f1b
 from executor.parallel.tensor import vocab_parallel_log_probs
-from executor.reallocate import carry_out, make_schedule
+from executor.reallocate import carry_out
+from executor.reallocation_rounds import make_schedule
 from planner.layout import Layout
 from planner.memory import STAGING_BYTES
 from planner.mesh import DeviceMesh

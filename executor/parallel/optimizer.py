@@ -296,7 +296,7 @@ class Adam:
     def go_on(self, *, steps: int, updates: int) -> None:
         """After ``state`` of the sections was filled from elsewhere: the weights follow.
 
-        All ranks together.         ``steps`` were taken, of which ``updates`` were not skipped.
+        All ranks together. ``steps`` were taken, of which ``updates`` were not skipped.
         """
         self.steps = steps
         self.count.fill_(updates)

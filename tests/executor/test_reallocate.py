@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.buffers import ParameterBuffer
-from executor.reallocate import Part, cut, execute, make_schedule
+from executor.reallocate import execute
+from executor.reallocation_rounds import Part, cut, make_schedule
 from planner.layout import Layout, ParameterSlice, parameters
 from planner.mesh import DeviceMesh
 from planner.reallocation import reallocate

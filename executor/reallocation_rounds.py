@@ -1,0 +1,217 @@
+"""What crosses in which round of a reallocation, and how: the same at both ends of every pair.
+
+Read ``make_schedule``. Who sends what is the planner's. Values that lie side by side in the flat
+buffers of both ends cross from the one straight into the other, as a ``Row``. All else crosses in
+chunks, of which one pair has one in a round: large slices by rows, small ones laid end to end.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from executor.buffers import row_in
+from planner.layout import Layout, ParameterSlice
+from planner.reallocation import Reallocation
+
+Pair = tuple[int, int]  # (sender, receiver), world ranks
+Chunk = tuple[ParameterSlice, ...]  # boxes that cross together, laid end to end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """``num_values`` that lie side by side at both ends, from the first of box ``first`` on."""
+
+    first: ParameterSlice
+    num_values: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What crosses between two ranks in one round: at most one chunk, and any number of rows."""
+
+    chunk: Chunk
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """One rank's share of a reallocation: by pair the rounds, and what it copies from itself."""
+
+    rank: int
+    streams: Mapping[Pair, tuple[Part, ...]]
+    copies: tuple[ParameterSlice, ...]
+
+    @property
+    def num_rounds(self) -> int:
+        return max((len(parts) for parts in self.streams.values()), default=0)
+
+
+def chunk_values(chunk: Chunk) -> int:
+    return sum(box.num_values for box in chunk)
+
+
+def make_schedule(
+    plan: Reallocation, rank: int, staging_values: int, *, converted: bool = False
+) -> Schedule:
+    """What ``rank`` sends, receives and copies; of every pair both ends find the same.
+
+    A chunk holds at most ``staging_values / (2 * partners)`` values (at least one), where
+    ``partners`` are the pairs of the busiest rank: all of a rank's chunks of two rounds fit.
+    ``converted``: an end may have values of another type than those that cross, so that nothing
+    goes straight.
+    """
+    streams: dict[Pair, list[ParameterSlice]] = defaultdict(list)
+    for message in plan.messages:
+        streams[message.src, message.dst].append(message.slice)
+    partners: dict[int, int] = defaultdict(int)
+    for src, dst in streams:
+        partners[src] += 1
+        partners[dst] += 1
+    limit = max(1, staging_values // (2 * max(partners.values(), default=1)))
+    found: dict[Pair, tuple[Part, ...]] = {}
+    for (src, dst), boxes in streams.items():
+        if rank in (src, dst):
+            rows: list[Row] = []
+            if not converted:
+                ends = _starts(plan.src, src), _starts(plan.dst, dst)
+                rows, boxes = _straight(boxes, *ends, least=limit * _ALONE)
+            found[src, dst] = _rounds(list(_chunks(boxes, limit)), rows)
+    copies = tuple(copy.slice for copy in plan.copies if copy.dst == rank)
+    return Schedule(rank=rank, streams=found, copies=copies)
+
+
+_Starts = Mapping[str, tuple[int, ParameterSlice]]  # where a slice begins, and what it is
+
+
+def _starts(layout: Layout, device: int) -> _Starts:
+    found, start, gap = {}, 0, layout.ep > 1
+    for piece in layout.slices(device):
+        if gap and piece.is_expert:  # a buffer may have padding here, which this stands for
+            start, gap = start + 1, False
+        found[piece.name] = start, piece
+        start += piece.num_values
+    return found
+
+
+def _straight(
+    boxes: Sequence[ParameterSlice], here: _Starts, there: _Starts, *, least: float
+) -> tuple[list[Row], list[ParameterSlice]]:
+    """Rows of at least so many values that go straight, and the boxes that do not.
+
+    Boxes are joined that follow each other at both ends. What is lent is never received, so that
+    a buffer without it has the others no further apart than they are counted here.
+    """
+    rows: list[Row] = []
+    others: list[ParameterSlice] = []
+    together: list[ParameterSlice] = []
+    ends: tuple[int | None, ...] = ()
+
+    def close() -> None:
+        num_values = sum(box.num_values for box in together)
+        if num_values >= least and together:
+            rows.append(Row(first=together[0], num_values=num_values))
+        else:
+            others.extend(together)
+        together.clear()
+
+    for box in boxes:
+        places = []
+        for starts in (here, there):
+            start, whole = starts[box.name]
+            inside = row_in(whole, box)
+            places.append(None if inside is None else start + inside)
+        if None in places:
+            others.append(box)
+            continue
+        if tuple(places) != ends:
+            close()
+        together.append(box)
+        ends = tuple(place + box.num_values for place in places if place is not None)
+    close()
+    return rows, others
+
+
+def _rounds(chunks: Sequence[Chunk], rows: Sequence[Row]) -> tuple[Part, ...]:
+    """A chunk a round, and in each about as many values of rows."""
+    num_rounds = max(1, len(chunks))
+    dealt: list[list[Row]] = [[] for _ in range(num_rounds)]
+    total, before = sum(row.num_values for row in rows), 0
+    for row in rows:
+        dealt[before * num_rounds // total].append(row)
+        before += row.num_values
+    return tuple(
+        Part(chunk=chunks[index] if chunks else (), rows=tuple(own))
+        for index, own in enumerate(dealt)
+    )
+
+
+# A slice with at least this share of a chunk's limit crosses alone: often without a copy.
+_ALONE = 1 / 8
+
+
+def _chunks(boxes: Sequence[ParameterSlice], limit: int) -> list[Chunk]:
+    """Large boxes by whole rows where a row fits; then the others end to end, cut anywhere."""
+    done: list[Chunk] = []
+    chunk: list[ParameterSlice] = []
+    room = limit
+    large = [box for box in boxes if box.num_values >= _ALONE * limit]
+    for box in large:
+        row = box.num_values // box.length[0]
+        step = limit // row * row or limit
+        starts = range(0, box.num_values, step)
+        done += [cut(box, start, min(start + step, box.num_values)) for start in starts]
+    for box in boxes:
+        if box.num_values >= _ALONE * limit:
+            continue
+        start = 0
+        while start < box.num_values:
+            stop = min(box.num_values, start + room)
+            chunk.extend(cut(box, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                done.append(tuple(chunk))
+                chunk, room = [], limit
+    return [*done, tuple(chunk)] if chunk else done
+
+
+def cut(box: ParameterSlice, start: int, stop: int) -> tuple[ParameterSlice, ...]:
+    """Values ``start`` … ``stop`` of a box in row-major order, as few boxes.
+
+    The end of a row, whole rows, the beginning of a row; rows of more than one dimension are cut
+    alike. At most 2 d - 1 boxes in d dimensions.
+    """
+    if start == stop:
+        return ()
+    if (start, stop) == (0, box.num_values):
+        return (box,)
+    row = box.num_values // box.length[0]
+    edges = {start, min(-(-start // row) * row, stop), max(stop // row * row, start), stop}
+    found: list[ParameterSlice] = []
+    for lo, hi in pairwise(sorted(edges)):
+        first, num_rows = lo // row, (hi - lo) // row
+        if num_rows:
+            found.append(_rows(box, first, num_rows))
+        else:
+            inner = ParameterSlice(name=box.name, offset=box.offset[1:], length=box.length[1:])
+            found += [
+                ParameterSlice(
+                    name=box.name,
+                    offset=(box.offset[0] + first, *piece.offset),
+                    length=(1, *piece.length),
+                )
+                for piece in cut(inner, lo - first * row, hi - first * row)
+            ]
+    return tuple(found)
+
+
+def _rows(box: ParameterSlice, first: int, count: int) -> ParameterSlice:
+    """Rows ``first`` … ``first + count`` of a box."""
+    return ParameterSlice(
+        name=box.name,
+        offset=(box.offset[0] + first, *box.offset[1:]),
+        length=(count, *box.length[1:]),
+    )
