@@ -413,8 +413,11 @@ def test_a_real_checkpoint_gives_transformers_logits(tmp_path, request):
     with torch.no_grad():
         expected = hf_logits(model, ids, lengths)
     assert expected.std() > 1
-    # On one thread: transformers' own fp32 logits, up to 34, change by 1e-4 with the order of sums.
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    # Both round differently; the oracle is the same model in float64.
+    with torch.no_grad():
+        exact = hf_logits(model.double(), ids, lengths)
+    model.float()
+    assert (logits - exact).abs().max() < 1.5 * (expected - exact).abs().max() < 2e-4
 
     chat = torch.randint(1, spec.vocab, (12,), generator=torch.Generator().manual_seed(2))
     params = SamplingParams(max_new_tokens=24, greedy=True, stop_token_ids=(2,))
