@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from executor.allocator import keep_freed_memory
 from executor.batch import SequenceBatch
 from executor.buffers import ParameterBuffer
 from executor.context import single_process
@@ -164,6 +165,7 @@ def measure_worker(
 ) -> None:
     """Entry of a worker; rank 0 puts (seconds, spread) of every case into ``results``."""
     torch.set_num_threads(num_threads)
+    keep_freed_memory()  # as a run's workers
     rendezvous = (Path(folder) / "rendezvous").as_uri()
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=workers)
     lockstep = Lockstep(torch.device("cpu"), world_size=workers)
