@@ -72,6 +72,15 @@ class Row:
     descent_s: float
 
 
+def case_name(text: str) -> str:
+    size, _, gpus = text.lower().partition("@")
+    if f"llama-{size}" not in MODELS or not gpus.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not like 70B@128; several are words of their own"
+        )
+    return text
+
+
 def make_case(name: str, critic: str, device: str) -> Problem:
     """``name``: SIZE@GPUS."""
     size, gpus = name.lower().split("@")
@@ -194,7 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="SIZE@GPUS")
+    parser.add_argument("--cases", nargs="+", default=CASES, type=case_name, metavar="SIZE@GPUS")
     parser.add_argument("--critic", nargs="+", default=["7B", "same"], metavar="SIZE")
     parser.add_argument("--device", default="h100")
     parser.add_argument("--time-limit", type=float, default=30.0, help="seconds (default 30)")
