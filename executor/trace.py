@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -82,7 +83,12 @@ def _cuda_peak(device: torch.device) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a small JSON file so that it is whole or absent."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
+    """Write a small JSON file so that it is whole or absent; of several writers the last stays."""
+    temporary = name_beside(path)
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def name_beside(path: Path) -> Path:
+    """A hidden name in the same folder that no other process of any host uses."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")

@@ -29,7 +29,7 @@ from typing import Any, get_type_hints
 import torch
 
 from executor.run import Run
-from executor.trace import write_json
+from executor.trace import name_beside, write_json
 from planner.algorithm import config_to_dict, find_algorithm, make_config
 from planner.plan import ExecutionPlan
 from planner.plan_schema import load_plan, save_plan
@@ -103,7 +103,7 @@ class Job:
     def tell_first(self, name: str, **values: Any) -> None:
         """As ``tell``, but the first word stays: of several failures the first is the cause."""
         path = self.launch_folder / f"{name}.json"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = name_beside(path)
         told = {"token": self.token, "time": time.time(), **values}
         temporary.write_text(json.dumps(told), encoding="utf-8")
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from executor.trace import TraceWriter
+from executor.trace import TraceWriter, write_json
 from planner.trace import read_trace
 from tests.spawn import spawn
 
@@ -22,6 +23,18 @@ def test_written_spans_are_read_back_and_a_cut_line_is_left_out(tmp_path: Path) 
     assert (found.rank, found.step, found.index, found.label) == (3, 1, 7, "ref_inf")
     assert found.num_tokens == 12
     assert found.end_s >= found.start_s
+
+
+def write_often(rank: int, world_size: int, path: str) -> None:
+    for _ in range(300):
+        write_json(Path(path), {"from": rank})
+
+
+def test_several_may_write_one_file(tmp_path: Path) -> None:
+    # As the agents of all nodes do that SLURM tells to stop.
+    spawn(2, write_often, str(tmp_path / "stop.json"))
+    assert json.loads((tmp_path / "stop.json").read_text())["from"] in (0, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["stop.json"]
 
 
 SIZE = 256 << 20
