@@ -17,6 +17,7 @@ import pytest
 
 from executor.cli import main
 from executor.run_checkpoint import Checkpoint, latest
+from executor.watchdog import read_position
 
 ARGUMENTS = (
     "run", "--layout", "d2p1m1", "--model", "tiny", "init=random", "batch_size=4", "prompt_len=4",
@@ -147,7 +148,7 @@ def test_a_frozen_worker_is_named_with_its_instruction_and_who_waits(tmp_path: P
         wait_for_a_step(process, tmp_path)
         children = descendants(process.pid)
         (pid,) = [pid for pid in children if is_worker(pid) and "RANK=1" in environment(pid)]
-        os.kill(pid, signal.SIGSTOP)
+        freeze_in_an_instruction(pid, tmp_path / "launch" / "heartbeat" / "rank00001.json")
         frozen_s = time.monotonic()
         code, sentence = ends(process, children)
         assert time.monotonic() - frozen_s < 2 * limit_s + 5
@@ -159,6 +160,17 @@ def test_a_frozen_worker_is_named_with_its_instruction_and_who_waits(tmp_path: P
     told = r"hangs in [\w ]+ \(instruction \d+ of step \d+\): no sign of life for \d s"
     assert re.search(told, sentence), sentence
     assert re.search(r"rank 0 waits for it in [\w ]+ \(instruction", sentence), sentence
+
+
+def freeze_in_an_instruction(pid: int, heartbeat: Path) -> None:
+    """Not between two steps, where a rank is in none."""
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        position = read_position(heartbeat)
+        if position is not None and position.index >= 0:
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
 
 
 def environment(pid: int) -> list[str]:
