@@ -21,6 +21,7 @@ from executor.fake import RankReport, check_rank, rank_kinds
 from executor.run import Run, configure
 from planner.cost.stage import VALUE_BYTES
 from planner.memory import RESERVE_BYTES
+from planner.mesh import node_grid
 from planner.plan_schema import load_plan
 from planner.program import Program, Reallocate, compile_plan
 from planner.reallocation import reallocate
@@ -117,11 +118,9 @@ def _with_progress(reports: Iterable[RankReport], total: int) -> Iterator[RankRe
 def _print_program(console: Console, run: Run, program: Program) -> None:
     """What ``check_program`` has proven, and the bytes of the step's reallocations by link."""
     instructions = sum(len(own) for own in program.step.values())
-    ahead = program.ahead is not None
     console.print(
         f"{run.plan.problem.graph.name}: {instructions} instructions on {len(program.step)} ranks; "
-        "every send has its receive, no wait is circular, weights are there when they are read"
-        + (", generation a step ahead reads them at most one version old" * ahead),
+        "every send has its receive, no wait is circular, weights are there when they are read",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for role, moved in _reallocated(run, program).items():
@@ -136,7 +135,7 @@ def _print_program(console: Console, run: Run, program: Program) -> None:
 def _reallocated(run: Run, program: Program) -> dict[str, Mapping[str, int]]:
     """Bytes of every reallocation of a step, by the role and the two layouts."""
     cluster = run.plan.problem.cluster
-    width = VALUE_BYTES[cluster.device.kind]
+    width = VALUE_BYTES[cluster.kind]
     found: dict[str, Mapping[str, int]] = {}
     for own in program.step.values():
         for i in own:
@@ -145,7 +144,10 @@ def _reallocated(run: Run, program: Program) -> dict[str, Mapping[str, int]]:
             name = f"{i.role} {i.source.key} to {i.destination.key}"
             if name in found:
                 continue
-            plan = reallocate(i.source, i.destination, devices_per_node=cluster.devices_per_node)
+            first, per_node = node_grid(i.source.mesh, i.destination.mesh, cluster)
+            plan = reallocate(
+                i.source, i.destination, devices_per_node=per_node, first_device=first
+            )
             moved = dict.fromkeys(("intra", "inter", "copied"), 0)
             for m in plan.messages:
                 near = cluster.node_of(m.src) == cluster.node_of(m.dst)
@@ -178,10 +180,15 @@ def _as_json(report: RankReport) -> dict[str, Any]:
 
 
 def _check_fit(run: Run, reports: Sequence[RankReport]) -> None:
-    device = run.plan.problem.cluster.device
-    reserve = RESERVE_BYTES[device.kind]
-    fullest = max(reports, key=lambda report: report.peak_bytes)
-    need = fullest.peak_bytes + reserve
+    cluster = run.plan.problem.cluster
+    reserve = RESERVE_BYTES[cluster.kind]
+
+    def left_bytes(report: RankReport) -> int:
+        device = cluster.group_of(report.ranks[0]).device
+        return device.memory_bytes - report.peak_bytes
+
+    fullest = min(reports, key=left_bytes)
+    device, need = cluster.group_of(fullest.ranks[0]).device, fullest.peak_bytes + reserve
     if need > device.memory_bytes:
         raise InfeasibleError(
             f"rank {fullest.ranks[0]} holds {format_bytes(need)} at {fullest.peak_at}, "

@@ -20,7 +20,7 @@ from executor.inputs import check_inputs
 from executor.launch.agent import Interrupted
 from executor.launch.supervise import WorkerError, launch
 from executor.resume import find_checkpoint
-from executor.run import Run, one_layout_plan, resolve
+from executor.run import Run, equal_nodes, one_layout_plan, resolve
 from executor.summary import (
     answers_are_plan_independent,
     compare,
@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(cli_jobs.describe(run, args.launcher, options))
         return 0
-    console, device = Console(stderr=True), run.plan.problem.cluster.device
+    console, device = Console(stderr=True), equal_nodes(run.plan).device
     console.print(
         f"{run.plan.problem.graph.name}: {run.config.total_steps} steps of "
         f"{run.plan.problem.workload.num_sequences} sequences on {run.plan.num_devices} "

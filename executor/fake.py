@@ -40,7 +40,6 @@ from executor.text import TextCodec
 from executor.trace import TraceWriter
 from executor.training import Passes
 from executor.transfer import Exchange
-from executor.versions import Versions
 from executor.weights import Weights
 from executor.worker import Worker, label_of
 from planner.graph import DataKey, ModelFunctionCall
@@ -132,7 +131,7 @@ def check_rank(run: Run, program: Program, ranks: Sequence[int], folder: Path) -
         worker.setup()
         worker.run_step(0)
     label, peak = max(watch.peaks.items(), key=lambda item: item[1])
-    reserve = RESERVE_BYTES[plan.problem.cluster.device.kind]
+    reserve = RESERVE_BYTES[plan.problem.cluster.kind]
     return RankReport(
         ranks=tuple(ranks), peak_bytes=peak, peak_at=label, by=dict(watch.peaks),
         planned_bytes=plan_memory(plan)[rank].total - reserve,
@@ -273,7 +272,7 @@ class _FakeWorker(Worker):
             run, program, rank=rank, device=torch.device("cpu"), functions=functions_of(run),
             data=_Longest(run), text=TextCodec(None), store=dist.HashStore(), trace=trace,
         )  # fmt: skip
-        kind = run.plan.problem.cluster.device.kind
+        kind = run.plan.problem.cluster.kind
         self.weights = _FakeWeights(
             run, self.contexts, rank=rank, device=self.device,
             dtype=torch.bfloat16 if kind == "cuda" else torch.float32,
@@ -281,7 +280,6 @@ class _FakeWorker(Worker):
         )  # fmt: skip
         self.watch = watch
         self.exchange = _Unanswered(self)
-        self.versions = _Untold(self.store, rank)
 
     def _carry_out(self, instruction: Instruction) -> None:
         self.watch.begin(label_of(instruction))
@@ -296,13 +294,6 @@ class _FakeWorker(Worker):
         return self.problem.workload.max_tokens if key.per == "token" else 1
 
 
-class _Untold(Versions):
-    """Who trains is not there to tell."""
-
-    def hear(self, instruction: Reallocate, *, step: int) -> None:
-        pass
-
-
 class _FakeWeights(Weights):
     """No values, and few turns of generation."""
 
@@ -312,7 +303,7 @@ class _FakeWeights(Weights):
 
     def _offloadable(self, offload: Offload) -> Offloadable:
         # A CPU's memory is the host's.
-        leaves = self.problem.cluster.device.kind != "cpu"
+        leaves = self.problem.cluster.kind != "cpu"
         return _FakeOffloadable(super()._offloadable(offload), self.watch, leaves=leaves)
 
     def _fill(self, role: str, buffer: ParameterBuffer) -> None:

@@ -31,6 +31,7 @@ from planner.program import compile_plan
 from planner.program_check import check_program
 from planner.strategy import ParallelStrategy, tensor_parallel_problem
 from profiles.errors import CheckpointError, PlanError
+from profiles.hardware import ClusterSpec, MixedCluster
 from profiles.hf_config import read_hf_config
 
 
@@ -65,6 +66,7 @@ def resolve(plan: ExecutionPlan, overrides: Sequence[str], *, on_this_machine: b
             it, a role has no weights or those of another shape, or this machine has no such
             devices.
     """
+    equal_nodes(plan)
     run = configure(plan, overrides)
     if run.config.generation_backend == "vllm":
         vllm.one_tp(run.plan)
@@ -79,12 +81,18 @@ def resolve(plan: ExecutionPlan, overrides: Sequence[str], *, on_this_machine: b
 
 def configure(plan: ExecutionPlan, overrides: Sequence[str]) -> Run:
     """As ``resolve``, wherever it is to run: neither devices nor weights are looked at."""
+    if plan.problem.graph.max_staleness:
+        raise PlanError(
+            "a plan that generates a step ahead can be searched and estimated, but not run yet",
+            where="graph.max_staleness",
+            remedy="search without max_staleness=1",
+        )
     algorithm = find_algorithm(plan.problem.algorithm)
     config = make_config(algorithm.config_class, overrides, base=plan.problem.config)
     problem = replace(
         plan.problem,
         config=config_to_dict(config),
-        graph=replace(algorithm.graph(config), max_staleness=plan.problem.graph.max_staleness),
+        graph=algorithm.graph(config),
         workload=planned_workload(algorithm, config),
     )
     plan = replace(plan, problem=problem)
@@ -93,9 +101,22 @@ def configure(plan: ExecutionPlan, overrides: Sequence[str]) -> Run:
     return Run(plan=plan, algorithm=algorithm, config=config)
 
 
+def equal_nodes(plan: ExecutionPlan) -> ClusterSpec:
+    """The plan's cluster; raises ``PlanError`` where it has unlike nodes."""
+    cluster = plan.problem.cluster
+    if isinstance(cluster, MixedCluster):
+        kinds = " beside ".join(dict.fromkeys(group.device.name for group in cluster.groups))
+        raise PlanError(
+            f"a plan on unlike nodes ({kinds}) can be searched, estimated and checked, but not "
+            "run yet",
+            where="cluster.groups", remedy="search a plan for one of the groups",
+        )  # fmt: skip
+    return cluster
+
+
 def check_devices(plan: ExecutionPlan) -> None:
     """Raise ``PlanError`` unless this machine has the plan's devices."""
-    device, wanted = plan.problem.cluster.device, plan.num_devices
+    device, wanted = equal_nodes(plan).device, plan.num_devices
     if device.kind == "cuda":
         available = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if available < wanted:

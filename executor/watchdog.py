@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from planner.mesh import node_grid
 from planner.plan import ExecutionPlan
 from planner.program import (
     Average,
-    ByRank,
     Free,
     Function,
     Instruction,
@@ -153,10 +153,12 @@ def partners(plan: ExecutionPlan, instruction: Instruction, rank: int) -> frozen
     if isinstance(instruction, Transfer):
         return frozenset(parcel.peer for parcel in instruction.receives)
     if isinstance(instruction, Reallocate):
-        per_node = plan.problem.cluster.devices_per_node
+        meshes = instruction.source.mesh, instruction.destination.mesh
+        grid = node_grid(*meshes, plan.problem.cluster)
         messages = reallocate(
-            instruction.source, instruction.destination, devices_per_node=per_node
-        ).messages
+            instruction.source, instruction.destination, devices_per_node=grid.size,
+            first_device=grid.first,
+        ).messages  # fmt: skip
         ends = [(m.src, m.dst) for m in messages if rank in (m.src, m.dst)]
         return frozenset(end for pair in ends for end in pair) - {rank}
     return frozenset(plan.allocations[instruction.call].mesh.devices) - {rank}
@@ -182,15 +184,6 @@ class Hang:
         return text
 
 
-def _programs(program: Program) -> list[tuple[str, ByRank]]:
-    """All that ranks may be at, each instruction under a number of its own."""
-    found = [("setup", program.setup), ("step", program.step)]
-    if program.ahead is not None:
-        others = (program.ahead.first, program.ahead.last, program.ahead.alone)
-        found += [("step", other) for other in others]
-    return found
-
-
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
@@ -207,7 +200,7 @@ class Watch:
         self.silence_s = min(SILENCE_S, timeout_s)
         self.instructions = {
             (kind, rank, i.index): i
-            for kind, programs in _programs(program)
+            for kind, programs in (("setup", program.setup), ("step", program.step))
             for rank, instructions in programs.items()
             for i in instructions
         }

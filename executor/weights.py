@@ -27,6 +27,7 @@ from executor.run import Run
 from executor.training import Trainer
 from planner.layout import Layout
 from planner.memory import STAGING_BYTES
+from planner.mesh import node_grid
 from planner.program import Average, Free, Load, Offload, Reallocate, Reload, Reserve
 from planner.reallocation import reallocate
 from profiles.hardware import DeviceKind
@@ -159,11 +160,10 @@ class Weights:
 
     def reserve(self, reserve: Reserve) -> None:
         """Memory for what ``reallocate`` will bring in every step, at one address for the run."""
-        source = self.buffers.get((reserve.role, reserve.source))
         self.reserved[reserve.role, reserve.destination] = self._buffer(
-            reserve.destination, lender=source if reserve.lends else None
+            reserve.destination, lender=self.buffers.get((reserve.role, reserve.source))
         )
-        if self.problem.cluster.device.kind == "cpu" and self.staging is None:
+        if self.problem.cluster.kind == "cpu" and self.staging is None:
             # CUDA's allocator keeps what was freed; here it would be mapped and touched anew.
             num_values = self.staging_bytes // self.dtype.itemsize
             self.staging = torch.empty(num_values, dtype=self.dtype, device=self.device)
@@ -174,12 +174,12 @@ class Weights:
         source = self.buffers.get((role, instruction.source))
         target = None
         if self.rank in layout.mesh:
-            lender = source if instruction.lends else None
-            target = self.reserved.get((role, layout)) or self._buffer(layout, lender=lender)
+            target = self.reserved.get((role, layout)) or self._buffer(layout, lender=source)
             self.buffers[role, layout] = target
         key = (instruction.source, layout)
         if key not in self.schedules:
-            plan = reallocate(*key, devices_per_node=self.problem.cluster.devices_per_node)
+            grid = node_grid(instruction.source.mesh, layout.mesh, self.problem.cluster)
+            plan = reallocate(*key, devices_per_node=grid.size, first_device=grid.first)
             num_values = self.staging_bytes // self.dtype.itemsize
             self.schedules[key] = make_schedule(plan, self.rank, num_values)
         return carry_out(

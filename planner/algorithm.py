@@ -27,7 +27,7 @@ from planner.graph import DataflowGraph
 from planner.plan import Problem, Workload
 from planner.run_config import RunConfig
 from profiles.errors import ConfigError
-from profiles.hardware import ClusterSpec
+from profiles.hardware import Cluster
 from profiles.models import HeadKind, ModelSpec
 
 ENTRY_POINT_GROUP = "realplan.algorithms"
@@ -231,7 +231,7 @@ def make_problem(
     *,
     model: ModelSpec,
     critic: ModelSpec,
-    cluster: ClusterSpec,
+    cluster: Cluster,
     paths: Mapping[str, str] | None = None,
 ) -> Problem:
     """The planning problem of an algorithm with a user's models on a cluster."""

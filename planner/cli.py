@@ -38,12 +38,14 @@ _SEARCH_EXAMPLES = """examples:
   realplan search --model llama-70b --gpus 128
   realplan search --model llama-13b --gpus 16 --response-len 2048 batch_size=256 ppo.kl_coef=0.05
   realplan search --model models/sft --cluster local --gpus 2 --profile profile.json
+  realplan search --model llama-70b --device h100:64+l40s:32    # groups of unlike nodes
 
 Everything after the flags is key=value: any option of the algorithm (see its config), and
 
   memory_limit=70GiB              of each device
   gap=0.02                        stop at 2% from the lower bound
   cluster.inter_link.bytes_per_s=12.5GB    any field of the cluster
+  cluster.groups.0.device.memory_bytes=40GiB    of groups of unlike nodes, any field of one
 """
 _SHOW_EXAMPLES = """examples:
   realplan show plan.json              # table, timeline, memory by device
@@ -234,13 +236,18 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         help="the critic's and reward's (default: llama-7b for llama-7b to -70b, else as --model)",
     )
     add("--gpus", metavar="N", help="number of devices (default 8; 2 with --cluster local)")
-    add("--device", metavar="NAME", help="device kind (default a100); see realplan devices")
+    add(
+        "--device",
+        metavar="NAME",
+        help="device kind (default a100), see realplan devices; h100:64+l40s:32: groups of unlike "
+        "nodes, each call on devices of one of them",
+    )
     add(
         "--cluster",
         metavar="local|NAME|FILE",
         help="local: CPU workers of this machine, or the GPUs of --profile; NAME: dgx-h100, p4d, "
-        "laptop, … (see realplan devices), or as --device; FILE: a cluster.yaml (see "
-        "planner/cluster_file.py)",
+        "laptop, … (see realplan devices), or as --device; FILE: a cluster.yaml, also with groups "
+        "of unlike nodes (see planner/cluster_file.py)",
     )
     add(
         "--profile",

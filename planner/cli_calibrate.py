@@ -40,7 +40,9 @@ def run_calibrate(args: argparse.Namespace) -> int:
             remedy="calibrate with runs of real size",
         )  # fmt: skip
     for run in runs:
-        if (device := run.plan.problem.cluster.device.name) != table.device.name:
+        cluster = run.plan.problem.cluster
+        device = ", ".join(dict.fromkeys(group.device.name for group in cluster.groups))
+        if device != table.device.name:
             note(f"{run.name} was planned for {device}, the profile is of {table.device.name}")
     calibration = fit(
         observations,

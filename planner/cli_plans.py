@@ -16,7 +16,7 @@ from rich.table import Table
 from planner.arguments import whole
 from planner.compare import compare
 from planner.console import note, output_console, say
-from planner.cost import CostModel
+from planner.cost import Costs
 from planner.doctor import examine
 from planner.explain import explain
 from planner.export import EXPORTERS
@@ -39,7 +39,7 @@ from profiles.errors import ConfigError
 from profiles.units import format_bytes
 
 
-def _timeline(plan: ExecutionPlan, costs: CostModel) -> tuple[ExecutionPlan, Timeline]:
+def _timeline(plan: ExecutionPlan, costs: Costs) -> tuple[ExecutionPlan, Timeline]:
     """The plan with a fresh estimate, and its timeline."""
     return estimate_plan(plan, StepPrices(plan.problem, costs))
 

@@ -26,7 +26,7 @@ from planner.algorithm import find_algorithm, make_config, make_problem, role_pa
 from planner.arguments import seconds, whole
 from planner.confidence import confidence
 from planner.console import note, output_console, say
-from planner.cost import CostModel
+from planner.cost import Costs
 from planner.overrides import Overrides, parse_overrides
 from planner.plan import ExecutionPlan, Problem
 from planner.plan_schema import plan_to_dict, save_plan
@@ -109,7 +109,8 @@ def run_search(args: argparse.Namespace) -> int:
     problem = make_search_problem(args, overrides, table)
     costs = make_costs(problem.cluster, table)
     if table is None:
-        note(f"no --profile: {describe_costs(problem.cluster.device)}")
+        kinds = dict.fromkeys(group.device for group in problem.cluster.groups)
+        note(f"no --profile: {'; '.join(map(describe_costs, kinds))}")
     course = Course()
     with _interrupts() as interrupted, _Progress() as progress:
 
@@ -141,7 +142,7 @@ def run_search(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sureness(result: SearchResult, costs: CostModel) -> list[str]:
+def _sureness(result: SearchResult, costs: Costs) -> list[str]:
     """What a calibrated profile's intervals say of the plan beside each baseline."""
     prices = StepPrices(result.plan.problem, costs)
     return [
@@ -226,7 +227,7 @@ def run_baselines(args: argparse.Namespace) -> int:
     return 0
 
 
-def baseline_plans(problem: Problem, costs: CostModel) -> Mapping[str, ExecutionPlan]:
+def baseline_plans(problem: Problem, costs: Costs) -> Mapping[str, ExecutionPlan]:
     """The plans that fit, with their estimates, by name: symmetric, split, greedy.
 
     Raises:

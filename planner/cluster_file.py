@@ -11,6 +11,14 @@
       bytes_per_s: 12.5GB       # of one device, one direction
       latency_s: 5e-6
 
+Unlike nodes are groups, each with such fields of its own, and with nodes of its own number:
+
+    groups:
+      - {base: dgx-h100, num_nodes: 8}
+      - base: l40s-box
+        num_nodes: 4
+        inter_link: {bytes_per_s: 25GB}
+
 Without ``base`` every field of ``ClusterSpec`` must be there (a ``source`` need not). A field that
 is unknown, missing or of a wrong type is refused with its path.
 """
@@ -18,8 +26,9 @@ is unknown, missing or of a wrong type is refused with its path.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -27,7 +36,7 @@ import yaml
 
 from profiles.clusters import PLATFORMS, SYSTEMS, make_cluster
 from profiles.errors import ConfigError, UserError, unknown_name
-from profiles.hardware import ClusterSpec, DeviceSpec, LinkSpec
+from profiles.hardware import Cluster, ClusterSpec, DeviceSpec, LinkSpec, MixedCluster
 from profiles.units import parse_bytes
 
 _PARTS: Mapping[str, type] = {
@@ -40,7 +49,7 @@ def is_cluster_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) or Path(name).is_file()
 
 
-def load_cluster(path: str | Path, *, num_devices: int | None = None) -> ClusterSpec:
+def load_cluster(path: str | Path, *, num_devices: int | None = None) -> Cluster:
     """The cluster of a YAML file, with ``num_devices`` in place of its own number if given.
 
     Raises:
@@ -65,39 +74,112 @@ def load_cluster(path: str | Path, *, num_devices: int | None = None) -> Cluster
 
 def cluster_from_dict(
     data: Mapping[Any, Any], *, where: str, num_devices: int | None = None
-) -> ClusterSpec:
+) -> Cluster:
     """The cluster of a file's values; see the module."""
+    if "groups" in data:
+        return _mixed(data, where=where, num_devices=num_devices)
+    return _equal_nodes(data, where=where, num_devices=num_devices, prefix="")
+
+
+def _mixed(data: Mapping[Any, Any], *, where: str, num_devices: int | None) -> MixedCluster:
+    """Groups of nodes; the cluster itself has nothing but a name besides."""
+    if num_devices is not None:
+        raise ConfigError(
+            f"{where} says how many of each group", where="--gpus", remedy="leave it out"
+        )
+    for key in data:
+        if key not in ("name", "groups"):
+            raise ConfigError(
+                "stands beside groups", where=f"{where}: {key}",
+                remedy="write it in the group that it is of",
+            )  # fmt: skip
+    if not isinstance(data["groups"], list):
+        raise ConfigError(
+            f"is {_kind(data['groups'])}", where=f"{where}: groups", remedy="give a list"
+        )
+    found = []
+    for index, group in enumerate(data["groups"]):
+        path = f"groups[{index}]"
+        if not isinstance(group, Mapping):
+            raise ConfigError(
+                f"is {_kind(group)}", where=f"{where}: {path}", remedy="give a group's fields"
+            )
+        found.append(_equal_nodes(group, where=where, num_devices=None, prefix=f"{path}."))
+    name = _text(data.get("name", file_stem(where)), f"{where}: name")
+    try:
+        return MixedCluster(name=name, groups=tuple(found))
+    except ConfigError as error:
+        place = (error.where or "").removeprefix("cluster.")
+        raise ConfigError(error.problem, where=f"{where}: {place}", remedy=error.remedy) from None
+
+
+def _equal_nodes(
+    data: Mapping[Any, Any], *, where: str, num_devices: int | None, prefix: str
+) -> ClusterSpec:
+    """A cluster or a group of one; ``prefix``: of its fields' paths."""
     values = dict(data)
     base = values.pop("base", None)
     start: dict[str, Any] = {}
     if base is not None:
         known = {**PLATFORMS, **SYSTEMS}
         if not isinstance(base, str) or base not in known:
-            raise unknown_name("base", str(base), known, where=f"{where}: base")
+            raise unknown_name("base", str(base), known, where=f"{where}: {prefix}base")
         start = make_cluster(base, known[base].devices_per_node).to_dict()
         start["name"] = f"{file_stem(where)} ({base})"
-    _update(start, values, where=where, prefix="", kind=ClusterSpec)
+    _update(start, values, where=where, prefix=prefix, kind=ClusterSpec)
     if num_devices is not None:
         _set_count(start, num_devices, given="num_nodes" in values, where=where)
     start.setdefault("name", file_stem(where))
     start.setdefault("num_nodes", 1)
-    _check_complete(start, where=where)
-    return _build(start, where=where)
+    _check_complete(start, where=where, prefix=prefix)
+    if prefix and "name" not in values:
+        start["name"] = _group_name(start)
+    return _build(start, where=where, prefix=prefix or "cluster.")
 
 
-def override_cluster(cluster: ClusterSpec, changes: Mapping[str, Any]) -> ClusterSpec:
+def _group_name(values: Mapping[str, Any]) -> str:
+    """``64 x h100``, as groups of the catalogue are called."""
+    count = values["num_nodes"] * values["devices_per_node"]
+    return f"{count} x {values['device']['name']}"
+
+
+def override_cluster(cluster: Cluster, changes: Mapping[str, Any]) -> Cluster:
     """``cluster`` with fields changed by path: ``{"inter_link.bytes_per_s": 25e9}``.
+
+    Of groups the path begins with the group's number: ``{"groups.0.device.memory_bytes": …}``.
 
     Raises:
         ConfigError: no such field, or a value that it cannot have.
     """
+    if isinstance(cluster, MixedCluster):
+        groups = list(cluster.groups)
+        for path, value in changes.items():
+            index, field = _group_field(path, len(groups))
+            prefix = f"cluster.groups.{index}."
+            groups[index] = _override(groups[index], {field: value}, prefix=prefix)
+        return replace(cluster, groups=tuple(groups))
+    return _override(cluster, changes, prefix="cluster.")
+
+
+def _group_field(path: str, count: int) -> tuple[int, str]:
+    """``groups.1.device.launch_s`` -> (1, ``device.launch_s``)."""
+    found = re.fullmatch(r"groups\.(\d+)\.(.+)", path)
+    if found is None or int(found[1]) >= count:
+        raise ConfigError(
+            f"this cluster has {count} groups of unlike nodes", where=f"cluster.{path}",
+            remedy=f"write cluster.groups.N.FIELD with N from 0 to {count - 1}",
+        )  # fmt: skip
+    return int(found[1]), found[2]
+
+
+def _override(cluster: ClusterSpec, changes: Mapping[str, Any], *, prefix: str) -> ClusterSpec:
     values = cluster.to_dict()
     for path, value in changes.items():
         nested: Any = value
         for part in reversed(path.split(".")):
             nested = {part: nested}
-        _update(values, nested, where="", prefix="cluster.", kind=ClusterSpec)
-    return _build(values, where="")
+        _update(values, nested, where="", prefix=prefix, kind=ClusterSpec)
+    return _build(values, where="", prefix=prefix)
 
 
 def file_stem(where: str) -> str:
@@ -178,8 +260,8 @@ def _number(key: str, value: Any, path: str, *, whole: bool) -> int | float:
     return int(number) if whole else float(number)
 
 
-def _check_complete(values: Mapping[str, Any], *, where: str) -> None:
-    for kind, prefix, data in [
+def _check_complete(values: Mapping[str, Any], *, where: str, prefix: str) -> None:
+    for kind, part, data in [
         (ClusterSpec, "", values),
         *((kind, f"{name}.", values.get(name, {})) for name, kind in _PARTS.items()),
     ]:
@@ -187,16 +269,17 @@ def _check_complete(values: Mapping[str, Any], *, where: str) -> None:
             if field.name in data or field.default is not MISSING or field.name in _PARTS:
                 continue
             raise ConfigError(
-                "missing", where=_path(where, f"{prefix}{field.name}"),
+                "missing", where=_path(where, f"{prefix}{part}{field.name}"),
                 remedy=f"add it, or start from a server with base: {' or '.join(PLATFORMS)}",
             )  # fmt: skip
 
 
-def _build(values: Mapping[str, Any], *, where: str) -> ClusterSpec:
+def _build(values: Mapping[str, Any], *, where: str, prefix: str) -> ClusterSpec:
     try:
         return ClusterSpec.from_dict(values)
     except UserError as error:
-        place = _path(where, error.where)
+        own = error.where.removeprefix("cluster.")
+        place = _path(where, error.where if own == error.where else f"{prefix}{own}")
         raise ConfigError(error.problem, where=place, remedy=error.remedy) from None
 
 

@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from planner.confidence import Confidence, confidence
-from planner.cost import CostModel
-from planner.explain import CriticalCycle, Fullest, fullest_device, steady_cycle
+from planner.cost import Costs
+from planner.explain import CriticalCycle, steady_cycle
 from planner.plan import Allocation, ExecutionPlan, Problem, allocation_problem
+from planner.plan_memory import Fullest, fullest_device
 from planner.program import compile_plan
 from planner.search import estimate_plan
 from planner.simulate import StepPrices
 from profiles.errors import ConfigError
+from profiles.hardware import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,7 @@ class Comparison:
 
 
 def compare(
-    a: ExecutionPlan, b: ExecutionPlan, costs_a: CostModel, costs_b: CostModel, *,
+    a: ExecutionPlan, b: ExecutionPlan, costs_a: Costs, costs_b: Costs, *,
     names: tuple[str, str] = ("a", "b"),
 ) -> Comparison:  # fmt: skip
     """Both plans, each under its own costs.
@@ -91,7 +93,7 @@ def compare(
             remedy="compare plans of one algorithm, with the same models and data",
         )
     side_a, side_b = _side(names[0], a, costs_a), _side(names[1], b, costs_b)
-    clusters = _differences(a.problem.cluster.to_dict(), b.problem.cluster.to_dict())
+    clusters = _cluster_differences(a.problem.cluster, b.problem.cluster)
     swaps: tuple[Swap, ...] = ()
     sure: Confidence | None = None
     if not clusters:
@@ -101,14 +103,14 @@ def compare(
     return Comparison(a=side_a, b=side_b, clusters_differ=clusters, swaps=swaps, confidence=sure)
 
 
-def _side(name: str, plan: ExecutionPlan, costs: CostModel) -> Side:
+def _side(name: str, plan: ExecutionPlan, costs: Costs) -> Side:
     prices = StepPrices(plan.problem, costs)
     estimated, _ = estimate_plan(plan, prices)
     cycle, _ = steady_cycle(plan, compile_plan(plan), prices)
     return Side(name=name, plan=estimated, cycle=cycle, fullest=fullest_device(plan))
 
 
-def swap_each(plan: ExecutionPlan, other: ExecutionPlan, costs: CostModel) -> tuple[Swap, ...]:
+def swap_each(plan: ExecutionPlan, other: ExecutionPlan, costs: Costs) -> tuple[Swap, ...]:
     """``plan`` with one call's allocation of ``other`` at a time, the fastest first."""
     prices, found = StepPrices(plan.problem, costs), []
     for name, allocation in other.allocations.items():
@@ -151,6 +153,18 @@ def problem_differences(a: Problem, b: Problem) -> Mapping[str, tuple[Any, Any]]
             if x_call != y_call:
                 found[f"graph.{x_call.name}"] = ("one definition", "another")
     return found
+
+
+def _cluster_differences(a: Cluster, b: Cluster) -> Mapping[str, tuple[Any, Any]]:
+    """Fields that differ; of clusters with unlike numbers of groups just what they are."""
+    if len(a.groups) != len(b.groups):
+        return {"groups": (a.name, b.name)}
+    if len(a.groups) == 1:
+        return _differences(a.to_dict(), b.to_dict())
+    pairs = zip(a.groups, b.groups, strict=True)
+    parts = [_differences(x.to_dict(), y.to_dict(), f"groups[{i}].")
+             for i, (x, y) in enumerate(pairs)]  # fmt: skip
+    return {field: values for part in parts for field, values in part.items()}
 
 
 def _differences(

@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from planner.cost import CallCost, CostModel
+from planner.cost import CallCost, Costs
 from planner.cost.offload import SwapCost
 from planner.layout import Layout
-from planner.memory import MemoryBreakdown
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan
-from planner.plan_memory import plan_memory
+from planner.plan_memory import Fullest, fullest_device
 from planner.program import Program, compile_plan
 from planner.simulate import Prices, Span, StepPrices, Timeline, run_program
-from profiles.hardware import ClusterSpec
+from profiles.hardware import Cluster, ClusterSpec, DeviceSpec, LinkSpec
 
 MOST_STEPS = 64  # of a simulation until its steady cycle closes
 
@@ -72,19 +72,6 @@ class Lever:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fullest:
-    """The fullest device: what it needs at its worst moment, and what it has, in bytes."""
-
-    device: int
-    need: MemoryBreakdown
-    has_bytes: int
-
-    @property
-    def headroom_bytes(self) -> int:
-        return self.has_bytes - self.need.total
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """What binds a plan; see the module. ``levers``: the largest gain first."""
 
@@ -96,11 +83,11 @@ class Explanation:
     fullest: Fullest
 
 
-Reprice = Callable[[ClusterSpec], CostModel]
+Reprice = Callable[[Cluster], Costs]
 
 
 def explain(
-    plan: ExecutionPlan, costs: CostModel, *, links: Reprice | None, device: Reprice | None
+    plan: ExecutionPlan, costs: Costs, *, links: Reprice | None, device: Reprice | None
 ) -> Explanation:
     """What binds ``plan`` under ``costs``.
 
@@ -126,14 +113,6 @@ def explain(
         levers=tuple(sorted(levers, key=lambda lever: lever.step_s)),
         fullest=fullest_device(plan),
     )
-
-
-def fullest_device(plan: ExecutionPlan) -> Fullest:
-    """The device with the least memory left, the first of several."""
-    device, need = max(sorted(plan_memory(plan).items()), key=lambda item: item[1].total)
-    return Fullest(
-        device=device, need=need, has_bytes=plan.problem.cluster.device.memory_bytes
-    )  # fmt: skip
 
 
 # ---- the critical cycle -----------------------------------------------------------------------
@@ -344,21 +323,45 @@ def _faster(
         yield "host links 2x", _Scaled(prices=prices, calls={}, parts={}, host=0.5)
 
 
-def _faster_links(plan: ExecutionPlan, links: Reprice | None) -> Iterator[tuple[str, CostModel]]:
+def _faster_links(plan: ExecutionPlan, links: Reprice | None) -> Iterator[tuple[str, Costs]]:
+    """Of all groups at once: what goes between two takes the networks of both."""
     cluster = plan.problem.cluster
     if links is None:
         return
-    intra = replace(cluster.intra_link, bytes_per_s=2 * cluster.intra_link.bytes_per_s)
-    yield "links inside nodes 2x", links(replace(cluster, intra_link=intra))
+
+    def twice(link: LinkSpec) -> LinkSpec:
+        return replace(link, bytes_per_s=2 * link.bytes_per_s)
+
+    every = range(len(cluster.groups))
+    inside = _changed(cluster, every, lambda g: replace(g, intra_link=twice(g.intra_link)))
+    yield "links inside nodes 2x", links(inside)
     if cluster.num_nodes > 1:
-        inter = replace(cluster.inter_link, bytes_per_s=2 * cluster.inter_link.bytes_per_s)
-        yield "network between nodes 2x", links(replace(cluster, inter_link=inter))
+        between = _changed(cluster, every, lambda g: replace(g, inter_link=twice(g.inter_link)))
+        yield "network between nodes 2x", links(between)
 
 
-def _faster_device(plan: ExecutionPlan, device: Reprice | None) -> Iterator[tuple[str, CostModel]]:
+def _faster_device(plan: ExecutionPlan, device: Reprice | None) -> Iterator[tuple[str, Costs]]:
+    """Of each group by itself."""
     cluster = plan.problem.cluster
     if device is None:
         return
-    for what, field in (("FLOP/s", "peak_flops"), ("memory bandwidth", "memory_bytes_per_s")):
-        faster = replace(cluster.device, **{field: 2 * getattr(cluster.device, field)})
-        yield f"{what} 2x", device(replace(cluster, device=faster))
+    for index, group in enumerate(cluster.groups):
+        of = f" of {group.name}" if len(cluster.groups) > 1 else ""
+        for what, field in (("FLOP/s", "peak_flops"), ("memory bandwidth", "memory_bytes_per_s")):
+            faster = replace(group.device, **{field: 2 * getattr(group.device, field)})
+            changed = _changed(cluster, [index], partial(_with_device, device=faster))
+            yield f"{what}{of} 2x", device(changed)
+
+
+def _with_device(group: ClusterSpec, *, device: DeviceSpec) -> ClusterSpec:
+    return replace(group, device=device)
+
+
+def _changed(
+    cluster: Cluster, indices: Sequence[int], change: Callable[[ClusterSpec], ClusterSpec]
+) -> Cluster:
+    """``cluster`` with some of its groups changed."""
+    if isinstance(cluster, ClusterSpec):
+        return change(cluster)
+    groups = tuple(change(g) if i in indices else g for i, g in enumerate(cluster.groups))
+    return replace(cluster, groups=groups)

@@ -21,10 +21,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from planner.explain import Explanation, fullest_device, rank_groups
+from planner.explain import Explanation, rank_groups
 from planner.memory import MemoryBreakdown
+from planner.mesh import node_edges
 from planner.plan import ExecutionPlan
-from planner.plan_memory import memory_over_time, plan_memory
+from planner.plan_memory import alike, fullest_device, memory_bytes_of, memory_over_time
 from planner.report import ranges_text, strategy_text
 from planner.resolve import make_costs
 from planner.search import estimate_plan
@@ -236,7 +237,7 @@ def memory(plan: ExecutionPlan, steps: Timeline | None = None, *, device: int | 
         edges.append((max(span.start_s - start_s, 0.0), span.label))
         edges.append((min(span.end_s, end_s) - start_s, ""))
     edges.append((end_s - start_s, edges[-1][1]))
-    had = plan.problem.cluster.device.memory_bytes
+    had = memory_bytes_of(device, plan)
     figure = empty()
     factor, unit = (GIB, "GiB") if had >= GIB else (MIB, "MiB")
     for i, item in enumerate(MemoryBreakdown().items()):
@@ -263,12 +264,10 @@ def memory(plan: ExecutionPlan, steps: Timeline | None = None, *, device: int | 
 
 def fullest_moments(plan: ExecutionPlan) -> Any:
     """Bytes of each group of devices with equal needs at their fullest moment, by item."""
-    groups: dict[MemoryBreakdown, list[int]] = {}
-    for device, need in sorted(plan_memory(plan).items()):
-        groups.setdefault(need, []).append(device)
-    ordered = sorted(groups.items(), key=lambda found: -found[0].total)
-    rows = {ranges_text(devices, most=2): need for need, devices in ordered[:_MOST_ROWS]}
-    had = plan.problem.cluster.device.memory_bytes
+    ordered = alike(plan)
+    rows = {ranges_text(devices, most=2): need for devices, need, _ in ordered[:_MOST_ROWS]}
+    limits = sorted({has for _, _, has in ordered})
+    had = limits[-1]
     factor, unit = (GIB, "GiB") if had >= GIB else (MIB, "MiB")
     figure = empty()
     for i, item in enumerate(MemoryBreakdown().items()):
@@ -279,7 +278,9 @@ def fullest_moments(plan: ExecutionPlan) -> Any:
                 name=item.replace("_", " "), marker_color=PALETTE[i % len(PALETTE)],
                 hovertemplate=[f"{item}: {format_bytes(value)}<extra></extra>" for value in values],
             )  # fmt: skip
-    _add_limit(figure, had / factor, f"has {had / factor:.1f} {unit}", "v")
+    for limit in limits:
+        kind = "" if len(limits) == 1 else f"{_named(limit, plan)} "
+        _add_limit(figure, limit / factor, f"{kind}has {limit / factor:.1f} {unit}", "v")
     more = len(ordered) - len(rows)
     title = "Memory of devices at their fullest moment"
     title += f" (and {more} more groups)" if more > 0 else ""
@@ -290,6 +291,13 @@ def fullest_moments(plan: ExecutionPlan) -> Any:
         title_text="devices", type="category", categoryorder="array", categoryarray=[*rows][::-1]
     )
     return figure
+
+
+def _named(memory_bytes: int, plan: ExecutionPlan) -> str:
+    """The devices that have so much."""
+    groups = plan.problem.cluster.groups
+    names = (g.device.name for g in groups if g.device.memory_bytes == memory_bytes)
+    return " and ".join(dict.fromkeys(names))
 
 
 def _add_limit(figure: Any, at: float, text: str, way: str) -> None:
@@ -316,8 +324,7 @@ def meshes(plan: ExecutionPlan) -> Any:
             insidetextfont_color=_ink(colours[name]),
             hovertemplate=f"{name}: {allocation}<extra></extra>",
         )  # fmt: skip
-    every = cluster.devices_per_node * max(1, cluster.num_nodes // 16)
-    edges = list(range(0, cluster.num_devices + 1, every))
+    edges = node_edges(cluster)
     for edge in edges:
         figure.add_vline(x=edge, line_color="#888", line_width=0.6, layer="above")
     styled(

@@ -109,7 +109,7 @@ def _largest_weight_values(spec: ModelSpec, stage: StageShape, tp: int, ep: int)
 def call_memory(problem: Problem, call_name: str, allocation: Allocation) -> MemoryBreakdown:
     """What a call alone needs on its fullest device: weights and state of its role included."""
     call = problem.graph.call(call_name)
-    kind = problem.cluster.device.kind
+    kind = problem.cluster.kind
     spec = problem.spec_of(call_name)
     reserve = MemoryBreakdown(reserve=RESERVE_BYTES[kind])
     if spec is None:
@@ -215,7 +215,7 @@ class _MicroBatch:
         cls, problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec
     ) -> _MicroBatch:
         s, workload = allocation.strategy, problem.workload_of(call.name)
-        value_bytes = VALUE_BYTES[problem.cluster.device.kind]
+        value_bytes = VALUE_BYTES[problem.cluster.kind]
         mini_batch = ceil(workload.batch_size / call.num_mini_batches)
         groups = ceil(ceil(mini_batch / s.dp) / allocation.num_micro_batches)
         sequences = groups * workload.group_size
@@ -260,7 +260,7 @@ def _running_generate(
     fp32 copies while a token is chosen.
     """
     s, workload = allocation.strategy, problem.workload_of(call.name)
-    value_bytes = VALUE_BYTES[problem.cluster.device.kind]
+    value_bytes = VALUE_BYTES[problem.cluster.kind]
     shape = stage_shapes(spec, s.pp)[stage]
     num_sequences = ceil(workload.batch_size / s.dp) * workload.group_size
     rows = min(allocation.generation_batch or num_sequences, num_sequences)
@@ -278,6 +278,6 @@ def _running_generate(
         logits=logits,
         # A block's keys or values are there twice while they grow.
         buffers=rows_bytes // 2
-        + packed_values(spec, shape, s.tp, problem.cluster.device.kind) * value_bytes
+        + packed_values(spec, shape, s.tp, problem.cluster.kind) * value_bytes
         + (2 * tokens * spec.hidden * value_bytes if s.pp > 1 else 0),
     )  # fmt: skip

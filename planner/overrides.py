@@ -12,6 +12,7 @@
 | ``offload=false`` | nothing is in the host's memory between calls, whatever would pay |
 | ``gap=0.02`` | stop when at most this share of a step can be saved |
 | ``cluster.inter_link.bytes_per_s=12.5GB`` | any field of the cluster |
+| ``cluster.groups.0.device.memory_bytes=40GiB`` | of a cluster of groups, any field of one |
 
 All other words are the algorithm's options.
 """
@@ -32,7 +33,7 @@ from planner.mesh import DeviceMesh
 from planner.plan_schema import load_plan
 from planner.strategy import parse_strategy
 from profiles.errors import ConfigError, PlanError, unknown_name
-from profiles.hardware import ClusterSpec
+from profiles.hardware import Cluster
 from profiles.units import format_bytes, parse_bytes
 
 DEFAULT_GAP = 0.01  # as search's
@@ -52,20 +53,21 @@ class Overrides:
     cluster: Mapping[str, Any] = field(default_factory=dict)
     algorithm: tuple[str, ...] = ()
 
-    def on(self, cluster: ClusterSpec) -> ClusterSpec:
+    def on(self, cluster: Cluster) -> Cluster:
         """``cluster`` with its fields and its memory as the words say.
 
         Raises:
             ConfigError: no such field, a value that it cannot have, or a limit above the memory.
         """
         changed = override_cluster(cluster, self.cluster) if self.cluster else cluster
-        limit_bytes, had_bytes = self.memory_limit_bytes, changed.device.memory_bytes
+        limit_bytes = self.memory_limit_bytes
         if limit_bytes is None:
             return changed
-        if limit_bytes > had_bytes:
+        device = max((g.device for g in changed.groups), key=lambda device: device.memory_bytes)
+        if limit_bytes > device.memory_bytes:
             raise ConfigError(
-                f"{format_bytes(limit_bytes)} is above the {format_bytes(had_bytes)} of "
-                f"{changed.device.name}",
+                f"{format_bytes(limit_bytes)} is above the {format_bytes(device.memory_bytes)} of "
+                f"{device.name}",
                 where="memory_limit",
                 remedy="a device that has more is cluster.device.memory_bytes=…",
             )

@@ -14,7 +14,7 @@ from planner.graph import CallKind, DataflowGraph
 from planner.mesh import DeviceMesh, check_mesh
 from planner.strategy import ParallelStrategy, strategy_problem
 from profiles.errors import PlanError
-from profiles.hardware import ClusterSpec
+from profiles.hardware import Cluster
 from profiles.models import ModelSpec
 
 # Sequences are dealt one by one; a larger number is a slip of the pen.
@@ -166,7 +166,7 @@ class Problem:
     graph: DataflowGraph
     models: Mapping[str, ModelSpec]
     workload: Workload
-    cluster: ClusterSpec
+    cluster: Cluster
     paths: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ steps where there is enough of it: ``kept_layouts``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from planner.cost.stage import VALUE_BYTES
@@ -56,22 +57,6 @@ KEPT_SHARE = 0.9
 Held = tuple[str, Layout]  # a role's weights in a layout
 
 
-def read_ahead(plan: ExecutionPlan) -> frozenset[Held]:
-    """Borrowed layouts in which a step's work for the next one goes on while the role is trained.
-
-    They are copies: what a rank holds of the trained weights it cannot lend, for it changes.
-    """
-    homes = home_strategies(plan)
-    found = set[Held]()
-    for call in plan.problem.graph.ahead:
-        assert call.role is not None, call
-        allocation = plan.allocations[call.name]
-        layout = Layout.of(plan.problem.models[call.role], allocation.mesh, allocation.strategy)
-        if layout not in homes[call.role]:
-            found.add((call.role, layout))
-    return frozenset(found)
-
-
 def kept_layouts(plan: ExecutionPlan) -> frozenset[Held]:
     """Borrowed layouts whose memory stays from step to step, where a plan has room for it.
 
@@ -80,7 +65,6 @@ def kept_layouts(plan: ExecutionPlan) -> frozenset[Held]:
     its devices at most ``KEPT_SHARE`` full at their fullest; the others come and go.
     """
     homes = home_strategies(plan)
-    limit = KEPT_SHARE * plan.problem.cluster.device.memory_bytes
     averaged = [
         (average.of, layout)
         for average in plan.problem.graph.averages
@@ -91,6 +75,7 @@ def kept_layouts(plan: ExecutionPlan) -> frozenset[Held]:
     for held in dict.fromkeys((*_borrowed(plan, homes), *averaged)):
         moments = memory_over_time(plan, kept=kept | {held})
         devices = held[1].mesh.devices
+        limit = KEPT_SHARE * memory_bytes_of(devices[0], plan)
         if all(fullest(moments[device]).need.total <= limit for device in devices):
             kept |= {held}
     return kept
@@ -113,7 +98,7 @@ def memory_over_time(
     calls before and after it. ``kept``: see ``kept_layouts``, whose answer is taken for None; with
     none kept a plan needs least, and as much as the search counts.
     """
-    problem, kind = plan.problem, plan.problem.cluster.device.kind
+    problem, kind = plan.problem, plan.problem.cluster.kind
     homes = home_strategies(plan)
     kept = kept_layouts(plan) if kept is None else kept
     resident = _resident(plan, homes, kept)
@@ -188,6 +173,47 @@ def plan_memory(
     return {device: fullest(own).need for device, own in moments.items()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fullest:
+    """The fullest device: what it needs at its worst moment ``call``, and what it has, in bytes."""
+
+    device: int
+    call: str
+    need: MemoryBreakdown
+    has_bytes: int
+
+    @property
+    def headroom_bytes(self) -> int:
+        return self.has_bytes - self.need.total
+
+
+def memory_bytes_of(device: int, plan: ExecutionPlan) -> int:
+    """What a device of the plan's cluster has."""
+    return plan.problem.cluster.group_of(device).device.memory_bytes
+
+
+def alike(plan: ExecutionPlan) -> list[tuple[list[int], MemoryBreakdown, int]]:
+    """Devices that need and have as much at their fullest: (devices, need, bytes that each has).
+
+    The fullest first, by share of what they have.
+    """
+    groups: dict[tuple[MemoryBreakdown, int], list[int]] = {}
+    for device, need in sorted(plan_memory(plan).items()):
+        groups.setdefault((need, memory_bytes_of(device, plan)), []).append(device)
+    found = [(devices, need, has) for (need, has), devices in groups.items()]
+    return sorted(found, key=lambda row: -row[1].total / row[2])
+
+
+def fullest_device(plan: ExecutionPlan) -> Fullest:
+    """The device that needs the largest share of its memory, the first of several."""
+    found = []
+    for device, moments in sorted(memory_over_time(plan).items()):
+        call, need, _ = fullest(moments)
+        has_bytes = memory_bytes_of(device, plan)
+        found.append(Fullest(device=device, call=call, need=need, has_bytes=has_bytes))
+    return max(found, key=lambda full: full.need.total / full.has_bytes)
+
+
 def check_memory(plan: ExecutionPlan) -> None:
     """Raise unless every device of the plan has the memory that it needs.
 
@@ -195,12 +221,11 @@ def check_memory(plan: ExecutionPlan) -> None:
         InfeasibleError: names the fullest device, the call, the roles, the bytes and the item
             that takes most.
     """
-    had = plan.problem.cluster.device.memory_bytes
-    peaks = {device: fullest(moments) for device, moments in memory_over_time(plan).items()}
-    device, (call_name, need, _) = max(peaks.items(), key=lambda item: item[1].need.total)
-    call_name = call_name or plan.problem.graph.calls[0].name  # too full before any call
-    if need.total <= had:
+    full = fullest_device(plan)
+    if full.headroom_bytes >= 0:
         return
+    device, need = full.device, full.need
+    call_name = full.call or plan.problem.graph.calls[0].name  # too full before any call
     item, num_bytes = need.biggest
     roles = [
         role
@@ -208,13 +233,21 @@ def check_memory(plan: ExecutionPlan) -> None:
         if any(device in layout.mesh for layout in layouts)
     ]
     raise InfeasibleError(
-        f"device {device} needs {format_bytes(need.total)} while {call_name} runs and has "
-        f"{format_bytes(had)}, {format_bytes(need.total - had)} too little; most is {item} with "
+        f"device {device}{_name_of(device, plan)} needs {format_bytes(need.total)} while "
+        f"{call_name} runs and has {format_bytes(full.has_bytes)}, "
+        f"{format_bytes(-full.headroom_bytes)} too little; most is {item} with "
         f"{format_bytes(num_bytes)} "
         f"(roles that stay there: {', '.join(roles) or 'none'})",
         where=f"allocations.{call_name}",
         remedy=REMEDIES[item],
     )
+
+
+def _name_of(device: int, plan: ExecutionPlan) -> str:
+    """What kind of device it is, where there are several kinds."""
+    cluster = plan.problem.cluster
+    several = len({group.device.name for group in cluster.groups}) > 1
+    return f" ({cluster.group_of(device).device.name})" if several else ""
 
 
 REMEDIES: Mapping[str, str] = {
@@ -235,7 +268,7 @@ def _resident(
     kept: frozenset[Held],
 ) -> dict[int, MemoryBreakdown]:
     """What every device holds at all times."""
-    kind = plan.problem.cluster.device.kind
+    kind = plan.problem.cluster.kind
     found = {
         device: MemoryBreakdown(reserve=RESERVE_BYTES[kind])
         for device in range(plan.problem.cluster.num_devices)
@@ -256,13 +289,11 @@ def _resident(
                 if averaged:
                     more = average_bytes(own.weights, kind) - own.weights
                     found[device] += MemoryBreakdown(weights=more)
-    copies = read_ahead(plan)
     for role, layout in kept:
         (home,) = homes[role]
         for device in layout.mesh.devices:
-            whole = (role, layout) in copies
-            stored = layout.num_values(device) if whole else stored_values(home, layout, device)
-            found[device] += MemoryBreakdown(weights=stored * VALUE_BYTES[kind])
+            stored_bytes = stored_values(home, layout, device) * VALUE_BYTES[kind]
+            found[device] += MemoryBreakdown(weights=stored_bytes)
     if kind == "cpu":
         for device in {device for _, layout in kept for device in layout.mesh.devices}:
             found[device] += MemoryBreakdown(buffers=STAGING_BYTES[kind])
@@ -271,7 +302,7 @@ def _resident(
 
 def _offloaded(plan: ExecutionPlan, role: str) -> set[Layout]:
     """Homes of a role of which a part is in the host's memory between calls."""
-    kind = plan.problem.cluster.device.kind
+    kind = plan.problem.cluster.kind
     return {
         Layout.of(plan.problem.models[role], allocation.mesh, allocation.strategy)
         for call in plan.problem.graph.calls_of(role)

@@ -31,7 +31,7 @@ from planner.plan import (
     validate_plan,
 )
 from profiles.errors import PlanError, UserError
-from profiles.hardware import ClusterSpec
+from profiles.hardware import Cluster, ClusterSpec, MixedCluster
 from profiles.models import ModelSpec
 
 SCHEMA_NAME = "realplan-plan"
@@ -46,7 +46,7 @@ _SECTIONS: Mapping[str, Any] = {
     "estimate": Estimate | None,
     "baselines": Mapping[str, float],
     "workload": Workload,
-    "cluster": ClusterSpec,
+    "cluster": Cluster,
     "models": Mapping[str, ModelSpec],
     "paths": Mapping[str, str],
     "graph": DataflowGraph,
@@ -305,12 +305,20 @@ def _read_mesh(value: Any, where: str) -> DeviceMesh:
     return DeviceMesh(_read_int(value[0], f"{where}[0]"), _read_int(value[1], f"{where}[1]"))
 
 
+def _read_cluster(value: Any, where: str) -> Cluster:
+    """Equal nodes, or where there are ``groups`` a list of these."""
+    mixed = isinstance(value, Mapping) and "groups" in value
+    found: Cluster = _read_object(MixedCluster if mixed else ClusterSpec, value, where)
+    return found
+
+
 _LEAVES: Mapping[Any, Callable[[Any, str], Any]] = {
     int: _read_int,
     float: _read_float,
     str: _read_str,
     bool: _read_bool,
     DeviceMesh: _read_mesh,
+    Cluster: _read_cluster,
     Any: lambda value, where: value,
 }
 

@@ -247,8 +247,12 @@ def _pieces(lo: int, hi: int, step: int) -> Iterator[tuple[int, int, int]]:
         yield index, max(lo, index * step), min(hi, (index + 1) * step)
 
 
-def routes(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> tuple[Route, ...]:
+def routes(
+    src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30, first_device: int = 0
+) -> tuple[Route, ...]:
     """Who gives what to whom so that every device of ``dst`` holds its layout.
+
+    ``first_device``: the first one of a node (``mesh.node_grid``).
 
     Raises nothing; the two layouts must be of one model. Cost: O(devices of dst x dp of src x
     source shards that overlap), independent of the number of layers.
@@ -263,6 +267,7 @@ def routes(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> tupl
             crossing = _Crossing(
                 src=src, dst=dst, src_stages=src_stages, dst_stage=dst_stage,
                 layers=tuple(layers), cut=cut, devices_per_node=devices_per_node,
+                first_device=first_device,
             )  # fmt: skip
             of_cut = _expert_routes if cut == "experts" else _routes_of
             found.extend(of_cut(crossing, sent))
@@ -293,6 +298,10 @@ class _Crossing:
     layers: tuple[int, ...]
     cut: Cut
     devices_per_node: int
+    first_device: int
+
+    def node_of(self, device: int) -> int:
+        return (device - self.first_device) // self.devices_per_node
 
     def num_parts(self, layout: Layout) -> int:
         return crossing_parts(layout, self.cut)
@@ -317,7 +326,7 @@ class _Crossing:
             for dp_rank in range(self.src.dp)
             for repeat in range(repeats)
         ]
-        return [h for h in holders if h // self.devices_per_node == node] or holders
+        return [h for h in holders if self.node_of(h) == node] or holders
 
     def nearest_expert_holders(self, ep_part: int, tp_part: int, node: int) -> list[int]:
         """Holders of a part of the experts, as ``nearest_holders``."""
@@ -326,7 +335,7 @@ class _Crossing:
             for stage in sorted(self.src_stages)
             for dp_rank in range(ep_part, self.src.dp, self.src.ep)
         ]
-        return [h for h in holders if h // self.devices_per_node == node] or holders
+        return [h for h in holders if self.node_of(h) == node] or holders
 
 
 def _routes_of(crossing: _Crossing, sent: dict[int, int]) -> Iterator[Route]:
@@ -351,7 +360,7 @@ def _routes_of(crossing: _Crossing, sent: dict[int, int]) -> Iterator[Route]:
                 if held == part:
                     giver = device
                 else:
-                    place = (part, device // crossing.devices_per_node)
+                    place = (part, crossing.node_of(device))
                     if place not in nearest:
                         nearest[place] = crossing.nearest_holders(*place)
                     # The least burdened, and of equals the first.
@@ -381,7 +390,7 @@ def _expert_routes(crossing: _Crossing, sent: dict[int, int]) -> Iterator[Route]
     nearest: dict[tuple[int, int, int], list[int]] = {}  # (ep part, tp part, node) -> holders
     for dp_rank, tp_rank in product(range(dst.dp), range(dst.tp)):
         device = dst.device(crossing.dst_stage, dp_rank, tp_rank)
-        node = device // crossing.devices_per_node
+        node = crossing.node_of(device)
         starts = dp_rank % dst.ep * dst_steps[0], tp_rank * dst_steps[1]
         pieces = [_pieces(a, a + n, step) for a, n, step in zip(starts, dst_steps, src_steps)]
         for (ep_part, first, last), (tp_part, lo, hi) in product(*map(list, pieces)):
@@ -407,7 +416,9 @@ def _expand(spec: ModelSpec, route: Route) -> Iterator[Message]:
 
 
 @lru_cache(maxsize=32)
-def reallocate(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> Reallocation:
+def reallocate(
+    src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30, first_device: int = 0
+) -> Reallocation:
     """The messages and local copies that fill ``dst`` from ``src``.
 
     >>> from planner.mesh import DeviceMesh
@@ -422,6 +433,7 @@ def reallocate(src: Layout, dst: Layout, *, devices_per_node: int = 1 << 30) -> 
     """
     messages: list[Message] = []
     copies: list[Message] = []
-    for route in routes(src, dst, devices_per_node=devices_per_node):
+    grid = {"devices_per_node": devices_per_node, "first_device": first_device}
+    for route in routes(src, dst, **grid):
         (copies if route.src == route.dst else messages).extend(_expand(src.spec, route))
     return Reallocation(src=src, dst=dst, messages=tuple(messages), copies=tuple(copies))

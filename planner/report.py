@@ -17,8 +17,9 @@ from rich.text import Text
 from planner.confidence import Confidence
 from planner.layout import Layout
 from planner.memory import MemoryBreakdown
+from planner.mesh import DeviceMesh
 from planner.plan import Allocation, Estimate, ExecutionPlan
-from planner.plan_memory import memory_over_time, plan_memory
+from planner.plan_memory import alike, fullest_device, memory_bytes_of, memory_over_time
 from planner.program import (
     Average,
     Free,
@@ -34,6 +35,7 @@ from planner.program import (
 )
 from planner.simulate import Span, Timeline, sample_bytes
 from profiles.errors import ConfigError
+from profiles.hardware import Cluster
 from profiles.units import GIB, MIB, format_bytes, format_seconds
 
 _COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow")
@@ -64,6 +66,13 @@ def strategy_text(allocation: Allocation) -> str:
     return s.short + (" sp" if s.sequence_parallel else "") + (" zero" if s.zero else "") + again
 
 
+def devices_text(mesh: DeviceMesh, cluster: Cluster) -> str:
+    """``0-31``; where devices are of several kinds ``0-31 h100``."""
+    several = len({group.device.name for group in cluster.groups}) > 1
+    name = f" {cluster.group_of(mesh.first).device.name}" if several else ""
+    return str(mesh).strip("[]") + name
+
+
 # ---- the plan and its estimate ----------------------------------------------------------------
 
 
@@ -80,7 +89,7 @@ def plan_table(plan: ExecutionPlan) -> Table:
         table.add_row(
             call.name,
             spec.name if spec else "function",
-            str(allocation.mesh).strip("[]"),
+            devices_text(allocation.mesh, problem.cluster),
             strategy_text(allocation),
             str(allocation.num_micro_batches),
             *_seconds_and_share(estimate, call.name),
@@ -121,13 +130,19 @@ def estimate_lines(plan: ExecutionPlan) -> list[str]:
         lines.append(f"{ratio:.2f}x as fast as {BASELINE_NAMES.get(name, name)}: "
                      f"{format_seconds(seconds)}")  # fmt: skip
     shares = ", ".join(f"{share:.0%} {name}" for name, share in estimate.provenance.items())
-    had = plan.problem.cluster.device.memory_bytes
     lines.append(f"costs: {shares or 'unknown'}")
+    had = _had_bytes(plan)
     lines.append(
         f"fullest device: {format_bytes(estimate.peak_bytes)} of {format_bytes(had)} "
         f"({estimate.peak_bytes / had:.0%})"
     )
     return lines
+
+
+def _had_bytes(plan: ExecutionPlan) -> int:
+    """What the device has that is the fullest; which one is asked only where they are unlike."""
+    sizes = {group.device.memory_bytes for group in plan.problem.cluster.groups}
+    return sizes.pop() if len(sizes) == 1 else fullest_device(plan).has_bytes
 
 
 def confidence_text(found: Confidence, other: str) -> str:
@@ -228,40 +243,39 @@ def _bar(
 
 def memory_table(plan: ExecutionPlan, *, most_rows: int = 12) -> Table:
     """Groups of devices with equal needs at their fullest moment, the fullest first."""
-    groups: dict[MemoryBreakdown, list[int]] = defaultdict(list)
-    for device, need in sorted(plan_memory(plan).items()):
-        groups[need].append(device)
-    ordered = sorted(groups.items(), key=lambda item: -item[0].total)
-    rows = [(ranges_text(devices), need) for need, devices in ordered[:most_rows]]
-    table = _needs_table(plan, "on a device at its fullest moment", "devices", rows)
+    ordered = alike(plan)
+    rows = [(ranges_text(devices), need, has) for devices, need, has in ordered[:most_rows]]
+    table = _needs_table("on a device at its fullest moment", "devices", rows)
     if len(ordered) > most_rows:
-        rest = sum(len(devices) for _, devices in ordered[most_rows:])
+        rest = sum(len(devices) for devices, _, _ in ordered[most_rows:])
         table.add_row(f"… {rest} more", *["" for _ in range(len(table.columns) - 1)])
     return table
 
 
 def moments_table(plan: ExecutionPlan, device: int) -> Table:
     """One device's bytes over a step, in the order of its calls."""
-    moments = memory_over_time(plan)[device]
-    rows = [(moment.after or moment.call or "between calls", moment.need) for moment in moments]
-    return _needs_table(plan, f"on device {device} over a step", "while", rows)
+    moments, has = memory_over_time(plan)[device], memory_bytes_of(device, plan)
+    rows = [(moment.after or moment.call or "between calls", moment.need, has)
+            for moment in moments]  # fmt: skip
+    return _needs_table(f"on device {device} over a step", "while", rows)
 
 
-def _needs_table(
-    plan: ExecutionPlan, what: str, first: str, rows: Sequence[tuple[str, MemoryBreakdown]]
-) -> Table:
-    """A row for each need, with the items that any has; red where it is more than there is."""
-    had = plan.problem.cluster.device.memory_bytes
-    items = [n for n in MemoryBreakdown().items() if any(need.items()[n] for _, need in rows)]
-    most = max(need.total for _, need in rows)
+def _needs_table(what: str, first: str, rows: Sequence[tuple[str, MemoryBreakdown, int]]) -> Table:
+    """A row for each (what, need, bytes that there are), with the items that any has.
+
+    Red where it is more than there is.
+    """
+    items = [n for n in MemoryBreakdown().items() if any(need.items()[n] for _, need, _ in rows)]
+    most = max(need.total for _, need, _ in rows)
     factor, unit = (GIB, "GiB") if most >= 8 * GIB else (MIB, "MiB")
+    sizes = dict.fromkeys(f"{had / factor:,.1f}" for _, _, had in rows)
     table = Table(
-        title=f"{unit} {what}, of {had / factor:,.1f}", title_justify="left", box=box.SIMPLE_HEAD
+        title=f"{unit} {what}, of {' or '.join(sizes)}", title_justify="left", box=box.SIMPLE_HEAD
     )
     table.add_column(first, no_wrap=True)
     for name in (*(_SHORT.get(item, item) for item in items), "total", "used"):
         table.add_column(name, justify="right", no_wrap=True)
-    for label, need in rows:
+    for label, need, had in rows:
         values = [*(need.items()[item] for item in items), need.total]
         table.add_row(
             label, *(f"{value / factor:.1f}" if value else "-" for value in values),

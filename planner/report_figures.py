@@ -19,6 +19,7 @@ from planner.simulate import Timeline
 from planner.trace import TraceSpan
 from planner.whatif import WhatIf
 from profiles.clusters import PLATFORMS
+from profiles.hardware import ClusterSpec
 
 # Devices that a report puts beside the plan's own, where that is one of the catalogue's.
 _BESIDE = ("a100", "h100", "h200")
@@ -63,15 +64,18 @@ def plan_sections(plan: ExecutionPlan, steps: Timeline, found: Explanation) -> l
 
 
 def scenario_sections(what: WhatIf) -> list[Section]:
-    """Half, equal and double the devices, beside other devices; and what matters most."""
+    """Half, equal and double the devices, beside other devices; and what matters most.
+
+    Of unlike groups all of them beside each of them alone.
+    """
     cluster = what.problem.cluster
-    counts = [cluster.num_devices // 2, cluster.num_devices, 2 * cluster.num_devices]
-    per_node = min(cluster.devices_per_node, *(count for count in counts if count))
-    axes: dict[str, Sequence[object]] = {
-        "gpus": [count for count in counts if count and count % per_node == 0]
-    }
-    if cluster.device.name in PLATFORMS:
-        axes["device"] = list(dict.fromkeys([cluster.device.name, *_BESIDE]))
+    axes: dict[str, Sequence[object]] = {"cluster": [cluster, *cluster.groups]}
+    if isinstance(cluster, ClusterSpec):
+        counts = [cluster.num_devices // 2, cluster.num_devices, 2 * cluster.num_devices]
+        per_node = min(cluster.devices_per_node, *(count for count in counts if count))
+        axes = {"gpus": [count for count in counts if count and count % per_node == 0]}
+        if cluster.device.name in PLATFORMS:
+            axes["device"] = list(dict.fromkeys([cluster.device.name, *_BESIDE]))
     priced = what.sweep(**axes)["dollars"].notna().any()
     other = "dollars" if priced else "peak_memory"
     return [_section(what.draw("seconds", other)), _section(what.draw_tornado())]

@@ -14,8 +14,9 @@ from html import escape
 
 from planner.explain import Explanation, RankGroup
 from planner.memory import MemoryBreakdown
+from planner.mesh import node_edges
 from planner.plan import ExecutionPlan
-from planner.plan_memory import memory_over_time, plan_memory
+from planner.plan_memory import alike, memory_bytes_of, memory_over_time
 from planner.report import estimate_lines, ranges_text, strategy_text
 from planner.simulate import Span, Timeline
 from profiles.units import GIB, MIB, format_bytes, format_seconds
@@ -236,43 +237,39 @@ def _mesh_figure(plan: ExecutionPlan) -> str:
         marks.append(_rect(x, y + 3, wide, _ROW - 6, colour, f"{name}: {allocation}"))
         marks.append(_inside(x, y + 17, wide, text, colour))
     bottom = len(colours) * _ROW
-    every = max(1, cluster.num_nodes // 16)
-    for node in range(0, cluster.num_nodes + 1, every):
-        x = _MARGIN + node * cluster.devices_per_node * unit
+    for edge in node_edges(cluster):
+        x = _MARGIN + edge * unit
         marks.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom + 4}" stroke="#888"/>')
-        marks.append(_text(x, bottom + 18, str(node * cluster.devices_per_node), anchor="middle"))
+        marks.append(_text(x, bottom + 18, str(edge), anchor="middle"))
     marks.append(_text(_MARGIN + width + 12, bottom + 18, "device"))
     return _svg(bottom + 30, marks, "devices of each call")
 
 
 def _memory_figure(plan: ExecutionPlan) -> str:
     """A bar for each group of devices with equal needs."""
-    groups: dict[MemoryBreakdown, list[int]] = {}
-    for device, need in sorted(plan_memory(plan).items()):
-        groups.setdefault(need, []).append(device)
-    ordered = sorted(groups.items(), key=lambda item: -item[0].total)
-    rows = [(ranges_text(devices, most=2), need) for need, devices in ordered[:_MOST_ROWS]]
-    figure = _needs_figure(plan, rows, "memory by device and item")
+    ordered = alike(plan)
+    rows = [
+        (ranges_text(devices, most=2), need, has) for devices, need, has in ordered[:_MOST_ROWS]
+    ]
+    figure = _needs_figure(rows, "memory by device and item")
     return figure + _more(len(ordered) - _MOST_ROWS, "groups of devices")
 
 
 def _moments_figure(plan: ExecutionPlan, device: int) -> str:
     """A bar for each call of one device, in their order."""
-    moments = memory_over_time(plan)[device]
-    rows = [(m.after or m.call or "between calls", m.need) for m in moments]
-    return _needs_figure(plan, rows, f"memory of device {device} over a step")
+    moments, has = memory_over_time(plan)[device], memory_bytes_of(device, plan)
+    rows = [(m.after or m.call or "between calls", m.need, has) for m in moments]
+    return _needs_figure(rows, f"memory of device {device} over a step")
 
 
-def _needs_figure(
-    plan: ExecutionPlan, rows: Sequence[tuple[str, MemoryBreakdown]], title: str
-) -> str:
-    """Items of each row side by side, and the limit."""
-    had = plan.problem.cluster.device.memory_bytes
+def _needs_figure(rows: Sequence[tuple[str, MemoryBreakdown, int]], title: str) -> str:
+    """Items of each row side by side, and its limit."""
+    most = max(has for _, _, has in rows)
     items = list(MemoryBreakdown().items())
     colours = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(items)}
-    scale = (_WIDTH - _MARGIN - 110) / max(had, *(need.total for _, need in rows))
+    scale = (_WIDTH - _MARGIN - 110) / max(most, *(need.total for _, need, _ in rows))
     marks = []
-    for index, (label, need) in enumerate(rows):
+    for index, (label, need, had) in enumerate(rows):
         x, y = float(_MARGIN), index * _ROW
         marks.append(_text(_MARGIN - 8, y + 16, label, anchor="end"))
         for name, num_bytes in need.items().items():
@@ -280,15 +277,17 @@ def _needs_figure(
                 tip = f"{name}: {format_bytes(num_bytes)}"
                 marks.append(_rect(x, y + 3, num_bytes * scale, _ROW - 6, colours[name], tip))
                 x += num_bytes * scale
-        edge = max(x, _MARGIN + had * scale)
-        marks.append(_text(edge + 8, y + 16, format_bytes(need.total)))
-    bottom, limit = len(rows) * _ROW, _MARGIN + had * scale
-    marks.append(
-        f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="0" y2="{bottom + 4}" stroke="#000" '
-        'stroke-dasharray="4 3"/>'
-    )
-    unit, name = (GIB, "GiB") if had >= GIB else (MIB, "MiB")
-    marks.append(_text(limit, bottom + 18, f"has {had / unit:.1f} {name}", anchor="middle"))
+        limit = _MARGIN + had * scale
+        marks.append(_text(max(x, _MARGIN + most * scale) + 8, y + 16, format_bytes(need.total)))
+        marks.append(
+            f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="{y}" y2="{y + _ROW}" stroke="#000" '
+            'stroke-dasharray="4 3"/>'
+        )
+    bottom = len(rows) * _ROW
+    unit, name = (GIB, "GiB") if most >= GIB else (MIB, "MiB")
+    for had in sorted({has for _, _, has in rows}):
+        text = f"has {had / unit:.1f} {name}"
+        marks.append(_text(_MARGIN + had * scale, bottom + 18, text, anchor="middle"))
     return _legend(colours) + _svg(bottom + 30, marks, title)
 
 

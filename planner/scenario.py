@@ -15,21 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from planner.algorithm import config_to_dict, find_algorithm, make_config, planned_workload
-from planner.cost import CostModel
+from planner.cluster_file import is_cluster_file
+from planner.cost import Costs
 from planner.lock import Lock
 from planner.overrides import parse_overrides
 from planner.plan import ExecutionPlan, Problem
 from planner.plan_schema import load_plan, plan_to_dict, save_plan
-from planner.resolve import make_costs
+from planner.resolve import is_of, make_costs, resolve_cluster
 from planner.search import search
 from planner.search.engine import Course
 from planner.search.options import OptionSpace
 from planner.simulate import StepPrices
 from profiles.catalogue import resolve_model
-from profiles.clusters import make_cluster
+from profiles.clusters import make_cluster, make_groups
 from profiles.devices import DEVICES
 from profiles.errors import ConfigError, InfeasibleError, UserError
-from profiles.hardware import ClusterSpec
+from profiles.hardware import Cluster, ClusterSpec, MixedCluster
 from profiles.table import CostTable
 
 
@@ -56,8 +57,14 @@ class Task:
 
     @property
     def family(self) -> str:
-        """Equal for tasks that differ in the number of nodes at most: they share prices."""
-        one_node = replace(self.problem.cluster, name="", num_nodes=1)
+        """Equal for tasks that differ in the number of nodes at most: they share prices.
+
+        Of unlike groups all nodes count: what is shared is known by the group's place.
+        """
+        cluster = self.problem.cluster
+        one_node: Cluster = replace(cluster, name="")
+        if isinstance(cluster, ClusterSpec):
+            one_node = replace(cluster, name="", num_nodes=1)
         return _digest(replace(self, problem=replace(self.problem, cluster=one_node))._question)
 
     @property
@@ -87,9 +94,9 @@ class Answer:
     reason: str = ""
 
 
-def task_costs(cluster: ClusterSpec, table: CostTable | None) -> CostModel:
-    """Measured costs on the device that was measured, peak rates on any other."""
-    known = table is not None and table.device.name == cluster.device.name
+def task_costs(cluster: Cluster, table: CostTable | None) -> Costs:
+    """Measured costs on the device that was measured, those without a profile on any other."""
+    known = table is not None and any(is_of(table, group.device) for group in cluster.groups)
     return make_costs(cluster, table if known else None)
 
 
@@ -167,7 +174,7 @@ def _read(folder: Path, key: str) -> Answer | None:
 
 # ---- scenarios --------------------------------------------------------------------------------
 
-_CLUSTER_AXES = ("gpus", "device", "memory_limit")
+_CLUSTER_AXES = ("gpus", "device", "cluster", "memory_limit")
 _MODEL_AXES = ("model", "critic")
 
 
@@ -179,7 +186,9 @@ def changes_cluster(axis: str) -> bool:
 def scenario_problem(base: Problem, changes: Mapping[str, Any]) -> Problem:
     """``base`` with ``changes``.
 
-    ``gpus``, ``device`` and ``memory_limit`` change the cluster, so does ``cluster.FIELD``;
+    ``gpus``, ``device`` and ``memory_limit`` change the cluster, so does ``cluster.FIELD``.
+    ``device="h100:32+l40s:32"`` is a cluster of such groups; ``cluster``: a ``ClusterSpec`` or
+    ``MixedCluster``, or what ``realplan search --cluster`` takes, a file or a server's name.
     ``model`` and ``critic`` name models; with ``max_staleness`` 1 generation may run a step ahead;
     all other names are options of the algorithm, such as ``batch_size``, ``response_len`` or
     ``ppo.num_mini_batches``.
@@ -205,14 +214,25 @@ def scenario_problem(base: Problem, changes: Mapping[str, Any]) -> Problem:
     return replace(changed, graph=replace(changed.graph, max_staleness=staleness))
 
 
-def _cluster(base: ClusterSpec, changes: Mapping[str, Any]) -> ClusterSpec:
+def _cluster(base: Cluster, changes: Mapping[str, Any]) -> Cluster:
     count = changes.get("gpus", base.num_devices)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigError(f"{count!r} is not a positive whole number", where="gpus")
-    if "device" in changes:
-        return make_cluster(str(changes["device"]), count)
+    if "cluster" in changes:
+        return _given_cluster(base, changes)
+    device = str(changes.get("device", ""))
+    if ":" in device:
+        _refuse(("gpus",), changes, beside=device)
+        return make_groups(device, where="device")
+    if device:
+        return make_cluster(device, count)
     if count == base.num_devices:
         return base
+    if isinstance(base, MixedCluster):
+        raise ConfigError(
+            f"{base.name} has groups of its own sizes", where="gpus",
+            remedy='give the groups with their numbers: device="h100:32+l40s:32"',
+        )  # fmt: skip
     # A small cluster of the catalogue is a part of one server, and grows into a whole one.
     known = base.device.name in DEVICES and base.device.kind != "cpu"
     if known and base == make_cluster(base.device.name, base.num_devices):
@@ -224,6 +244,28 @@ def _cluster(base: ClusterSpec, changes: Mapping[str, Any]) -> ClusterSpec:
         base, name=f"{count} x {base.device.name}", num_nodes=count // per_node,
         devices_per_node=per_node,
     )  # fmt: skip
+
+
+def _given_cluster(base: Cluster, changes: Mapping[str, Any]) -> Cluster:
+    given = changes["cluster"]
+    _refuse(("device",), changes, beside="cluster")
+    if isinstance(given, ClusterSpec | MixedCluster):
+        _refuse(("gpus",), changes, beside="cluster")
+        return given
+    name = str(given)
+    knows_its_size = ":" in name or is_cluster_file(name)
+    count = changes.get("gpus") if knows_its_size else changes.get("gpus", base.num_devices)
+    try:
+        return resolve_cluster(name, None, None if count is None else str(count), None)
+    except ConfigError as error:
+        where = error.where.lstrip("-")
+        raise ConfigError(error.problem, where=where, remedy=error.remedy) from None
+
+
+def _refuse(axes: Sequence[str], changes: Mapping[str, Any], *, beside: str) -> None:
+    for axis in axes:
+        if axis in changes:
+            raise ConfigError(f"{beside} says it already", where=axis, remedy="leave it out")
 
 
 def _with_options(base: Problem, options: list[str], named: Mapping[str, str]) -> Problem:

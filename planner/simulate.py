@@ -26,7 +26,7 @@ from typing import Protocol
 
 import numpy as np
 
-from planner.cost import CallCost, CostModel, call_cost
+from planner.cost import CallCost, Costs, call_cost
 from planner.cost.offload import NO_SWAP, SwapCost, swap_cost
 from planner.cost.stage import VALUE_BYTES
 from planner.cost.transfer import average_seconds, reallocation_seconds, transfer_seconds
@@ -120,7 +120,7 @@ class Prices(Protocol):
 class StepPrices:
     """Seconds of everything in a step of one problem; answers are kept."""
 
-    def __init__(self, problem: Problem, model: CostModel) -> None:
+    def __init__(self, problem: Problem, model: Costs) -> None:
         self.problem = problem
         self.model = model
         self._calls: dict[tuple[str, Allocation], CallCost] = {}
@@ -153,7 +153,7 @@ class StepPrices:
         if key not in self._reallocations:
             self._reallocations[key] = reallocation_seconds(
                 *key,
-                bytes_per_value=VALUE_BYTES[self.problem.cluster.device.kind],
+                bytes_per_value=VALUE_BYTES[self.problem.cluster.kind],
                 model=self.model,
             )
         return self._reallocations[key]
@@ -167,8 +167,14 @@ class StepPrices:
         return self._reallocations.get(self._reallocation_key(source, destination), 0.0)
 
     def _reallocation_key(self, source: Layout, destination: Layout) -> tuple[Layout, Layout]:
-        per_node = self.problem.cluster.devices_per_node
-        shift = min(source.mesh.first, destination.mesh.first) // per_node * per_node
+        """Both moved to the first nodes of their groups, which changes no link."""
+        cluster, ends = self.problem.cluster, (source.mesh.first, destination.mesh.first)
+        a, b = (cluster.group_index(first) for first in ends)
+        start = cluster.starts[a]
+        if a != b:
+            return moved(source, start - ends[0]), moved(destination, cluster.starts[b] - ends[1])
+        per_node = cluster.groups[a].devices_per_node
+        shift = (min(ends) - start) // per_node * per_node
         return (moved(source, -shift), moved(destination, -shift)) if shift else (
             source, destination,
         )  # fmt: skip
@@ -183,8 +189,7 @@ class StepPrices:
 
 def moved(layout: Layout, offset: int) -> Layout:
     """The same layout ``offset`` devices further."""
-    mesh = DeviceMesh(layout.mesh.first + offset, layout.mesh.num_devices)
-    return replace(layout, mesh=mesh)
+    return replace(layout, mesh=layout.mesh.shifted(offset))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -383,7 +388,7 @@ def run_program(
 
 
 def simulate(
-    plan: ExecutionPlan, program: Program, costs: CostModel, *, num_steps: int = 6
+    plan: ExecutionPlan, program: Program, costs: Costs, *, num_steps: int = 6
 ) -> Timeline:
     """The timeline of ``num_steps`` steps of ``program``, which ``compile_plan(plan)`` made."""
     return run_program(plan, program, StepPrices(plan.problem, costs), num_steps=num_steps)

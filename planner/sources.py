@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from planner.cost import CostModel, call_cost
+from planner.cost import CostModel, Costs, MixedCosts, call_cost
 from planner.plan import ExecutionPlan
 from profiles.collectives import CollectiveOperation, Collectives
 from profiles.costs import Component, Cost, LayerCosts, Operation, Provenance
@@ -31,7 +31,7 @@ class SourceShare:
     share: float
 
 
-def shares_by_source(plan: ExecutionPlan, model: CostModel) -> tuple[SourceShare, ...]:
+def shares_by_source(plan: ExecutionPlan, model: Costs) -> tuple[SourceShare, ...]:
     """What the seconds of a plan's calls rest on, largest first; the shares add up to one.
 
     Every call counts alone, as in ``Estimate.provenance``, of which this is the finer account.
@@ -51,7 +51,7 @@ def shares_by_source(plan: ExecutionPlan, model: CostModel) -> tuple[SourceShare
     return tuple(sorted(found, key=lambda row: -row.share))
 
 
-def _seconds(plan: ExecutionPlan, model: CostModel) -> _Seconds:
+def _seconds(plan: ExecutionPlan, model: Costs) -> _Seconds:
     """Of all calls, by provenance."""
     sums: _Seconds = {}
     for call in plan.problem.graph.calls:
@@ -63,8 +63,14 @@ def _seconds(plan: ExecutionPlan, model: CostModel) -> _Seconds:
     return sums
 
 
-def _only(model: CostModel, source: str | None, names: set[str]) -> CostModel:
+def _only(model: Costs, source: str | None, names: set[str]) -> Costs:
     """``model`` with the shares of one source; ``names`` takes every source that answers."""
+    if isinstance(model, MixedCosts):
+        return MixedCosts(model.cluster, [_only_of(own, source, names) for own in model.models])
+    return _only_of(model, source, names)
+
+
+def _only_of(model: CostModel, source: str | None, names: set[str]) -> CostModel:
     return CostModel(
         model.cluster, _Layers(model.layer_costs, source, names),
         _Collectives(model.collectives, source, names), function_s=model.function_s,

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from planner.mesh import DeviceMesh
 from profiles.errors import PlanError
-from profiles.hardware import ClusterSpec
+from profiles.hardware import Cluster
 from profiles.models import ModelSpec
 
 Recompute = Literal["none", "selective", "full"]
@@ -150,7 +150,7 @@ def expert_parallel_problem(spec: ModelSpec | None, ep: int) -> str | None:
 
 
 def strategy_problem(
-    spec: ModelSpec | None, strategy: ParallelStrategy, mesh: DeviceMesh, cluster: ClusterSpec
+    spec: ModelSpec | None, strategy: ParallelStrategy, mesh: DeviceMesh, cluster: Cluster
 ) -> str | None:
     """Why ``strategy`` cannot run ``spec`` on ``mesh``, or None. ``spec`` None: a FUNCTION call."""
     s = strategy
@@ -165,15 +165,16 @@ def strategy_problem(
         return None if s.pp == s.tp == 1 else "a function call is split over dp only"
     if s.pp > spec.num_layers:
         return f"pp {s.pp} for {spec.num_layers} layers of {spec.name}"
-    if s.tp > cluster.devices_per_node:
-        return f"tp {s.tp} leaves a node of {cluster.devices_per_node} devices"
-    if mesh.num_devices >= s.tp and cluster.devices_per_node % s.tp and cluster.num_nodes > 1:
-        return f"tp {s.tp} does not divide a node of {cluster.devices_per_node} devices"
+    nodes = cluster.group_of(mesh.first)
+    if s.tp > nodes.devices_per_node:
+        return f"tp {s.tp} leaves a node of {nodes.devices_per_node} devices"
+    if mesh.num_devices >= s.tp and nodes.devices_per_node % s.tp and nodes.num_nodes > 1:
+        return f"tp {s.tp} does not divide a node of {nodes.devices_per_node} devices"
     return tensor_parallel_problem(spec, s.tp)
 
 
 def legal_strategies(
-    spec: ModelSpec | None, mesh: DeviceMesh, cluster: ClusterSpec, *, max_dp: int
+    spec: ModelSpec | None, mesh: DeviceMesh, cluster: Cluster, *, max_dp: int
 ) -> Iterator[ParallelStrategy]:
     """Every (pp, tp, dp) that ``strategy_problem`` allows, with dp <= ``max_dp``, zero 0, ep 1."""
     count = mesh.num_devices

@@ -107,7 +107,8 @@ class _Dealer:
     def __init__(self, plan: ExecutionPlan) -> None:
         self.plan = plan
         self.problem = plan.problem
-        self.per_node = plan.problem.cluster.devices_per_node
+        cluster = plan.problem.cluster
+        self.nodes = [cluster.node_of(device) for device in range(cluster.num_devices)]
         self.held: dict[tuple[int, str], set[int]] = defaultdict(set)  # (rank, key) -> samples
 
     def record_outputs(self, call: ModelFunctionCall) -> None:
@@ -152,6 +153,6 @@ class _Dealer:
 
     def nearest(self, holders: Sequence[int], rank: int) -> int:
         """A holder on the rank's own node, else any; spread over the holders by rank."""
-        near = [h for h in holders if h // self.per_node == rank // self.per_node]
+        near = [h for h in holders if self.nodes[h] == self.nodes[rank]]
         candidates = near or holders
         return candidates[rank % len(candidates)]

@@ -33,7 +33,8 @@ from planner.explain import Explanation, explain
 from planner.lock import Lock
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, Problem
-from planner.resolve import hardware_levers, load_table
+from planner.plan_memory import fullest_device
+from planner.resolve import hardware_levers, is_of, load_table
 from planner.scenario import (
     Answer,
     Answers,
@@ -46,6 +47,7 @@ from planner.scenario import (
 from planner.strategy import ParallelStrategy, parse_strategy
 from profiles.costs import Provenance
 from profiles.errors import ConfigError, unknown_name
+from profiles.hardware import Cluster, DeviceSpec
 
 # Measures of a row, and whether more of it is better.
 _MEASURES: Mapping[str, bool] = {
@@ -64,6 +66,17 @@ _HARDWARE: Mapping[str, str] = {
 _WORKLOAD: Mapping[str, str] = {"response length": "response_len", "batch size": "batch_size"}
 
 
+def _hardware(cluster: Cluster) -> Mapping[str, str]:
+    """As ``_HARDWARE``; of a cluster of groups, of each of them."""
+    if len(cluster.groups) == 1:
+        return _HARDWARE
+    return {
+        f"{label} of {group.name}": axis.replace("cluster.", f"cluster.groups.{index}.")
+        for index, group in enumerate(cluster.groups)
+        for label, axis in _HARDWARE.items()
+    }
+
+
 def _prepare_process() -> None:
     """Rows have a column ``extrapolated``, which says more than warnings from every process.
 
@@ -73,6 +86,13 @@ def _prepare_process() -> None:
     logging.disable(logging.WARNING)
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
+
+
+def _headroom_bytes(plan: ExecutionPlan, peak_bytes: int) -> int:
+    """What is left of the fullest device; which one it is, is asked where they are unlike."""
+    sizes = {group.device.memory_bytes for group in plan.problem.cluster.groups}
+    has_bytes = sizes.pop() if len(sizes) == 1 else fullest_device(plan).has_bytes
+    return has_bytes - peak_bytes
 
 
 class WhatIf:
@@ -225,26 +245,29 @@ class WhatIf:
         plan = answer.plan
         if plan is None:
             return {**dict.fromkeys(_MEASURES, float("nan")), "plan": None, "reason": answer.reason}
-        estimate, workload, cluster = plan.estimate, problem.workload, problem.cluster
+        estimate, workload = plan.estimate, problem.workload
         assert estimate is not None
         symmetric_s = plan.baselines.get("symmetric", float("nan"))
         return {
             "seconds": estimate.step_s,
-            "dollars": estimate.step_s / 3600 * cluster.num_devices * self._price(problem),
+            "dollars": estimate.step_s / 3600 * self._dollars_per_hour(problem.cluster),
             "peak_memory": estimate.peak_bytes,
             "gap": estimate.gap,
             "lower_bound": estimate.lower_bound_s,
             "tokens_per_s": workload.num_sequences * workload.expected_tokens / estimate.step_s,
-            "headroom": cluster.device.memory_bytes - estimate.peak_bytes,
+            "headroom": _headroom_bytes(plan, estimate.peak_bytes),
             "vs_symmetric": symmetric_s / estimate.step_s,
             "extrapolated": estimate.provenance.get(Provenance.EXTRAPOLATED.value, 0.0),
             "plan": plan,
             "reason": "",
         }
 
-    def _price(self, problem: Problem) -> float:
+    def _dollars_per_hour(self, cluster: Cluster) -> float:
+        """Of all devices, NaN where the price of some is not known."""
+        return sum(group.num_devices * self._price(group.device) for group in cluster.groups)
+
+    def _price(self, device: DeviceSpec) -> float:
         """Dollars of one device in an hour, NaN where none is known."""
-        device = problem.cluster.device
         given = self.dollars_per_hour
         if isinstance(given, Mapping):
             given = given.get(device.name)
@@ -295,7 +318,9 @@ class WhatIf:
         """
         if measure not in _MEASURES or not factor > 1:
             raise ConfigError(f"cannot turn {measure} by {factor}", where="tornado")
-        levers = dict(_WORKLOAD) if self.table is not None else {**_HARDWARE, **_WORKLOAD}
+        levers = dict(_WORKLOAD)
+        if self.table is None:
+            levers = {**_hardware(self.problem.cluster), **_WORKLOAD}
         scenarios: list[dict[str, Any]] = [{}]
         for axis in levers.values():
             value = self._value(axis)
@@ -323,7 +348,7 @@ class WhatIf:
             return self.problem.config[axis]
         value: Any = self.problem.cluster
         for part in axis.split(".")[1:]:
-            value = getattr(value, part)
+            value = value[int(part)] if part.isdecimal() else getattr(value, part)
         return value
 
     def break_even(
@@ -349,7 +374,7 @@ class WhatIf:
     def explain(self, plan: ExecutionPlan) -> Explanation:
         """What binds ``plan``; see ``planner.explain``."""
         cluster = plan.problem.cluster
-        same = self.table is not None and self.table.device.name == cluster.device.name
+        same = self.table is not None and any(is_of(self.table, g.device) for g in cluster.groups)
         links, device = hardware_levers(self.table if same else None)
         return explain(plan, task_costs(cluster, self.table), links=links, device=device)
 

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from profiles.devices import DEVICES
 from profiles.errors import ConfigError, unknown_name
-from profiles.hardware import MAX_DEVICES, ClusterSpec, DeviceSpec, LinkSpec
+from profiles.hardware import (
+    MAX_DEVICES,
+    Cluster,
+    ClusterSpec,
+    DeviceSpec,
+    LinkSpec,
+    MixedCluster,
+)
 from profiles.units import GB, GIB, US
 
 # ---- servers: how devices are wired -----------------------------------------------------------
@@ -185,6 +192,40 @@ def make_cluster(name: str, num_devices: int) -> ClusterSpec:
         devices_per_node=per_node, intra_link=platform.intra, inter_link=platform.inter,
         host_link=platform.host,
     )  # fmt: skip
+
+
+def make_groups(text: str, *, where: str = "--device") -> Cluster:
+    """Groups of catalogue devices, each with its number: ``h100:64+l40s:32``; ``,`` joins as well.
+
+    >>> make_groups("h100:16+l40s:8").name
+    '16 x h100 + 8 x l40s'
+    >>> make_groups("p5:16").num_nodes
+    2
+
+    Raises:
+        ConfigError: as ``make_cluster``, a part that is not NAME:NUMBER, or one of this machine.
+    """
+    found = []
+    for part in text.replace(",", "+").split("+"):
+        name, colon, count = part.strip().partition(":")
+        if not colon or not count.strip().isdecimal():
+            raise ConfigError(
+                f"'{part.strip()}' is no group of devices", where=where,
+                remedy="write NAME:NUMBER like h100:64+l40s:32",
+            )  # fmt: skip
+        if name in ("cpu", LAPTOP):
+            raise ConfigError(
+                f"{name} is one machine, not a group of nodes", where=where,
+                remedy="name a GPU or a server of realplan devices",
+            )  # fmt: skip
+        try:
+            found.append(make_cluster(name, int(count)))
+        except ConfigError as error:
+            problem = f"{part.strip()}: {error.problem}"
+            raise ConfigError(problem, where=where, remedy=error.remedy) from None
+    if len(found) == 1:
+        return found[0]
+    return MixedCluster(name=" + ".join(group.name for group in found), groups=tuple(found))
 
 
 def machine_memory_bytes() -> int:

@@ -100,6 +100,13 @@ class Collectives:
         self._measured = {name: Messages(found) for name, found in points.items()}
         self._answers: dict[tuple[str, int, int, int], Cost] = {}
 
+    def on(self, cluster: ClusterSpec) -> Collectives:
+        """The formulas with the same shares of a rate on other links; nothing is measured there."""
+        return Collectives(
+            cluster, bandwidth_efficiency=self.efficiency,
+            network_efficiency=self.network_efficiency, network_start_s=self.network_start_s,
+        )  # fmt: skip
+
     def all_reduce(self, num_bytes: float, devices: range) -> Cost:
         """Every device gets the sum of all devices' ``num_bytes``."""
         return self._collective("all_reduce", num_bytes, devices)

@@ -1,12 +1,16 @@
 """What a cluster is made of: devices, links, nodes; and which link joins two devices.
 
-Read ``ClusterSpec`` first. Rows with real figures are in ``catalogue.py``.
+Read ``ClusterSpec`` first: equal nodes. ``MixedCluster`` is several of these joined by their
+networks; it has no device of its own, so whoever needs one asks for the group of a mesh. Rows with
+real figures are in ``catalogue.py``.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 from profiles.errors import ConfigError
@@ -104,6 +108,32 @@ class ClusterSpec:
     def num_devices(self) -> int:
         return self.num_nodes * self.devices_per_node
 
+    @property
+    def kind(self) -> DeviceKind:
+        return self.device.kind
+
+    @property
+    def groups(self) -> tuple[ClusterSpec, ...]:
+        """Parts of equal nodes, as of a ``MixedCluster``: this one."""
+        return (self,)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first device of each group."""
+        return (0,)
+
+    def __str__(self) -> str:
+        """For tables of scenarios."""
+        return self.name
+
+    def group_index(self, device: int) -> int:
+        """Which of ``groups`` a device is in."""
+        return 0
+
+    def group_of(self, device: int) -> ClusterSpec:
+        """The equal nodes among which a device is."""
+        return self
+
     def node_of(self, device: int) -> int:
         return device // self.devices_per_node
 
@@ -134,3 +164,94 @@ class ClusterSpec:
             return cls(**values)
         except TypeError as error:
             raise ConfigError(str(error), where=where) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedCluster:
+    """Groups of unlike nodes; devices are numbered on from group to group.
+
+    A message between groups takes the slower of their two networks. All devices are of one kind
+    (``cuda`` or ``cpu``), as weights of one role have one type everywhere.
+
+    Raises:
+        ConfigError: fewer than two groups, GPUs beside CPUs, or too many devices.
+    """
+
+    name: str
+    groups: tuple[ClusterSpec, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.groups) < 2:
+            raise ConfigError(
+                f"{len(self.groups)} groups", where="cluster.groups",
+                remedy="give two or more, or the fields of one group without groups",
+            )  # fmt: skip
+        if len(kinds := {group.device.kind for group in self.groups}) > 1:
+            raise ConfigError(
+                f"has devices of kinds {' and '.join(sorted(kinds))}", where="cluster.groups",
+                remedy="plan for one kind",
+            )  # fmt: skip
+        if self.num_devices > MAX_DEVICES:
+            raise ConfigError(
+                f"{self.num_devices} devices", where="cluster", remedy=f"at most {MAX_DEVICES}"
+            )
+
+    @property
+    def num_devices(self) -> int:
+        return sum(group.num_devices for group in self.groups)
+
+    @property
+    def num_nodes(self) -> int:
+        return sum(group.num_nodes for group in self.groups)
+
+    @property
+    def kind(self) -> DeviceKind:
+        return self.groups[0].kind
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first device of each group."""
+        return (0, *accumulate(group.num_devices for group in self.groups[:-1]))
+
+    def __str__(self) -> str:
+        """For tables of scenarios."""
+        return self.name
+
+    def group_index(self, device: int) -> int:
+        """Which of ``groups`` a device is in."""
+        return bisect_right(self.starts, device) - 1
+
+    def group_of(self, device: int) -> ClusterSpec:
+        """The equal nodes among which a device is."""
+        return self.groups[self.group_index(device)]
+
+    def node_of(self, device: int) -> int:
+        """Nodes are numbered on from group to group, too."""
+        index = self.group_index(device)
+        before = sum(group.num_nodes for group in self.groups[:index])
+        return before + self.groups[index].node_of(device - self.starts[index])
+
+    def link_between(self, a: int, b: int) -> LinkSpec:
+        """The link that a message from device ``a`` to device ``b`` takes."""
+        i, j = self.group_index(a), self.group_index(b)
+        if i != j:
+            return slower_link(self.groups[i].inter_link, self.groups[j].inter_link)
+        return self.groups[i].link_between(a - self.starts[i], b - self.starts[i])
+
+    def with_memory_limit(self, memory_bytes: int) -> MixedCluster:
+        """Devices that have less keep what they have."""
+        limited = (g.with_memory_limit(min(memory_bytes, g.device.memory_bytes))
+                   for g in self.groups)  # fmt: skip
+        return replace(self, groups=tuple(limited))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "groups": [group.to_dict() for group in self.groups]}
+
+
+Cluster = ClusterSpec | MixedCluster
+
+
+def slower_link(a: LinkSpec, b: LinkSpec) -> LinkSpec:
+    """What a message gets that takes both: the lower rate, the longer latency."""
+    slow = a if a.bytes_per_s <= b.bytes_per_s else b
+    return replace(slow, latency_s=max(a.latency_s, b.latency_s))

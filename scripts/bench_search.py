@@ -34,7 +34,7 @@ import numpy as np
 
 from experiments.ppo.graph import ALGORITHM
 from planner.algorithm import make_config, make_problem
-from planner.cost import CostModel
+from planner.cost import Costs
 from planner.plan import Problem
 from planner.resolve import make_costs
 from planner.search import SearchResult, search
@@ -93,7 +93,7 @@ def make_case(name: str, critic: str, device: str) -> Problem:
 
 
 def timed_search(
-    problem: Problem, costs: CostModel, time_limit_s: float, seed: int
+    problem: Problem, costs: Costs, time_limit_s: float, seed: int
 ) -> tuple[SearchResult, float, float]:
     """The default search; seconds until it starts, and until within 1% of its best."""
     seen: list[tuple[float, float]] = []

@@ -48,7 +48,7 @@ def _unreachable(error: Exception) -> ConfigError:
 
 def bundles(job: Job, run: Run) -> list[dict[str, float]]:
     """What each of the plan's nodes needs of a machine, in Ray's words."""
-    kind = "GPU" if run.plan.problem.cluster.device.kind == "cuda" else "CPU"
+    kind = "GPU" if run.plan.problem.cluster.kind == "cuda" else "CPU"
     found = []
     for node in range(job.num_nodes):
         count = float(len(job.ranks_of(node)))

@@ -49,7 +49,7 @@ def parameters(job: Job, run: Run, options: Mapping[str, str]) -> dict[str, Any]
         "timeout_min": _number(options, "time", 24 * 60),
         "stderr_to_stdout": True,
     }
-    if run.plan.problem.cluster.device.kind == "cuda":
+    if run.plan.problem.cluster.kind == "cuda":
         found["gpus_per_node"] = per_node
     if "setup" in options:
         found["slurm_setup"] = [options["setup"]]

@@ -20,7 +20,7 @@ from executor.launch.display import showing
 from executor.launch.job import Job, plan_job
 from executor.launch.worker import NO_ROOM
 from executor.resume import checkpoint_root
-from executor.run import Run
+from executor.run import Run, equal_nodes
 from executor.run_checkpoint import latest
 from executor.watchdog import read_position
 from profiles.errors import CheckpointError, ConfigError, UserError
@@ -80,7 +80,7 @@ def _launch_once(run: Run, launcher: Launcher, name: str, options: Mapping[str, 
 
 def ranks_per_node(run: Run, launcher: str) -> int:
     """As the plan's nodes have devices; all of them where there is one machine."""
-    cluster = run.plan.problem.cluster
+    cluster = equal_nodes(run.plan)
     return cluster.num_devices if launcher == "local" else cluster.devices_per_node
 
 

@@ -103,7 +103,7 @@ def _work(job: Job, rank: int, heart: Heart, stop_wanted: StopRequest) -> None:
 
 
 def device_of(run: Run) -> torch.device:
-    if run.plan.problem.cluster.device.kind == "cuda":
+    if run.plan.problem.cluster.kind == "cuda":
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device("cpu")
 

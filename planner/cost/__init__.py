@@ -13,7 +13,7 @@ from math import ceil
 from typing import NamedTuple
 
 from planner.cost.generate import generate_parts
-from planner.cost.model import CallCost, CostModel
+from planner.cost.model import CallCost, CostModel, Costs, MixedCosts
 from planner.cost.stage import Priced
 from planner.cost.train import infer_parts, train_parts
 from planner.graph import CallKind, ModelFunctionCall
@@ -21,28 +21,29 @@ from planner.mesh import DeviceMesh
 from planner.plan import Allocation, Problem, Workload
 from profiles.models import ModelSpec
 
-__all__ = ["CallCost", "CostModel", "call_cost", "call_seconds"]
+__all__ = ["CallCost", "CostModel", "Costs", "MixedCosts", "call_cost", "call_seconds"]
 
 
-def call_cost(
-    problem: Problem, call_name: str, allocation: Allocation, model: CostModel
-) -> CallCost:
+def call_cost(problem: Problem, call_name: str, allocation: Allocation, costs: Costs) -> CallCost:
     """Seconds of a call alone on its mesh, every sequence at the workload's mean length.
 
     What is offloaded is there: bringing it is priced by ``offload.swap_cost``.
 
     The busiest data-parallel rank counts. The allocation must be legal
-    (``plan.allocation_problem``). Nodes are equal, so a mesh costs the same wherever it is.
+    (``plan.allocation_problem``). Nodes of a group are equal, so a mesh costs the same wherever in
+    its group it is.
     """
     call = problem.graph.call(call_name)
+    model, allocation = _in_its_group(allocation, costs)
     question = _question(problem, call, allocation, model)
     return CallCost.of(_parts(question, model), model.corrections.get(call.kind.value, 1.0))
 
 
 def call_seconds(
-    problem: Problem, call: ModelFunctionCall, allocation: Allocation, model: CostModel
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation, costs: Costs
 ) -> float:
-    """The seconds of ``call_cost``, which are kept in ``model``: a search asks for thousands."""
+    """The seconds of ``call_cost``, which are kept by ``costs``: a search asks for thousands."""
+    model, allocation = _in_its_group(allocation, costs)
     question = _question(problem, call, allocation, model)
     seconds = model.known_calls.get(question)
     if seconds is None:
@@ -85,6 +86,12 @@ def _parts(question: _Question, model: CostModel) -> Mapping[str, Priced]:
             num_epochs=num_epochs,
         )  # fmt: skip
     return infer_parts(spec, workload, allocation, model)
+
+
+def _in_its_group(allocation: Allocation, costs: Costs) -> tuple[CostModel, Allocation]:
+    """What prices the allocation, and the same allocation on devices as numbered there."""
+    model, mesh = costs.at(allocation.mesh)
+    return model, allocation if mesh is allocation.mesh else replace(allocation, mesh=mesh)
 
 
 def _at_the_start(allocation: Allocation, model: CostModel) -> Allocation:

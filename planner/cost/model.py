@@ -1,13 +1,15 @@
 """``CostModel``: what prices a call (the cluster, layers' seconds, collectives), and ``CallCost``.
 
-A model keeps the answers that it has given; it is one value to pass around, not a global.
+A model keeps the answers that it has given; it is one value to pass around, not a global. It is of
+equal nodes; ``MixedCosts`` has one for each group of a ``MixedCluster``. Who prices something on a
+mesh asks ``at(mesh)`` first, which of both gives the model there and the mesh as it knows it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from planner.cost.pipeline import LinkClass, StagesAlike
@@ -17,7 +19,7 @@ from planner.plan import Allocation
 from profiles.calibration import Calibration
 from profiles.collectives import Collectives
 from profiles.costs import LayerCosts, Provenance
-from profiles.hardware import ClusterSpec
+from profiles.hardware import ClusterSpec, MixedCluster, slower_link
 from profiles.models import ModelSpec
 from profiles.roofline import RooflineCosts
 
@@ -86,6 +88,10 @@ class CostModel:
         self._known_hops: dict[tuple[frozenset[LinkClass], float, float], Priced] = {}
         self.known_reallocations: dict[tuple[object, ...], float] = {}
 
+    def at(self, mesh: DeviceMesh) -> tuple[CostModel, DeviceMesh]:
+        """What prices calls on ``mesh``, and the mesh as numbered there: both as they are."""
+        return self, mesh
+
     def once(self, question: tuple[object, ...], ask: Callable[[], Answer]) -> Answer:
         """The answer of ``ask``, or its earlier answer to an equal ``question``.
 
@@ -103,9 +109,7 @@ class CostModel:
         decoding on memory.
         """
         cluster = self.cluster
-        return (
-            cluster.device.kind == "cpu" and mesh.num_devices == 1 and cluster.devices_per_node > 1
-        )
+        return cluster.kind == "cpu" and mesh.num_devices == 1 and cluster.devices_per_node > 1
 
     @property
     def value_bytes(self) -> int:
@@ -154,3 +158,64 @@ class CostModel:
     def two_devices(self, link: LinkClass) -> tuple[int, int]:
         """Two devices that are joined by a link of this class."""
         return (0, 1) if link == "intra" else (0, self.cluster.devices_per_node)
+
+
+class MixedCosts:
+    """Prices on unlike groups: each call by the model of its mesh's group.
+
+    ``models``: one for each of ``cluster.groups``, on devices numbered from 0.
+    """
+
+    calibration: Calibration | None = None  # what one group's runs have shown says nothing of all
+
+    def __init__(self, cluster: MixedCluster, models: Sequence[CostModel]) -> None:
+        assert [model.cluster for model in models] == list(cluster.groups), cluster.name
+        self.cluster = cluster
+        self.models = tuple(models)
+        self._starts = cluster.starts
+        self._bridges: dict[tuple[int, int], Bridge] = {}
+
+    def at(self, mesh: DeviceMesh) -> tuple[CostModel, DeviceMesh]:
+        """The model of the group that ``mesh`` is in, and the mesh as numbered there."""
+        group = self.cluster.group_index(mesh.first)
+        start = self._starts[group]
+        return self.models[group], mesh.shifted(-start) if start else mesh
+
+    def between(self, a: DeviceMesh, b: DeviceMesh) -> Bridge:
+        """The way from one group to another."""
+        pair = self.cluster.group_index(a.first), self.cluster.group_index(b.first)
+        if pair not in self._bridges:
+            self._bridges[pair] = Bridge(*(self.models[index] for index in pair))
+        return self._bridges[pair]
+
+
+class Bridge:
+    """The way from one group of unlike nodes to another, between two devices.
+
+    A device of either group sends or takes at the rate of its own network, so that a message gets
+    the slower of both; its latency is the longer one. ``ends``: the source's collectives and the
+    target's, each with its own share of its rate, between devices 0 and 1.
+    ``known_reallocations``: seconds by layouts.
+    """
+
+    def __init__(self, source: CostModel, target: CostModel) -> None:
+        self.source, self.target = source, target
+        clusters = source.cluster, target.cluster
+        self.latency_s = slower_link(*(cluster.inter_link for cluster in clusters)).latency_s
+        self.ends = self._end(source), self._end(target)
+        self.known_reallocations: dict[tuple[object, ...], float] = {}
+
+    def _end(self, model: CostModel) -> Collectives:
+        link = replace(model.cluster.inter_link, latency_s=self.latency_s)
+        # Every device is a node of its own, as none shares one with a device of the other group.
+        apart = replace(model.cluster, num_nodes=2, devices_per_node=1, inter_link=link)
+        return model.collectives.on(apart)
+
+    @property
+    def correction(self) -> float:
+        """Of reallocations, where one end's or both ends' runs were measured: the larger one."""
+        found = [model.corrections.get("reallocate") for model in (self.source, self.target)]
+        return max((factor for factor in found if factor is not None), default=1.0)
+
+
+Costs = CostModel | MixedCosts

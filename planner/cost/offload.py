@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.cost.model import CostModel
+from planner.cost.model import CostModel, Costs
 from planner.cost.stage import stage_shapes
 from planner.graph import CallKind
 from planner.memory import held_memory
@@ -24,9 +24,7 @@ class SwapCost:
 NO_SWAP = SwapCost()
 
 
-def swap_cost(
-    problem: Problem, call_name: str, allocation: Allocation, model: CostModel
-) -> SwapCost:
+def swap_cost(problem: Problem, call_name: str, allocation: Allocation, costs: Costs) -> SwapCost:
     """Bytes of the fullest stage over the host link, one latency each way; every device has its own
 
     link (``ClusterSpec.host_link``). A frozen role's weights come, and are dropped: the host still
@@ -37,6 +35,7 @@ def swap_cost(
     if not allocation.offload or spec is None:
         return NO_SWAP
     trained, s = problem.graph.call(call_name).kind is CallKind.TRAIN, allocation.strategy
+    model, _ = costs.at(allocation.mesh)
     # Of the allocation only its layout and its ZeRO stage matter.
     question = ("swap", spec, trained, s.pp, s.tp, s.dp, s.ep, s.zero)
     return model.once(question, lambda: _swap_cost(spec, trained, s, model))

@@ -1,5 +1,8 @@
 """Seconds of moving weights between layouts and data between meshes.
 
+Between groups of unlike nodes each device sends or takes at the rate of its own network
+(``model.Bridge``).
+
 All messages of a reallocation run together; a device is done when its own bytes have passed, so
 the slowest device counts. Bytes within a node and between nodes take different links and overlap;
 out and in are both directions of one link. Contention: all messages of a device share its link, and
@@ -13,22 +16,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.cost.lanes import Ints, lane_loads
-from planner.cost.model import CostModel
+from planner.cost.lanes import IN_INTER, OUT_INTER, Ints, lane_loads
+from planner.cost.model import Bridge, CostModel, Costs, MixedCosts
 from planner.cost.pipeline import LinkClass
 from planner.cost.stage import stage_shapes, stage_values
 from planner.layout import Layout
 from planner.memory import AVERAGE_BYTES
 from planner.mesh import DeviceMesh
+from profiles.collectives import Collectives
 from profiles.hardware import ClusterSpec
 
 # Rows of ``LaneLoads`` by the link that they take.
 LANES: Sequence[tuple[LinkClass, slice]] = (("intra", slice(0, 2)), ("inter", slice(2, 4)))
 
 
-def reallocation_seconds(
-    src: Layout, dst: Layout, *, bytes_per_value: int, model: CostModel
-) -> float:
+def reallocation_seconds(src: Layout, dst: Layout, *, bytes_per_value: int, model: Costs) -> float:
     """Seconds until every device of ``dst`` holds its layout.
 
     max over devices, directions and link classes of bytes / bandwidth + one latency for each
@@ -37,6 +39,13 @@ def reallocation_seconds(
     holds alike are lent, not copied. The executor does these on the device that also sends, so
     they add up.
     """
+    if isinstance(model, MixedCosts):
+        if _apart(src.mesh, dst.mesh, model):
+            bridge = model.between(src.mesh, dst.mesh)
+            return _crossing_seconds(src, dst, bytes_per_value, bridge)
+        own, mesh = model.at(src.mesh)
+        src = replace(src, mesh=mesh)
+        dst, model = replace(dst, mesh=model.at(dst.mesh)[1]), own
     src, dst = _at_the_start(src, dst, model.cluster)
     question = (src, dst, bytes_per_value)
     seconds = model.known_reallocations.get(question)
@@ -45,6 +54,39 @@ def reallocation_seconds(
         seconds *= model.corrections.get("reallocate", 1.0)
         model.known_reallocations[question] = seconds
     return seconds
+
+
+def _apart(a: DeviceMesh, b: DeviceMesh, costs: MixedCosts) -> bool:
+    """Are two meshes in unlike groups?"""
+    return costs.cluster.group_index(a.first) != costs.cluster.group_index(b.first)
+
+
+def _crossing_seconds(src: Layout, dst: Layout, bytes_per_value: int, bridge: Bridge) -> float:
+    """As ``reallocation_seconds`` from one group to another, wherever in them both layouts are.
+
+    No device is in both, so givers pass over their own memory while takers do over theirs.
+    """
+    count = src.mesh.num_devices
+    src = replace(src, mesh=DeviceMesh(0, count))
+    dst = replace(dst, mesh=DeviceMesh(count, dst.mesh.num_devices))
+    question = (src, dst, bytes_per_value)
+    if question not in bridge.known_reallocations:
+        loads = lane_loads(src, dst, devices_per_node=1)
+        lanes_s = max(
+            _slowest_lane_s(
+                loads.values[lane], loads.messages[lane], bytes_per_value, (0, 1),
+                bridge.latency_s, end,
+            )
+            for lane, end in zip((OUT_INTER, IN_INTER), bridge.ends, strict=True)
+        )  # fmt: skip
+        ends = ((loads.passes[:count], bridge.source), (loads.passes[count:], bridge.target))
+        passes_s = max(
+            int(passes.max()) * bytes_per_value / model.cluster.device.memory_bytes_per_s
+            for passes, model in ends
+        )
+        seconds = (lanes_s + passes_s) * bridge.correction
+        bridge.known_reallocations[question] = seconds
+    return bridge.known_reallocations[question]
 
 
 def _at_the_start(src: Layout, dst: Layout, cluster: ClusterSpec) -> tuple[Layout, Layout]:
@@ -61,15 +103,20 @@ def _at_the_start(src: Layout, dst: Layout, cluster: ClusterSpec) -> tuple[Layou
 
 def _reallocation_s(src: Layout, dst: Layout, bytes_per_value: int, model: CostModel) -> float:
     loads = lane_loads(src, dst, devices_per_node=model.cluster.devices_per_node)
-    slowest_s = max(
-        _slowest_lane_s(loads.values[lanes], loads.messages[lanes], link, bytes_per_value, model)
-        for link, lanes in LANES
-    )
+    slowest_s = 0.0
+    for link, lanes in LANES:
+        peers = model.two_devices(link)
+        latency_s = model.cluster.link_between(*peers).latency_s
+        lane_s = _slowest_lane_s(
+            loads.values[lanes], loads.messages[lanes], bytes_per_value, peers, latency_s,
+            model.collectives,
+        )  # fmt: skip
+        slowest_s = max(slowest_s, lane_s)
     passes_bytes = int(loads.passes.max()) * bytes_per_value
     return slowest_s + passes_bytes / model.cluster.device.memory_bytes_per_s
 
 
-def average_seconds(layout: Layout, *, model: CostModel) -> float:
+def average_seconds(layout: Layout, *, model: Costs) -> float:
     """Seconds of moving an average over steps in ``layout`` towards weights that are there.
 
     Passes over memory on the fullest device: the average, in fp32, is read and written, the other
@@ -77,22 +124,23 @@ def average_seconds(layout: Layout, *, model: CostModel) -> float:
     """
     shapes = set(stage_shapes(layout.spec, layout.pp))
     num_values = max(stage_values(layout.spec, shape, layout.tp, layout.ep) for shape in shapes)
-    passes_bytes = num_values * (2 * AVERAGE_BYTES + 2 * model.value_bytes)
-    return passes_bytes / model.cluster.device.memory_bytes_per_s
+    own, _ = model.at(layout.mesh)
+    passes_bytes = num_values * (2 * AVERAGE_BYTES + 2 * own.value_bytes)
+    return passes_bytes / own.cluster.device.memory_bytes_per_s
 
 
 def _slowest_lane_s(
-    values: Ints, messages: Ints, link: LinkClass, bytes_per_value: int, model: CostModel
-) -> float:
+    values: Ints, messages: Ints, bytes_per_value: int, peers: tuple[int, int], latency_s: float,
+    collectives: Collectives,
+) -> float:  # fmt: skip
+    """Of lanes of one link, that between ``peers``, which takes ``latency_s`` for a message."""
     busy = messages > 0
     if not busy.any():
         return 0.0
-    peers = model.two_devices(link)
-    latency_s = model.cluster.link_between(*peers).latency_s
     # Lanes of one link differ in bytes and messages only; few pairs are different.
     pairs = set(zip(values[busy].tolist(), messages[busy].tolist()))
     seconds: list[float] = [
-        model.collectives.p2p(float(num_values * bytes_per_value), *peers).seconds
+        collectives.p2p(float(num_values * bytes_per_value), *peers).seconds
         + (count - 1) * latency_s
         for num_values, count in pairs
     ]
@@ -100,20 +148,40 @@ def _slowest_lane_s(
 
 
 def transfer_seconds(
-    num_bytes: float, src_mesh: DeviceMesh, dst_mesh: DeviceMesh, model: CostModel
+    num_bytes: float, src_mesh: DeviceMesh, dst_mesh: DeviceMesh, model: Costs
 ) -> float:
     """Seconds to bring ``num_bytes`` in all from one mesh's devices to another's.
 
     The bytes are spread over the smaller mesh and take the network unless both meshes lie on one
     node. Equal meshes are priced alike, over their links: samples may sit on other replicas.
+    Between groups they are spread over each mesh, and the slower end counts.
     """
     if num_bytes <= 0:
         return 0.0
+    if isinstance(model, MixedCosts):
+        if _apart(src_mesh, dst_mesh, model):
+            return max(
+                crossing_end_s(num_bytes, src_mesh, dst_mesh, model),
+                crossing_end_s(num_bytes, dst_mesh, src_mesh, model),
+            )
+        own, src_mesh = model.at(src_mesh)
+        dst_mesh, model = model.at(dst_mesh)[1], own
     cluster = model.cluster
+    lanes = min(src_mesh.num_devices, dst_mesh.num_devices)
     last = max(src_mesh.devices[-1], dst_mesh.devices[-1])
     first = min(src_mesh.first, dst_mesh.first)
     if first == last:
         return 0.0
     link: LinkClass = "intra" if cluster.node_of(first) == cluster.node_of(last) else "inter"
-    lanes = min(src_mesh.num_devices, dst_mesh.num_devices)
     return model.collectives.p2p(num_bytes / lanes, *model.two_devices(link)).seconds
+
+
+def crossing_end_s(
+    num_bytes: float, mesh: DeviceMesh, other: DeviceMesh, costs: MixedCosts
+) -> float:
+    """Seconds in which ``mesh``'s devices send, or take, their shares of what goes between it and
+
+    ``other``, a mesh of another group.
+    """
+    end = costs.between(mesh, other).ends[0]
+    return end.p2p(num_bytes / mesh.num_devices, 0, 1).seconds

@@ -11,6 +11,7 @@ from planner.graph import CallKind, ModelFunctionCall
 from planner.plan import Allocation, ExecutionPlan
 from planner.report import strategy_text
 from profiles.errors import ConfigError
+from profiles.hardware import ClusterSpec
 
 Value = str | int | bool
 
@@ -101,8 +102,20 @@ class Draft:
 
 def nodes_of(plan: ExecutionPlan, allocation: Allocation) -> tuple[int, int]:
     """(nodes, devices of each) of a mesh."""
-    per_node = min(plan.problem.cluster.devices_per_node, allocation.mesh.num_devices)
+    nodes = plan.problem.cluster.group_of(allocation.mesh.first)
+    per_node = min(nodes.devices_per_node, allocation.mesh.num_devices)
     return allocation.mesh.num_devices // per_node, per_node
+
+
+def equal_nodes(plan: ExecutionPlan, system: str) -> ClusterSpec:
+    """The plan's cluster; raises ``ConfigError`` where it has unlike nodes."""
+    cluster = plan.problem.cluster
+    if not isinstance(cluster, ClusterSpec):
+        raise ConfigError(
+            f"{system} takes a number of equal nodes, the plan is for {cluster.name}",
+            where="--to", remedy="export a plan for one of its groups",
+        )  # fmt: skip
+    return cluster
 
 
 def unknown(plan: ExecutionPlan, system: str, known: list[str]) -> ConfigError:

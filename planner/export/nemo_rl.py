@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from planner.export.draft import Draft, Exported, lose_averages, lose_experts, nodes_of, unknown
+from planner.export.draft import (
+    Draft,
+    Exported,
+    equal_nodes,
+    lose_averages,
+    lose_experts,
+    nodes_of,
+    unknown,
+)
 from planner.graph import CallKind
 from planner.plan import ExecutionPlan
 
@@ -20,7 +28,7 @@ def to_nemo_rl(plan: ExecutionPlan) -> Exported:
         or draft.find(CallKind.TRAIN, "actor") is None
     ):
         raise unknown(plan, "NeMo-RL", ["grpo"])
-    put, cluster, workload = draft.settings, plan.problem.cluster, plan.problem.workload
+    put, cluster, workload = draft.settings, equal_nodes(plan, "NeMo-RL"), plan.problem.workload
     train, actor = draft.need(CallKind.TRAIN, "actor")
     generate, gen = draft.need(CallKind.GENERATE, "actor")
     apart = not gen.mesh.overlaps(actor.mesh)

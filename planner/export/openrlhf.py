@@ -53,6 +53,11 @@ def to_openrlhf(plan: ExecutionPlan) -> Exported:
     draft.compare_twins("OpenRLHF", "critic_inf", "critic_train")
     lose_experts(draft, "OpenRLHF")
     lose_averages(draft, "OpenRLHF")
+    if len(plan.problem.cluster.groups) > 1:
+        draft.lost.append(
+            "OpenRLHF takes nodes of its Ray cluster as they come: it is not told which role is to "
+            "be on which kind of device"
+        )
     if plan.problem.graph.max_staleness:
         put["async_train"] = True
     return Exported(

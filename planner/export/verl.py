@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from math import ceil
 
-from planner.export.draft import Draft, Exported, lose_averages, lose_experts, unknown
+from planner.export.draft import (
+    Draft,
+    Exported,
+    equal_nodes,
+    lose_averages,
+    lose_experts,
+    unknown,
+)
 from planner.graph import CallKind
 from planner.plan import Allocation, ExecutionPlan
 
@@ -25,7 +32,7 @@ def to_verl(plan: ExecutionPlan) -> Exported:
         estimator = _RLOO[plan.problem.config["reinforce"]["baseline"]]
     if estimator is None:
         raise unknown(plan, "verl", [*_VERL_ESTIMATORS, "reinforce"])
-    put, cluster, workload = draft.settings, plan.problem.cluster, plan.problem.workload
+    put, cluster, workload = draft.settings, equal_nodes(plan, "verl"), plan.problem.workload
     generate, gen = draft.need(CallKind.GENERATE, "actor")
     put["trainer.nnodes"] = cluster.num_nodes
     put["trainer.n_gpus_per_node"] = cluster.devices_per_node

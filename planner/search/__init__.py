@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from planner.cost import CostModel
+from planner.cost import Costs
 from planner.lock import Lock
 from planner.plan import Estimate, ExecutionPlan, Problem
 from planner.plan_memory import check_memory, plan_memory
@@ -81,7 +81,7 @@ ENGINES: Mapping[str, Engine] = {
 
 def search(
     problem: Problem,
-    costs: CostModel,
+    costs: Costs,
     *,
     engine: str = "auto",
     seed: int = 1,
@@ -218,7 +218,7 @@ def resident_again(evaluator: Evaluator, best: Assignment) -> Assignment:
 def _resident(space: OptionSpace, option: Option) -> Option:
     """The same without offload; itself where that was not worth keeping."""
     wanted = replace(option.allocation, offload=False)
-    for choice in space.choices[option.call][option.mesh.num_devices]:
+    for choice in space.choices_on(option.call, option.mesh):
         twin = space.option(option.call, option.mesh, choice)
         if twin.allocation == wanted:
             return twin

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import permutations, product
 from operator import add
 
 from planner.graph import CallKind
-from planner.mesh import DeviceMesh
+from planner.mesh import DeviceMesh, MeshKind, kind_of
 from planner.search.choices import Choice
 from planner.search.evaluate import Evaluator, Score
 from planner.search.options import Assignment, Option, OptionSpace
@@ -31,18 +31,27 @@ class Baseline:
 def symmetric(evaluator: Evaluator) -> Baseline | None:
     """The best single layout: every call on all devices under one (pp, tp, dp, ep).
 
+    Of unlike groups on all devices of one of them, the best of these: no layout spans two.
     Each call has its own micro-batches and its own offload, each training its own ZeRO stage and
     recomputation; all are tried that matter. None where no single layout fits.
     """
     space = evaluator.space
-    whole = DeviceMesh(0, space.problem.cluster.num_devices)
     everything = range(len(space.calls))
     best: Baseline | None = None
-    for axes in _axes(space, everything, whole):
-        options = _fill(space, everything, whole, axes)
-        if options is not None:
-            best = _better(evaluator, [options], best)
+    for whole in _whole_groups(space):
+        for axes in _axes(space, everything, whole):
+            options = _fill(space, everything, whole, axes)
+            if options is not None:
+                best = _better(evaluator, [options], best)
     return best
+
+
+def _whole_groups(space: OptionSpace) -> list[DeviceMesh]:
+    cluster = space.problem.cluster
+    return [
+        DeviceMesh(start, group.num_devices)
+        for start, group in zip(cluster.starts, cluster.groups, strict=True)
+    ]
 
 
 def split(evaluator: Evaluator) -> Baseline | None:
@@ -50,8 +59,9 @@ def split(evaluator: Evaluator) -> Baseline | None:
 
     Parts are what people take: trained language models with their references on one and the rest
     on the other, or training on one and everything else on the other (OpenRLHF, separate
-    engines); with a quarter, a half or three quarters of the devices. None where nothing fits,
-    there is one device, or nothing is on one side.
+    engines); with a quarter, a half or three quarters of the devices, or of unlike groups with all
+    of one and all of another. None where nothing fits, there is one device, or nothing is on one
+    side.
     """
     space = evaluator.space
     calls = range(len(space.calls))
@@ -102,7 +112,10 @@ def _parts(evaluator: Evaluator, calls: Sequence[int], mesh: DeviceMesh) -> list
 
 
 def _cuts(space: OptionSpace) -> list[tuple[DeviceMesh, DeviceMesh]]:
-    """The cluster in two meshes: at a quarter, a half and three quarters."""
+    """The cluster in two meshes: at a quarter, a half and three quarters; or two groups of it."""
+    groups = _whole_groups(space)
+    if len(groups) > 1:
+        return list(permutations(groups, 2))
     count = space.problem.cluster.num_devices
     pairs = (
         (DeviceMesh(0, n), DeviceMesh(n, count - n))
@@ -112,7 +125,7 @@ def _cuts(space: OptionSpace) -> list[tuple[DeviceMesh, DeviceMesh]]:
     return [
         pair
         for pair in pairs
-        if all(mesh in space.meshes_by_size.get(mesh.num_devices, ()) for mesh in pair)
+        if all(mesh in space.meshes_by_kind.get(MeshKind(0, mesh.num_devices), ()) for mesh in pair)
     ]
 
 
@@ -132,16 +145,16 @@ def greedy(evaluator: Evaluator, start: Baseline) -> Baseline:
 
 
 def _faster(space: OptionSpace, than: Option) -> Iterator[Option]:
-    """Options of the same call that take less time, fastest first, on every mesh of their size."""
-    by_size = space.choices[than.call].items()
+    """Options of the same call that take less time, fastest first, on every mesh of their kind."""
+    by_kind = space.choices[than.call].items()
     choices = sorted(
-        ((choice, size) for size, choices in by_size for choice in choices),
+        ((choice, kind) for kind, choices in by_kind for choice in choices),
         key=lambda pair: pair[0].seconds,
     )
-    for choice, size in choices:
+    for choice, kind in choices:
         if choice.seconds >= than.seconds:
             return
-        for mesh in space.meshes_of(than.call, size):
+        for mesh in space.meshes_of(than.call, kind):
             yield space.option(than.call, mesh, choice)
 
 
@@ -157,7 +170,7 @@ def _seconds(baseline: Baseline) -> float:
 def _axes(space: OptionSpace, calls: Sequence[int], mesh: DeviceMesh) -> list[Axes]:
     """Layouts that every call with a model has an option for on ``mesh``."""
     sets = [
-        {choice.axes for choice in space.choices[space.calls[i].name].get(mesh.num_devices, ())}
+        {choice.axes for choice in space.choices_on(space.calls[i].name, mesh)}
         for i in calls
         if space.calls[i].role is not None
     ]
@@ -171,11 +184,13 @@ def _fill(
     found: dict[int, list[Option]] = {}
     for i in calls:
         call = space.calls[i]
-        choices: Sequence[Choice] = space.choices[call.name].get(mesh.num_devices, ())
+        choices: Sequence[Choice] = space.choices_on(call.name, mesh)
         place = mesh
         if call.kind is CallKind.FUNCTION and not choices:
-            place = DeviceMesh(mesh.first, max(n for n in space.choices[call.name]))
-            choices = space.choices[call.name][place.num_devices]
+            group = kind_of(mesh, space.problem.cluster).group
+            sizes = [kind.num_devices for kind in space.choices[call.name] if kind.group == group]
+            place = DeviceMesh(mesh.first, max(sizes, default=0))
+            choices = space.choices_on(call.name, place)
         fitting = [c for c in choices if call.role is None or c.axes == axes]
         if not fitting or place not in space.meshes[call.name]:
             return None

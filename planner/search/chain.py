@@ -123,9 +123,9 @@ def scan_call(
         next_mesh[j], next_row[j] = mesh[0, j], row[0, j]
     while t.calls[i].mesh_start + place[0] < t.calls[i].mesh_stop:
         m = t.call_meshes[t.calls[i].mesh_start + place[0]]
-        size = t.meshes[m].size
-        while place[1] < t.row_ranges[i, size].count:
-            r = t.row_ranges[i, size].start + place[1]
+        kind = t.meshes[m].kind
+        while place[1] < t.row_ranges[i, kind].count:
+            r = t.row_ranges[i, kind].start + place[1]
             possible = True
             next_mesh[i], next_row[i] = m, r
             if whole_role:
@@ -168,7 +168,7 @@ def sweep(
             return DONE
         for i in range(num_calls):
             mesh[i] = t.call_meshes[t.calls[i].mesh_start + place[0, i]]
-            row[i] = t.row_ranges[i, t.meshes[mesh[i]].size].start + place[1, i]
+            row[i] = t.row_ranges[i, t.meshes[mesh[i]].kind].start + place[1, i]
         step_s, overshoot = evaluate(t, prices, mesh, row, found.values[0], s)
         if step_s <= found.values[0]:
             if s.missing[0] != NO_KEY:
@@ -176,7 +176,7 @@ def sweep(
             remember(mesh, row, step_s, overshoot, found)
         for i in range(num_calls - 1, -1, -1):  # an odometer
             place[1, i] += 1
-            if place[1, i] < t.row_ranges[i, t.meshes[mesh[i]].size].count:
+            if place[1, i] < t.row_ranges[i, t.meshes[mesh[i]].kind].count:
                 break
             place[1, i] = 0
             place[0, i] += 1

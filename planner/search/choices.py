@@ -1,4 +1,4 @@
-"""What a call may choose on any mesh of one size: ways and states, costed, then pruned.
+"""What a call may choose on any mesh of one kind: ways and states, costed, then pruned.
 
 A *way* is a strategy with micro-batches, which fixes seconds and the bytes while it runs; a
 *state* is where what it holds over the step lies: ZeRO, offload. Read ``Choice``, then
@@ -42,7 +42,7 @@ Bytes = tuple[int, ...]  # by pipeline stage
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Choice:
-    """A strategy with micro-batches on any mesh of its size.
+    """A strategy with micro-batches on any mesh of its kind: of its size and group.
 
     ``seconds``: of the call and of what leaves the device after it, ``reload_s`` of what comes from
     the host before it, ``average_s`` of the average in its layout, where its role is one. Bytes by
@@ -96,6 +96,10 @@ def _no_larger(a: Choice, b: Choice) -> bool:
     )
 
 
+def _fits(held: Bytes, running: Bytes, free_bytes: int) -> bool:
+    return bool(max(map(add, held, running)) <= free_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class _Way:
     """An allocation whose ZeRO stage and offload may be others, priced."""
@@ -129,8 +133,7 @@ class Costing:
 
     def __init__(self, problem: Problem, prices: StepPrices) -> None:
         self.problem, self.prices = problem, prices
-        self.kind = problem.cluster.device.kind
-        self.free_bytes = problem.cluster.device.memory_bytes - RESERVE_BYTES[self.kind]
+        self.kind = problem.cluster.kind
         self._known_held: dict[tuple[object, ...], Bytes] = {}
 
     def choices(
@@ -156,6 +159,8 @@ class Costing:
     ) -> list[Choice]:  # fmt: skip
         """Undominated ways of one (pp, tp, dp, ep), each in every state in which it fits."""
         spec = self.problem.spec_of(call.name)
+        device = self.problem.cluster.group_of(layout[0].mesh.first).device
+        free_bytes = device.memory_bytes - RESERVE_BYTES[self.kind]
         states = [
             self._state(call, spec, layout[0], zero, offload)
             for zero, offload in wanted if zero == 0 or layout[0].strategy.dp > 1
@@ -163,7 +168,7 @@ class Costing:
         priced = []
         for allocation in layout:
             running = (0,) if spec is None else running_bytes(self.problem, call, allocation, spec)
-            if any(self._fits(state.held, running) for state in states):
+            if any(_fits(state.held, running, free_bytes) for state in states):
                 priced.append(_Way(allocation, self._seconds(call, allocation), running))
         borrowed: Bytes = (0,)
         average_s = 0.0
@@ -176,12 +181,9 @@ class Costing:
         found = []
         for way, state in product(_undominated_ways(priced), states):
             # What leaves is there again while the call runs, so the sum is the same.
-            if self._fits(state.held, way.running):
+            if _fits(state.held, way.running, free_bytes):
                 found.append(self._choice(call, way, state, borrowed, average_s))
         return undominated(found)
-
-    def _fits(self, held: Bytes, running: Bytes) -> bool:
-        return bool(max(map(add, held, running)) <= self.free_bytes)
 
     def _seconds(self, call: ModelFunctionCall, allocation: Allocation) -> float:
         return call_seconds(self.problem, call, allocation, self.prices.model)

@@ -27,8 +27,13 @@ class Order(NamedTuple):
 
 @compiled
 def surely_meet(places: Ints, num_devices: int, i: int, j: int) -> bool:
-    """Do two calls share a device? ``places`` [C, 3]: devices, and the interval that all have."""
-    if i == j or places[i, 0] + places[j, 0] > num_devices:
+    """Do two calls share a device?
+
+    ``places`` [C, 5]: devices, the interval that all have, the group that all are in (-1: several)
+    and its devices (of several, all that there are).
+    """
+    room = places[i, 4] if places[i, 3] == places[j, 3] else num_devices
+    if i == j or places[i, 0] + places[j, 0] > room:
         return True
     return bool(max(places[i, 1], places[j, 1]) < min(places[i, 2], places[j, 2]))
 

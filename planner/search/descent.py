@@ -58,13 +58,13 @@ def place_of(evaluator: Evaluator, assignment: Assignment) -> Place:
 
 
 def fastest(evaluator: Evaluator) -> Assignment:
-    """Every call at its fastest on the first mesh of its size, memory not looked at."""
+    """Every call at its fastest on the first mesh of its kind, memory not looked at."""
     space = evaluator.space
     return tuple(
         min(
             (
-                space.option(call.name, space.meshes_of(call.name, size)[0], choices[0])
-                for size, choices in space.choices[call.name].items()
+                space.option(call.name, space.meshes_of(call.name, kind)[0], choices[0])
+                for kind, choices in space.choices[call.name].items()
             ),
             key=lambda option: option.seconds,
         )
@@ -128,8 +128,8 @@ def kicked(evaluator: Evaluator, here: Place, rng: random.Random) -> Place:
     t, there = evaluator.tables, here.copy()
     for i in rng.sample(range(len(evaluator.calls)), min(2, len(evaluator.calls))):
         there.mesh[i] = t.call_meshes[rng.randrange(*t.calls[i][["mesh_start", "mesh_stop"]])]
-        size = t.meshes["size"][there.mesh[i]]
-        first, count = t.row_ranges[i, size]
+        kind = t.meshes["kind"][there.mesh[i]]
+        first, count = t.row_ranges[i, kind]
         there.row[i] = first + rng.randrange(count)
     there.energy = evaluator.score_vectors(there.mesh, there.row).energy
     return there

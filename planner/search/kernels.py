@@ -30,14 +30,18 @@ def slot(keys: Ints, key: int) -> int:
 
 @compiled
 def reallocation_key(t: Tables, mesh: Ints, row: Ints, source: int, target: int) -> int:
-    """Of the layouts of two calls of one role; equal for both moved by whole nodes."""
-    first, other = t.meshes[mesh[source]].first, t.meshes[mesh[target]].first
-    shift = min(first, other) // t.per_node * t.per_node
+    """Of the layouts of two calls of one role; equal for both moved by whole nodes of a group."""
+    a, b = t.meshes[mesh[source]], t.meshes[mesh[target]]
+    # Between groups it does not matter where in them.
+    first, other = 0, 0
+    if a.group == b.group:
+        shift = min(a.node, b.node)
+        first, other = a.first - shift, b.first - shift
     num_axes = t.like.shape[1]
     key = t.calls[target].spec * num_axes + t.rows[row[source]].axes
     key = key * num_axes + t.rows[row[target]].axes
-    key = key * t.num_devices + first - shift
-    return key * t.num_devices + other - shift  # type: ignore[no-any-return]
+    key = key * t.num_devices + first
+    return key * t.num_devices + other  # type: ignore[no-any-return]
 
 
 # ---- seconds ----------------------------------------------------------------------------------
@@ -58,7 +62,7 @@ def same_samples(rows: Records, mesh: Ints, row: Ints, i: int, j: int) -> bool:
 def find_transfers(t: Tables, mesh: Ints, row: Ints, transfer_s: Floats) -> None:
     """Fill ``transfer_s`` [P]: as ``simulate.transfer_bytes`` and its price."""
     meshes, rows, calls, pairs = t.meshes, t.rows, t.calls, t.pairs
-    readers, prices_s, per_node = t.readers, t.transfer_s, t.per_node
+    readers, prices_s = t.readers, t.transfer_s
     for i in range(len(mesh)):
         for k in range(calls[i].pair_start, calls[i].pair_stop):
             source = pairs[k].producer
@@ -68,11 +72,18 @@ def find_transfers(t: Tables, mesh: Ints, row: Ints, transfer_s: Floats) -> None
             for n in range(pairs[k].reader_start, pairs[k].reader_stop):
                 there = there or same_samples(rows, mesh, row, readers[n], i)
             a, b = meshes[mesh[source]], meshes[mesh[i]]
-            first, last = min(a.first, b.first), max(a.end, b.end) - 1
-            if not there and first != last:
-                far = 0 if first // per_node == last // per_node else 1
-                size = b.size if b.end - b.first < a.end - a.first else a.size
-                transfer_s[k] = prices_s[k, rows[row[i]].copies, size, far]
+            copies = rows[row[i]].copies
+            if there:
+                continue
+            if a.group != b.group:
+                transfer_s[k] = max(
+                    prices_s[k, copies, a.kind, 2 + b.group],
+                    prices_s[k, copies, b.kind, 2 + a.group],
+                )
+            elif min(a.first, b.first) != max(a.end, b.end) - 1:
+                far = 0 if min(a.node, b.node) == max(a.last_node, b.last_node) else 1
+                kind = b.kind if b.end - b.first < a.end - a.first else a.kind
+                transfer_s[k] = prices_s[k, copies, kind, far]
 
 
 @compiled
@@ -230,25 +241,27 @@ def overshoot_of(t: Tables, mesh: Ints, row: Ints, uses: Records) -> float:
 
     Device by device only where the sum of the fullest stages is too much.
     """
-    meshes, most_bytes, free_bytes = t.meshes, t.most_bytes, t.memory_bytes - t.reserve_bytes
+    meshes, most_bytes = t.meshes, t.most_bytes
     if not find_residents(t.rows, t.calls, mesh, row, uses):
         return 1.0
-    peak = 0.0
+    full = 1.0
     for i in range(len(mesh)):
-        most = most_bytes[2, row[i]]
+        most, place = most_bytes[2, row[i]], meshes[mesh[i]]
         for j in range(len(mesh)):
             column = column_of(uses, i, j)
             if column >= 0 and overlap(meshes, mesh[i], mesh[j]):
                 most += most_bytes[column, row[j]]
-        if most > max(free_bytes, peak):
-            peak = max(peak, peak_of(t, mesh, row, uses, i, i))
+        if most > place.free_bytes and most + t.reserve_bytes > full * place.memory_bytes:
+            peak = peak_of(t, mesh, row, uses, i, i)
+            full = max(full, (peak + t.reserve_bytes) / place.memory_bytes)
     for n in range(len(t.average_of)):
         for i in range(len(mesh)):
             if averages(t, mesh, row, n, i) and not same_layout(
                 t.rows, mesh, row, i, t.average_of[n]
             ):
-                peak = max(peak, peak_of(t, mesh, row, uses, i, len(mesh)))
-    return max(0.0, (peak + t.reserve_bytes) / t.memory_bytes - 1.0)
+                peak = peak_of(t, mesh, row, uses, i, len(mesh))
+                full = max(full, (peak + t.reserve_bytes) / meshes[mesh[i]].memory_bytes)
+    return full - 1.0
 
 
 # ---- both -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Compiled moves of the walk: each makes another assignment out of one, or says that it cannot.
 
-A move changes ``mesh`` and ``row`` in place. Rows of one call and size of mesh are sorted by
+A move changes ``mesh`` and ``row`` in place. Rows of one call and kind of mesh are sorted by
 seconds, and moves prefer the front of the list: the slow end is long and rarely right.
 """
 
@@ -51,21 +51,21 @@ def below(state: State, count: int) -> int:
 @compiled
 def pick_row(t: Tables, call: int, mesh: int, state: State) -> int:
     """A row of ``call`` on ``mesh``: mostly among the fastest few, now and then any."""
-    size = t.meshes[mesh].size
-    count = t.row_ranges[call, size].count
+    kind = t.meshes[mesh].kind
+    count = t.row_ranges[call, kind].count
     if uniform(state) < 0.3:
-        return int(t.row_ranges[call, size].start + below(state, count))
+        return int(t.row_ranges[call, kind].start + below(state, count))
     ahead = int(-math.log(1.0 - uniform(state)) * 3.0)
-    return int(t.row_ranges[call, size].start + min(ahead, count - 1))
+    return int(t.row_ranges[call, kind].start + min(ahead, count - 1))
 
 
 @compiled
 def pick_mesh(t: Tables, call: int, state: State) -> int:
-    """A mesh that a call may take: a size first, as there are many small meshes."""
+    """A mesh that a call may take: a kind first, as there are many small meshes."""
     while True:
-        size = below(state, len(t.sizes))
-        if t.row_ranges[call, size].count > 0:
-            mesh = t.size_meshes[t.sizes[size].start + below(state, t.sizes[size].count)]
+        kind = below(state, len(t.kinds))
+        if t.row_ranges[call, kind].count > 0:
+            mesh = t.kind_meshes[t.kinds[kind].start + below(state, t.kinds[kind].count)]
             if t.allowed[call, mesh]:
                 return int(mesh)
 
@@ -82,11 +82,11 @@ def pick_like(t: Tables, call: int, mesh: int, axes: int, state: State) -> int:
 
 @compiled
 def put(t: Tables, mesh: Ints, row: Ints, i: int, m: int, state: State) -> bool:
-    """Call i goes to mesh m, half of the time with its axes if the size allows."""
+    """Call i goes to mesh m, half of the time with its axes if it is of the same kind."""
     if not t.allowed[i, m]:
         return False
     new = -1
-    if t.meshes[m].size == t.meshes[mesh[i]].size and uniform(state) < 0.5:
+    if t.meshes[m].kind == t.meshes[mesh[i]].kind and uniform(state) < 0.5:
         new = row[i]
     mesh[i] = m
     row[i] = pick_row(t, i, m, state) if new < 0 else new
@@ -193,8 +193,8 @@ def move(t: Tables, number: int, mesh: Ints, row: Ints, state: State) -> bool:
     if number == 1:
         return put(t, mesh, row, i, pick_mesh(t, i, state), state)
     if number == 2:
-        same = t.sizes[t.meshes[mesh[i]].size]
-        return put(t, mesh, row, i, t.size_meshes[same.start + below(state, same.count)], state)
+        same = t.kinds[t.meshes[mesh[i]].kind]
+        return put(t, mesh, row, i, t.kind_meshes[same.start + below(state, same.count)], state)
     if number == 3:
         return resize(t, mesh, row, i, state)
     if number == 4:

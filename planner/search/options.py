@@ -1,8 +1,8 @@
 """What each call may choose, and where: ``OptionSpace``.
 
-Seconds and bytes of a call do not change when its mesh moves by whole nodes, or within a node, so
-a ``Choice`` is priced once for each size of mesh (``choices.py``); an ``Option`` is a choice on one
-mesh. Read ``Option``, then ``OptionSpace``.
+Seconds and bytes of a call do not change when its mesh moves by whole nodes of its group, or within
+a node, so a ``Choice`` is priced once for each kind of mesh (``choices.py``), a size in a group; an
+``Option`` is a choice on one mesh. Read ``Option``, then ``OptionSpace``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from planner.memory import (
     MemoryBreakdown,
     call_memory,
 )
-from planner.mesh import DeviceMesh
+from planner.mesh import DeviceMesh, MeshKind, kind_of
 from planner.plan import Allocation, Problem, offload_problem
 from planner.search.choices import Choice, Costing
 from planner.search.variants import considered_meshes, variants
@@ -74,7 +74,7 @@ class OptionSpace:
     """All options of a problem under the prices of a cost model.
 
     ``larger``: the space of the same problem and locks on more of the same nodes, under the same
-    prices; what it knows of meshes of one size is not priced again.
+    prices; what it knows of meshes of one kind is not priced again.
 
     Raises:
         InfeasibleError: a call fits on no mesh even alone.
@@ -88,27 +88,31 @@ class OptionSpace:
         self.problem = problem
         self._larger = larger
         # On a CPU the host's memory is the device's.
-        self.offload = offload and problem.cluster.device.kind != "cpu"
+        self.offload = offload and problem.cluster.kind != "cpu"
         self.locks = dict(locks or {})
         self.prices = prices
         self.calls = problem.graph.step_calls
-        self.meshes_by_size: dict[int, list[DeviceMesh]] = {}
+        self.meshes_by_kind: dict[MeshKind, list[DeviceMesh]] = {}
         for mesh in considered_meshes(problem.cluster):
-            self.meshes_by_size.setdefault(mesh.num_devices, []).append(mesh)
+            self.meshes_by_kind.setdefault(kind_of(mesh, problem.cluster), []).append(mesh)
         self._costing = Costing(problem, prices)
         self._options: dict[tuple[str, DeviceMesh, int], Option] = {}
-        self._known: dict[tuple[object, ...], Mapping[int, tuple[Choice, ...]]] = {}
+        self._known: dict[tuple[object, ...], Mapping[MeshKind, tuple[Choice, ...]]] = {}
         with no_collector():
             self.choices = {call.name: self._choices(call) for call in self.calls}
         self.meshes: Mapping[str, tuple[DeviceMesh, ...]] = {
-            name: tuple(m for size in by_size for m in self.meshes_of(name, size))
-            for name, by_size in self.choices.items()
+            name: tuple(m for kind in by_kind for m in self.meshes_of(name, kind))
+            for name, by_kind in self.choices.items()
         }
 
-    def meshes_of(self, call: str, size: int) -> list[DeviceMesh]:
-        """Meshes of ``size`` devices that a call may take, by position."""
+    def meshes_of(self, call: str, kind: MeshKind) -> list[DeviceMesh]:
+        """Meshes of a kind that a call may take, by position."""
         fixed = self._fixed_mesh(call)
-        return [m for m in self.meshes_by_size.get(size, []) if fixed in (None, m)]
+        return [m for m in self.meshes_by_kind.get(kind, []) if fixed in (None, m)]
+
+    def choices_on(self, call: str, mesh: DeviceMesh) -> tuple[Choice, ...]:
+        """What a call may choose on a mesh, fastest first."""
+        return self.choices[call].get(kind_of(mesh, self.problem.cluster), ())
 
     def _fixed_mesh(self, call: str) -> DeviceMesh | None:
         lock = self.locks.get(call, Lock())
@@ -135,7 +139,7 @@ class OptionSpace:
     def options(self, call: str) -> Iterator[Option]:
         """Every option of a call, by mesh and then seconds."""
         for mesh in self.meshes[call]:
-            for choice in self.choices[call][mesh.num_devices]:
+            for choice in self.choices_on(call, mesh):
                 yield self.option(call, mesh, choice)
 
     @property
@@ -143,14 +147,13 @@ class OptionSpace:
         """How many assignments there are."""
         product = 1.0
         for call in self.calls:
-            by_size = self.choices[call.name]
-            product *= sum(len(by_size[m.num_devices]) for m in self.meshes[call.name])
+            product *= sum(len(self.choices_on(call.name, m)) for m in self.meshes[call.name])
         return product
 
     # ---- pricing ----
 
-    def _choices(self, call: ModelFunctionCall) -> Mapping[int, tuple[Choice, ...]]:
-        """Choices by size of mesh, fastest first; only sizes that have one."""
+    def _choices(self, call: ModelFunctionCall) -> Mapping[MeshKind, tuple[Choice, ...]]:
+        """Choices by kind of mesh, fastest first; only kinds that have one."""
         # Calls of equal kind and model cost the same: critic_inf and rew_inf.
         workload = self.problem.workload_of(call.name)
         key = (
@@ -164,22 +167,22 @@ class OptionSpace:
         )
         if key in self._known:
             return self._known[key]
-        found: dict[int, tuple[Choice, ...]] = {}
-        for size in self.meshes_by_size:
-            kept = self._choices_of(call, size)
+        found: dict[MeshKind, tuple[Choice, ...]] = {}
+        for kind in self.meshes_by_kind:
+            kept = self._choices_of(call, kind)
             if kept:
-                found[size] = kept
+                found[kind] = kept
         if not found:
             raise self._locked_out(call) if call.name in self.locks else self._infeasible(call)
         self._known[key] = found
         return found
 
-    def _choices_of(self, call: ModelFunctionCall, size: int) -> tuple[Choice, ...]:
-        """Choices on meshes of one size that no other beats, fastest first."""
-        meshes, larger = self.meshes_of(call.name, size), self._larger
+    def _choices_of(self, call: ModelFunctionCall, kind: MeshKind) -> tuple[Choice, ...]:
+        """Choices on meshes of one kind that no other beats, fastest first."""
+        meshes, larger = self.meshes_of(call.name, kind), self._larger
         shared = larger is not None and larger.offload == self.offload
-        if larger is not None and shared and meshes and larger.meshes_of(call.name, size):
-            return larger.choices[call.name].get(size, ())
+        if larger is not None and shared and meshes and larger.meshes_of(call.name, kind):
+            return larger.choices[call.name].get(kind, ())
         if not meshes:
             return ()
         lock = self.locks.get(call.name, Lock())
@@ -195,21 +198,22 @@ class OptionSpace:
     def _infeasible(self, call: ModelFunctionCall) -> InfeasibleError:
         """What the smallest way to run a call lacks."""
         best: tuple[int, Allocation, MemoryBreakdown] | None = None
-        for meshes in self.meshes_by_size.values():
+        cluster = self.problem.cluster
+        for meshes in self.meshes_by_kind.values():
+            had = cluster.group_of(meshes[0].first).device.memory_bytes
             for allocation in variants(self.problem, call, meshes[0]):
                 need = call_memory(self.problem, call.name, allocation)
-                if best is None or need.total < best[0]:
-                    best = (need.total, allocation, need)
+                if best is None or need.total - had < best[0]:
+                    best = (need.total - had, allocation, need)
         assert best is not None, call.name
-        total, allocation, need = best
-        cluster = self.problem.cluster
+        lacks, allocation, need = best
+        device = cluster.group_of(allocation.mesh.first).device
         item, num_bytes = need.biggest
         return InfeasibleError(
             f"role {call.role} does not fit: at its smallest ({allocation}) each "
-            f"{cluster.device.name} needs {format_bytes(total)} and has "
-            f"{format_bytes(cluster.device.memory_bytes)}, "
-            f"{format_bytes(total - cluster.device.memory_bytes)} too little; most is {item} with "
-            f"{format_bytes(num_bytes)}",
+            f"{device.name} needs {format_bytes(need.total)} and has "
+            f"{format_bytes(device.memory_bytes)}, {format_bytes(lacks)} too little; most is "
+            f"{item} with {format_bytes(num_bytes)}",
             where=call.name,
             remedy=more_memory(problem=self.problem, item=item),
         )

@@ -1,7 +1,8 @@
 """Boxes of a branch and bound: for each call a ``Pool``, a set of its options that splits in two.
 
-A pool splits first by size of mesh, then by what a choice costs, then by position; so a box can be
-halved until it is one assignment. ``relaxation.py`` bounds boxes by what is kept here of each pool.
+A pool splits first by group of like devices and size of mesh, then by what a choice costs, then by
+position; so a box can be halved until it is one assignment. ``relaxation.py`` bounds boxes by what
+is kept here of each pool.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from operator import add
 import numpy as np
 import numpy.typing as npt
 
+from planner.mesh import MeshKind
 from planner.search.choices import Choice
 from planner.search.options import Assignment, Option, OptionSpace
 from planner.search.patterns import RUNNING
@@ -26,27 +28,30 @@ Cycle = tuple[frozenset[int], frozenset[int], int, int]
 class _Table:
     """All choices of a call by row; see ``_Tables`` for the columns."""
 
-    choices: Sequence[tuple[int, Choice]]  # (size of mesh, choice)
+    choices: Sequence[tuple[MeshKind, Choice]]
     seconds: Floats
+    group: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
+    shares: Floats  # [rows, num_scales]: of the cluster's capacity, by its devices' weights
     held: Floats  # bytes over all devices
     need: Floats  # bytes while it runs, over all devices, beside what is resident
     borrow: Floats  # bytes of borrowed weights, over all devices
     peak: Floats  # bytes on its fullest device, its own resident weights included
     peak_borrow: Floats  # the same where the weights are borrowed
-    floor: Floats  # bytes that its weights keep on every device of the cluster
+    floor: Floats  # bytes that its weights keep on every device of its group
     terms: Floats  # [rows, num_terms]: bound 4
-    layout: npt.NDArray[np.int64]  # equal for equal (size, axes)
+    layout: npt.NDArray[np.int64]  # equal for equal (kind, axes)
     pattern: Floats  # [rows, 5]: bound 7, its weights borrowed; without, running is the next
     running: Floats  # bytes while it runs on the stage that needs least
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pool:
-    """Options of one call: rows of its table, at the positions ``[first, last)`` of their size.
+    """Options of one call: rows of its table, at the positions ``[first, last)`` of their kind.
 
     Positions are restricted only where one choice is left. ``shared``: the devices that every
-    mesh of the pool has, as an interval. ``halves`` is filled on the first split.
+    mesh of the pool has, as an interval. ``group``: in which all are, -1: several. ``halves`` is
+    filled on the first split.
     """
 
     call: int
@@ -54,7 +59,9 @@ class Pool:
     positions: tuple[int, int] | None
     shared: tuple[int, int]
     seconds: float
+    group: int
     size: int
+    shares: Floats  # [num_scales]
     held: float
     need: float
     need_borrow: float
@@ -79,22 +86,22 @@ class Pools:
     """Makes and splits the pools of one problem.
 
     ``home``: of each call the one that trains its role. ``keeps``: do the weights of a call's
-    layout stay over the step? ``cycles`` and ``weights``: the terms of bound 4.
+    layout stay over the step? ``cycles``, ``weights`` and ``scales`` [num_scales, groups]: the
+    terms of bound 4.
     """
 
     def __init__(
         self, space: OptionSpace, *, home: Sequence[int | None], keeps: Sequence[bool],
-        cycles: Sequence[Cycle], weights: Sequence[float],
+        cycles: Sequence[Cycle], weights: Sequence[float], scales: Floats,
     ) -> None:  # fmt: skip
         self.space, self.calls, self.home, self.keeps = space, space.calls, home, keeps
-        self.cycles, self.weights = cycles, weights
-        self.num_devices = space.problem.cluster.num_devices
+        self.cycles, self.weights, self.scales = cycles, weights, scales
+        self.cluster = space.problem.cluster
         self.tables = [self._table(i) for i in range(len(self.calls))]
 
     def _table(self, i: int) -> _Table:
-        name, num_devices = self.calls[i].name, self.num_devices
-        rows = [(size, c) for size, group in self.space.choices[name].items() for c in group]
-        codes: dict[tuple[int, tuple[int, int, int, int]], int] = {}
+        by_kind = self.space.choices[self.calls[i].name]
+        rows = [(kind, c) for kind, choices in by_kind.items() for c in choices]
         always = self.home[i] is None or self.home[i] == i  # its own weights are resident
 
         def total(size: int, by_stage: Sequence[int]) -> float:
@@ -104,28 +111,31 @@ class Pools:
             return float(max(a + b for a, b in zip(choice.running, beside, strict=True)))
 
         seconds = np.array([c.seconds for _, c in rows])
-        size = np.array([n for n, _ in rows])
-        share = size / num_devices
+        group = np.array([kind.group for kind, _ in rows])
+        size = np.array([kind.num_devices for kind, _ in rows])
+        whole = np.array([part.num_devices for part in self.cluster.groups])
+        shares = self.scales[:, group].T * size[:, None]
         busy = np.array([c.busy_s for _, c in rows])
         terms = [
             (1 - u) * seconds * ((i in path) + share * (i in window)) + u * busy * share
             for path, window, _, _ in self.cycles
+            for share in shares.T
             for u in self.weights
         ]
         return _Table(
-            choices=rows, seconds=seconds, size=size,
-            held=np.array([total(n, c.held) for n, c in rows]),
-            need=np.array([total(n, c.running) for n, c in rows]),
-            borrow=np.array([total(n, c.borrowed) for n, c in rows]),
+            choices=rows, seconds=seconds, group=group, size=size, shares=shares,
+            held=np.array([total(n, c.held) for n, (_, c) in zip(size, rows)]),
+            need=np.array([total(n, c.running) for n, (_, c) in zip(size, rows)]),
+            borrow=np.array([total(n, c.borrowed) for n, (_, c) in zip(size, rows)]),
             peak=np.array([fullest(c, c.held if always else [0] * len(c.running))
                            for _, c in rows]),
             peak_borrow=np.array([fullest(c, c.borrowed) for _, c in rows]),
-            floor=np.array([float(min(c.held)) if n == num_devices else 0.0 for n, c in rows]),
+            floor=np.where(size == whole[group], [float(min(c.held)) for _, c in rows], 0.0),
             terms=np.stack(terms, axis=1),
-            layout=np.array([codes.setdefault((n, c.axes), hash((n, c.axes))) for n, c in rows]),
+            layout=np.array([hash((kind, c.axes)) for kind, c in rows]),
             pattern=np.array([
-                (n, c.seconds, c.busy_s, min(c.held) if self.keeps[i] else 0.0,
-                 min(map(add, c.running, c.borrowed))) for n, c in rows
+                (kind.num_devices, c.seconds, c.busy_s, min(c.held) if self.keeps[i] else 0.0,
+                 min(map(add, c.running, c.borrowed))) for kind, c in rows
             ], dtype=float),
             running=np.array([float(min(c.running)) for _, c in rows]),
         )  # fmt: skip
@@ -139,22 +149,25 @@ class Pools:
 
     def _pool(self, i: int, rows: npt.NDArray[np.int64], positions: tuple[int, int] | None) -> Pool:
         table = self.tables[i]
-        sizes = sorted(set(table.size[rows].tolist()))
-        lo, hi = 0, self.num_devices
+        pairs = zip(table.group[rows].tolist(), table.size[rows].tolist(), strict=True)
+        kinds = sorted({MeshKind(group, size) for group, size in pairs})
+        lo, hi = 0, self.cluster.num_devices
         if len(rows) == 1 and positions is None:
-            positions = (0, len(self.space.meshes_of(self.calls[i].name, sizes[0])))
-        for size in sizes:
-            meshes = self.space.meshes_of(self.calls[i].name, size)
+            positions = (0, len(self.space.meshes_of(self.calls[i].name, kinds[0])))
+        for kind in kinds:
+            meshes = self.space.meshes_of(self.calls[i].name, kind)
             meshes = meshes[slice(*(positions or (None, None)))]
             lo = max(lo, *(mesh.first for mesh in (meshes[0], meshes[-1])))
-            hi = min(hi, *(mesh.first + size for mesh in (meshes[0], meshes[-1])))
+            hi = min(hi, *(mesh.first + kind.num_devices for mesh in (meshes[0], meshes[-1])))
+        pinned = kinds[0].group == kinds[-1].group
         pattern = table.pattern[rows].min(axis=0)
         pattern_home = pattern.copy()
         pattern_home[RUNNING] = table.running[rows].min()
         return Pool(
             pattern=pattern, pattern_home=pattern_home,
             call=i, rows=rows, positions=positions, shared=(lo, hi),
-            seconds=float(table.seconds[rows].min()), size=sizes[0],
+            seconds=float(table.seconds[rows].min()), group=kinds[0].group if pinned else -1,
+            size=min(kind.num_devices for kind in kinds), shares=table.shares[rows].min(axis=0),
             held=float(table.held[rows].min()), need=float(table.need[rows].min()),
             need_borrow=float((table.need[rows] + table.borrow[rows]).min()),
             peak=float(table.peak[rows].min()), peak_borrow=float(table.peak_borrow[rows].min()),
@@ -180,8 +193,13 @@ class Pools:
         return pool.halves
 
     def _low_half(self, pool: Pool) -> npt.NDArray[np.bool_]:
-        """Small meshes; of one size, the low end of the column that is spread most."""
+        """All groups but the last; in one group small meshes; of one size the low end of the column
+
+        that is spread most.
+        """
         table, rows = self.tables[pool.call], pool.rows
+        if pool.group < 0:
+            return np.asarray(table.group[rows] < table.group[rows].max())
         sizes = np.unique(table.size[rows])
         if len(sizes) > 1:
             # Large meshes are rarely wrong, so the largest goes alone.
@@ -198,8 +216,8 @@ class Pools:
         """The only option of a single pool."""
         assert pool.positions is not None
         assert pool.is_single
-        size, choice = self.tables[pool.call].choices[int(pool.rows[0])]
-        mesh = self.space.meshes_of(self.calls[pool.call].name, size)[pool.positions[0]]
+        kind, choice = self.tables[pool.call].choices[int(pool.rows[0])]
+        mesh = self.space.meshes_of(self.calls[pool.call].name, kind)[pool.positions[0]]
         return self.space.option(self.calls[pool.call].name, mesh, choice)
 
     def assignment(self, box: Box) -> Assignment | None:

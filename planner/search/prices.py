@@ -49,9 +49,11 @@ class ReallocationPrices:
         spec, source = divmod(key, num_axes)
         return self._layout(spec, source, first), self._layout(spec, target, other)
 
-    def _layout(self, spec: int, axes: int, first: int) -> Layout:
-        pp, tp, dp, ep = self.index.axes[axes]
-        mesh = DeviceMesh(first, pp * tp * dp)
+    def _layout(self, spec: int, axes: int, offset: int) -> Layout:
+        """``offset``: of the first device in its group."""
+        group, pp, tp, dp, ep = self.index.axes[axes]
+        start = self.index.space.problem.cluster.starts[group]
+        mesh = DeviceMesh(start + offset, pp * tp * dp)
         return Layout(spec=self.index.specs[spec], mesh=mesh, pp=pp, tp=tp, dp=dp, ep=ep)
 
 

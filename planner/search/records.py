@@ -17,7 +17,19 @@ Floats = npt.NDArray[np.float64]
 NO_KEY = -1  # of an empty place in the table of reallocations
 
 
-MESH = np.dtype([("first", "i8"), ("end", "i8"), ("size", "i8")], align=True)  # size: its index
+MESH = np.dtype(
+    [
+        ("first", "i8"),
+        ("end", "i8"),
+        ("kind", "i8"),  # index of its kind: group and size
+        ("group", "i8"),  # of like devices
+        ("node", "i8"),  # first device of its first node
+        ("last_node", "i8"),  # first device of its last node
+        ("memory_bytes", "f8"),  # of each device
+        ("free_bytes", "f8"),  # of these what the framework leaves
+    ],
+    align=True,
+)
 CALL = np.dtype(
     [
         ("home", "i8"),  # the call in whose layout the role lives, -1: frozen or no role
@@ -38,7 +50,7 @@ ROW = np.dtype(
         ("seconds", "f8"),  # of the call and of what leaves the device after it
         ("reload_s", "f8"),  # of what comes from the host before it; above 0: it is offloaded
         ("average_s", "f8"),  # of the average in its layout, where its role is one
-        ("axes", "i8"),  # index of (pp, tp, dp, ep)
+        ("axes", "i8"),  # index of (group, pp, tp, dp, ep)
         ("stages", "i8"),  # pp
         ("split", "i8"),  # equal where equal dp means equal samples on equal ranks
         ("copies", "i8"),  # index of pp * tp: of every sample so many ranks need one
@@ -73,23 +85,22 @@ USE = np.dtype(
 class Tables(NamedTuple):
     """What a problem's options are, as arrays; ``tables.py`` makes it.
 
-    ``C`` calls, ``M`` meshes, ``S`` sizes of meshes, ``R`` choices of all calls ("rows"), ``A``
-    axes (pp, tp, dp, ep), ``P`` pairs of a producer and a consumer.
+    ``C`` calls, ``M`` meshes, ``K`` kinds of meshes, ``R`` choices of all calls ("rows"), ``A``
+    axes (group, pp, tp, dp, ep), ``P`` pairs of a producer and a consumer, ``G`` groups of like
+    devices.
     """
 
     num_devices: int
-    per_node: int
-    memory_bytes: float
     reserve_bytes: float
     meshes: Records  # [M] of MESH
-    sizes: Records  # [S] of RANGE into size_meshes
-    size_meshes: Ints  # meshes by size, by position
-    allowed: npt.NDArray[np.bool_]  # [C, M] by the call's lock, and the size has choices
+    kinds: Records  # [K] of RANGE into kind_meshes
+    kind_meshes: Ints  # meshes by kind, by position
+    allowed: npt.NDArray[np.bool_]  # [C, M] by the call's lock, and the kind has choices
     calls: Records  # [C] of CALL
     call_meshes: Ints  # allowed meshes
     average_of: Ints  # of each average the call that trains the weights that it follows
     rows: Records  # [R] of ROW
-    row_ranges: Records  # [C, S] of RANGE: rows of a call on meshes of a size, fastest first
+    row_ranges: Records  # [C, K] of RANGE: rows of a call on meshes of a kind, fastest first
     like: Records  # [C, A] of RANGE into like_rows
     like_rows: Ints  # rows of a call with certain axes, fastest first
     segment_end: Ints  # stages before the end of a run
@@ -97,7 +108,9 @@ class Tables(NamedTuple):
     most_bytes: Floats  # [3, R]
     pairs: Records  # [P] of PAIR
     readers: Ints  # earlier calls that read all keys of a pair
-    transfer_s: Floats  # [P, copies, S (the smaller mesh), leaves a node or not]
+    # [P, copies, K (the smaller mesh), inside a node or not]; then between groups of the end that
+    # is of this kind, by the other end's group: [..., 2 + G].
+    transfer_s: Floats
 
 
 class Prices(NamedTuple):

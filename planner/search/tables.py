@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 
+from planner.cost import MixedCosts
+from planner.cost.transfer import crossing_end_s
 from planner.graph import CallKind
 from planner.memory import RESERVE_BYTES
-from planner.mesh import DeviceMesh
+from planner.mesh import DeviceMesh, MeshKind, kind_of
 from planner.plan import Problem
 from planner.search.choices import Choice
 from planner.search.options import Assignment, Option, OptionSpace
@@ -35,9 +37,10 @@ from planner.search.records import (
 )  # fmt: skip
 from planner.simulate import StepPrices, num_splits, sample_bytes
 from planner.transfers import readers_of
+from profiles.hardware import Cluster
 from profiles.models import ModelSpec
 
-Axes = tuple[int, int, int, int]  # (pp, tp, dp, ep)
+Axes = tuple[int, int, int, int, int]  # (group, pp, tp, dp, ep): what fixes a layout on a mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class Index:
 
     space: OptionSpace
     meshes: Sequence[DeviceMesh]
-    rows: Sequence[tuple[int, Choice]]  # (call, choice)
+    rows: Sequence[tuple[int, MeshKind, Choice]]  # (call, kind of its meshes, choice)
     axes: Sequence[Axes]
     specs: Sequence[ModelSpec]
     mesh_of: dict[DeviceMesh, int]
@@ -63,26 +66,26 @@ class Index:
         return tuple(self.option(i, int(m), int(r)) for i, (m, r) in enumerate(zip(mesh, row)))
 
     def option(self, call: int, mesh: int, row: int) -> Option:
-        return self.space.option(self.space.calls[call].name, self.meshes[mesh], self.rows[row][1])
+        return self.space.option(self.space.calls[call].name, self.meshes[mesh], self.rows[row][2])
 
 
 def make_index(space: OptionSpace) -> Index:
-    meshes = [mesh for group in space.meshes_by_size.values() for mesh in group]
+    meshes = [mesh for like in space.meshes_by_kind.values() for mesh in like]
     rows = [
-        (i, choice)
+        (i, kind, choice)
         for i, call in enumerate(space.calls)
-        for size in space.meshes_by_size
-        for choice in space.choices[call.name].get(size, ())
+        for kind in space.meshes_by_kind
+        for choice in space.choices[call.name].get(kind, ())
     ]
     roles = [call.role for call in space.calls if call.role is not None]
     return Index(
         space=space,
         meshes=meshes,
         rows=rows,
-        axes=sorted({choice.axes for _, choice in rows}),
+        axes=sorted({(kind.group, *choice.axes) for _, kind, choice in rows}),
         specs=list(dict.fromkeys(space.problem.models[role] for role in roles)),
         mesh_of={mesh: n for n, mesh in enumerate(meshes)},
-        row_of={(i, id(choice)): n for n, (i, choice) in enumerate(rows)},
+        row_of={(i, id(choice)): n for n, (i, _, choice) in enumerate(rows)},
     )
 
 
@@ -90,28 +93,23 @@ def make_tables(index: Index) -> Tables:
     """The arrays; see ``Tables`` for their shapes."""
     space, problem = index.space, index.space.problem
     cluster, calls = problem.cluster, space.calls
-    sizes = list(space.meshes_by_size)
-    by_size = [[index.mesh_of[m] for m in space.meshes_by_size[size]] for size in sizes]
+    kinds = list(space.meshes_by_kind)
+    by_kind = [[index.mesh_of[m] for m in space.meshes_by_kind[kind]] for kind in kinds]
     allowed = np.zeros((len(calls), len(index.meshes)), dtype=np.bool_)
     for i, call in enumerate(calls):
         allowed[i, [index.mesh_of[mesh] for mesh in space.meshes[call.name]]] = True
-    choices = [choice for _, choice in index.rows]
+    choices = [choice for _, _, choice in index.rows]
     copies = sorted({c.strategy.pp * c.strategy.tp for c in choices})
     segments = [_segments(choice) for choice in choices]
     pairs = _Pairs.of(problem)
-    counts = [[len(space.choices[call.name].get(size, ())) for size in sizes] for call in calls]
+    counts = [[len(space.choices[call.name].get(kind, ())) for kind in kinds] for call in calls]
     like, like_rows = _like(index)
     return Tables(
         num_devices=cluster.num_devices,
-        per_node=cluster.devices_per_node,
-        memory_bytes=float(cluster.device.memory_bytes),
-        reserve_bytes=float(RESERVE_BYTES[cluster.device.kind]),
-        meshes=_records(
-            MESH,
-            [(m.first, m.first + m.num_devices, sizes.index(m.num_devices)) for m in index.meshes],
-        ),
-        sizes=_ranges([len(group) for group in by_size]),
-        size_meshes=_ints([m for group in by_size for m in group]),
+        reserve_bytes=float(RESERVE_BYTES[cluster.kind]),
+        meshes=_meshes(index, kinds),
+        kinds=_ranges([len(like) for like in by_kind]),
+        kind_meshes=_ints([m for like in by_kind for m in like]),
         allowed=allowed,
         calls=_calls(index, pairs, allowed),
         call_meshes=np.nonzero(allowed)[1].astype(np.int64),
@@ -120,7 +118,7 @@ def make_tables(index: Index) -> Tables:
              if call.kind is CallKind.TRAIN and call.role == a.of]
         ),
         rows=_rows(index, segments, copies),
-        row_ranges=_ranges([n for row in counts for n in row]).reshape(len(calls), len(sizes)),
+        row_ranges=_ranges([n for row in counts for n in row]).reshape(len(calls), len(kinds)),
         like=like,
         like_rows=like_rows,
         segment_end=_ints([end for found in segments for end, _ in found]),
@@ -138,8 +136,25 @@ def make_tables(index: Index) -> Tables:
                 pairs.pairs, _spans([len(found) for found in pairs.readers]))],
         ),
         readers=_ints([reader for found in pairs.readers for reader in found]),
-        transfer_s=_transfer_table(pairs.sample_bytes, copies, sizes, space.prices),
+        transfer_s=_transfer_table(pairs.sample_bytes, copies, kinds, space.prices),
     )  # fmt: skip
+
+
+def _meshes(index: Index, kinds: Sequence[MeshKind]) -> Records:
+    cluster = index.space.problem.cluster
+    reserve_bytes = RESERVE_BYTES[cluster.kind]
+    found: list[tuple[float, ...]] = []
+    for mesh in index.meshes:
+        kind = kind_of(mesh, cluster)
+        start, group = cluster.starts[kind.group], cluster.groups[kind.group]
+        nodes = (group.node_of(device - start) for device in (mesh.first, mesh.devices[-1]))
+        firsts = (start + node * group.devices_per_node for node in nodes)
+        memory_bytes = group.device.memory_bytes
+        found.append((
+            mesh.first, mesh.first + mesh.num_devices, kinds.index(kind), kind.group, *firsts,
+            memory_bytes, memory_bytes - reserve_bytes,
+        ))  # fmt: skip
+    return _records(MESH, found)
 
 
 def _calls(index: Index, pairs: _Pairs, allowed: npt.NDArray[np.bool_]) -> Records:
@@ -169,9 +184,9 @@ def _rows(index: Index, segments: Sequence[Sequence[object]], copies: Sequence[i
     spans = _spans([len(found) for found in segments])
     calls = index.space.calls
     return _records(ROW, [
-        (c.seconds, c.reload_s, c.average_s, place[c.axes], c.strategy.pp,
+        (c.seconds, c.reload_s, c.average_s, place[(kind.group, *c.axes)], c.strategy.pp,
          num_splits(calls[i], c.strategy), copies.index(c.strategy.pp * c.strategy.tp), *span)
-        for (i, c), span in zip(index.rows, spans, strict=True)
+        for (i, kind, c), span in zip(index.rows, spans, strict=True)
     ])  # fmt: skip
 
 
@@ -224,8 +239,8 @@ def _like(index: Index) -> tuple[Records, Ints]:
     groups: dict[tuple[int, int], list[int]] = {
         (i, n): [] for i in range(len(index.space.calls)) for n in range(len(place))
     }
-    for n, (i, choice) in enumerate(index.rows):
-        groups[(i, place[choice.axes])].append(n)
+    for n, (i, kind, choice) in enumerate(index.rows):
+        groups[(i, place[(kind.group, *choice.axes)])].append(n)
     ranges = _ranges([len(found) for found in groups.values()])
     rows = _ints([n for found in groups.values() for n in found])
     return ranges.reshape(-1, len(place)), rows
@@ -253,22 +268,36 @@ class _Pairs:
 
 
 def _transfer_table(
-    sample_bytes: Sequence[float], copies: Sequence[int], sizes: Sequence[int], prices: StepPrices
-) -> Floats:
-    """Seconds by pair, copies, size of the smaller mesh, and whether it leaves a node.
+    sample_bytes: Sequence[float], copies: Sequence[int], kinds: Sequence[MeshKind],
+    prices: StepPrices,
+) -> Floats:  # fmt: skip
+    """Seconds by pair, copies, kind of the smaller mesh, and whether it leaves a node.
 
-    They depend on meshes in no other way; so a pair of meshes stands for all of its kind.
+    They depend on meshes in no other way; so a pair of meshes stands for all of its kind. Between
+    groups each end by itself, by the other end's group.
     """
-    cluster = prices.problem.cluster
-    total, per_node = cluster.num_devices, cluster.devices_per_node
-    found = np.zeros((len(sample_bytes), len(copies), len(sizes), 2))
-    for n, size in enumerate(sizes):
-        ends = [per_node if size <= per_node else 0, total if total > per_node else 0]
-        for far, end in enumerate(ends):
-            if end == 0 or end == 1:
-                continue
-            source, target = DeviceMesh(0, size), DeviceMesh(end - size, size)
-            for k, num_bytes in enumerate(sample_bytes):
-                for c, count in enumerate(copies):
-                    found[k, c, n, far] = prices.transfer_s(num_bytes * count, source, target)
+    cluster, costs = prices.problem.cluster, prices.model
+    found = np.zeros((len(sample_bytes), len(copies), len(kinds), 2 + len(cluster.groups)))
+    moved_bytes = np.outer(sample_bytes, copies)
+    for n, kind in enumerate(kinds):
+        for far, (source, target) in _ends(kind, cluster):
+            for (k, c), num_bytes in np.ndenumerate(moved_bytes):
+                found[k, c, n, far] = prices.transfer_s(float(num_bytes), source, target)
+        if isinstance(costs, MixedCosts):
+            own = DeviceMesh(cluster.starts[kind.group], kind.num_devices)
+            for other, start in enumerate(cluster.starts):
+                for (k, c), num_bytes in np.ndenumerate(moved_bytes):
+                    if other != kind.group:
+                        found[k, c, n, 2 + other] = crossing_end_s(
+                            float(num_bytes), own, DeviceMesh(start, 1), costs
+                        )
     return found
+
+
+def _ends(kind: MeshKind, cluster: Cluster) -> Iterator[tuple[int, tuple[DeviceMesh, DeviceMesh]]]:
+    """Two meshes of a kind that are as far apart as can be on one node (0), on all nodes (1)."""
+    group, size, start = cluster.groups[kind.group], kind.num_devices, cluster.starts[kind.group]
+    total, per_node = group.num_devices, group.devices_per_node
+    for far, end in enumerate((per_node if size <= per_node else 0, total)):
+        if end > 1 and (far == 0 or total > per_node):
+            yield far, (DeviceMesh(start, size), DeviceMesh(start + end - size, size))

@@ -15,7 +15,7 @@ from planner.graph import CallKind, ModelFunctionCall
 from planner.mesh import DeviceMesh, enumerate_meshes
 from planner.plan import Allocation, Problem, largest_dp, offload_problem
 from planner.strategy import ParallelStrategy, Recompute, legal_strategies
-from profiles.hardware import ClusterSpec
+from profiles.hardware import Cluster, ClusterSpec, DeviceSpec
 from profiles.models import ModelSpec
 
 RECOMPUTE: Sequence[Recompute] = ("none", "selective", "full")
@@ -64,9 +64,10 @@ def generation_batches(num_sequences: int, num_micro_batches: int, *, enough: in
 SMALL_CACHE = 1 / 16
 
 
-def _enough_rows(problem: Problem, spec: ModelSpec, strategy: ParallelStrategy) -> int:
+def _enough_rows(
+    problem: Problem, spec: ModelSpec, strategy: ParallelStrategy, device: DeviceSpec
+) -> int:
     """Sequences whose keys and values take ``SMALL_CACHE`` of a device's memory."""
-    device = problem.cluster.device
     row_bytes = problem.workload.max_tokens * spec.kv_bytes_per_token(
         bytes_per_value=VALUE_BYTES[device.kind]
     )
@@ -98,7 +99,8 @@ def ways(
         share = ceil(problem.workload.batch_size / legal.dp) * group_size
         counts = micro_batch_counts(legal, most // legal.dp) if spec is not None else [1]
         if call.kind is CallKind.GENERATE and spec is not None:
-            enough = _enough_rows(problem, spec, legal)
+            device = problem.cluster.group_of(mesh.first).device
+            enough = _enough_rows(problem, spec, legal, device)
             yield [
                 Allocation(
                     mesh=mesh, strategy=legal, num_micro_batches=count, generation_batch=rows
@@ -143,14 +145,20 @@ def _strategies(call: ModelFunctionCall, legal: ParallelStrategy) -> list[Parall
     ]
 
 
-def considered_meshes(cluster: ClusterSpec, *, most_runs: int = 16) -> Iterator[DeviceMesh]:
-    """Every legal mesh where there are at most ``most_runs`` nodes; a coarser set on more.
+def considered_meshes(cluster: Cluster, *, most_runs: int = 16) -> Iterator[DeviceMesh]:
+    """Every legal mesh where a group has at most ``most_runs`` nodes; a coarser set on more.
 
     With ``step = ceil(nodes / most_runs)``: slices of a node, runs of a power of two of nodes
     below ``step`` at multiples of their length, runs of multiples of ``step`` nodes at multiples
-    of ``step``, and the whole cluster. So the space does not grow with large clusters; a lower
+    of ``step``, and the whole group. So the space does not grow with large clusters; a lower
     bound is over plans with these meshes.
     """
+    for start, group in zip(cluster.starts, cluster.groups, strict=True):
+        for mesh in _considered(group, most_runs):
+            yield mesh.shifted(start)
+
+
+def _considered(cluster: ClusterSpec, most_runs: int) -> Iterator[DeviceMesh]:
     per_node = cluster.devices_per_node
     step = ceil(cluster.num_nodes / most_runs)
     for mesh in enumerate_meshes(cluster):

@@ -70,8 +70,8 @@ def _no_tables() -> Tables:
 
     none = np.zeros(0, dtype=np.int64)
     return Tables(
-        num_devices=1, per_node=1, memory_bytes=1.0, reserve_bytes=0.0, meshes=records(MESH, 0),
-        sizes=records(RANGE, 0), size_meshes=none, allowed=np.zeros((0, 0), dtype=np.bool_),
+        num_devices=1, reserve_bytes=0.0, meshes=records(MESH, 0),
+        kinds=records(RANGE, 0), kind_meshes=none, allowed=np.zeros((0, 0), dtype=np.bool_),
         calls=records(CALL, 0), call_meshes=none, average_of=none, rows=records(ROW, 0),
         row_ranges=records(RANGE, 0, 0), like=records(RANGE, 0, 0), like_rows=none,
         segment_end=none, segment_bytes=np.zeros((3, 0)), most_bytes=np.zeros((3, 0)),

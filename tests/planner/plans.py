@@ -13,7 +13,7 @@ from planner.graph import CallKind
 from planner.mesh import DeviceMesh, enumerate_meshes
 from planner.plan import Allocation, ExecutionPlan, Problem, largest_dp, validate_plan
 from planner.strategy import ParallelStrategy, Recompute, legal_strategies
-from profiles.hardware import ClusterSpec, DeviceSpec, LinkSpec
+from profiles.hardware import Cluster, ClusterSpec, DeviceSpec, LinkSpec, MixedCluster
 from profiles.models import ModelSpec
 
 SPEC = ModelSpec(
@@ -40,7 +40,41 @@ def make_test_cluster(
     )  # fmt: skip
 
 
-def ppo(cluster: ClusterSpec, overrides: Sequence[str] = (), spec: ModelSpec = SPEC) -> Problem:
+def make_mixed_cluster(*groups: ClusterSpec) -> MixedCluster:
+    return MixedCluster(name="mixed", groups=groups)
+
+
+def random_group(
+    rng: random.Random, shape: tuple[int, int], memory_bytes: int = 1 << 34
+) -> ClusterSpec:
+    """Nodes with rates of their own: up to four times as fast in one thing, slower in another."""
+
+    def rate(value: float) -> float:
+        return value * rng.choice([0.5, 1.0, 2.0, 4.0])
+
+    cluster = make_test_cluster(*shape, memory_bytes=memory_bytes)
+    device = replace(
+        cluster.device, name=f"d{rng.randrange(1000)}", peak_flops=rate(1e9),
+        memory_bytes_per_s=rate(1e9),
+    )  # fmt: skip
+    links = {
+        name: replace(link, bytes_per_s=rate(link.bytes_per_s), latency_s=rate(link.latency_s))
+        for name in ("intra_link", "inter_link", "host_link")
+        for link in [getattr(cluster, name)]
+    }
+    return replace(cluster, device=device, **links)
+
+
+def random_mixed_cluster(
+    rng: random.Random, *, shapes: Sequence[tuple[int, int]] = ((1, 2), (2, 2), (1, 4), (3, 1)),
+    most_groups: int = 3,
+) -> MixedCluster:  # fmt: skip
+    """Two groups or more of any of these shapes, no two of them alike but by chance."""
+    count = rng.randint(2, most_groups)
+    return make_mixed_cluster(*(random_group(rng, rng.choice(shapes)) for _ in range(count)))
+
+
+def ppo(cluster: Cluster, overrides: Sequence[str] = (), spec: ModelSpec = SPEC) -> Problem:
     """PPO with a critic of one layer less than the actor."""
     config = make_config(ALGORITHM.config_class, ["prompt_len=16", "response_len=16", *overrides])
     critic = replace(spec, num_layers=spec.num_layers - 1)

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from planner.explain import explain, fullest_device, rank_groups
+from planner.explain import explain, rank_groups
 from planner.plan import ExecutionPlan
-from planner.plan_memory import memory_over_time, plan_memory
+from planner.plan_memory import fullest_device, memory_over_time, plan_memory
 from planner.resolve import hardware_levers, make_costs
 from planner.search import estimate_plan
 from planner.simulate import StepPrices, Timeline

@@ -28,7 +28,7 @@ from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
 from tests.planner.plans import SPEC, make_test_cluster, ppo
 from tests.planner.test_algorithms import CALLS
-from tests.planner.test_search import model_of, random_assignment, space_of
+from tests.planner.test_search import give_memory, model_of, random_assignment, space_of
 
 
 def problem_of(algorithm: str, rng: random.Random) -> Problem:
@@ -52,7 +52,7 @@ def test_the_evaluator_agrees_with_the_simulator_and_the_memory_model(
     space = space_of(problem_of(algorithm, rng))
     evaluator = Evaluator(space)
     had = RESERVE_BYTES["cpu"] + rng.choice([50, 200, 1000]) * 1024  # many do not fit
-    evaluator.tables = evaluator.tables._replace(memory_bytes=float(had))
+    give_memory(evaluator, float(had))
     for _ in range(10):
         assignment = random_assignment(rng, space)
         plan = evaluator.plan(assignment)
@@ -69,7 +69,7 @@ def test_an_average_in_fp32_takes_its_memory() -> None:
     cluster = make_cluster("h100", 16)
     space = space_of(ppo(cluster, ["ppo.ref_average=0.1"], spec=MODELS["llama-7b"]))
     evaluator = Evaluator(space)
-    evaluator.tables = evaluator.tables._replace(memory_bytes=20e9)
+    give_memory(evaluator, 20e9)
     for _ in range(20):
         assignment = random_assignment(rng, space)
         fullest = max(

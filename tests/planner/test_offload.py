@@ -29,7 +29,7 @@ from profiles.errors import ConfigError, InfeasibleError, PlanError
 from profiles.units import GIB
 from tests.planner import instances
 from tests.planner.plans import make_test_cluster, ppo, random_plan
-from tests.planner.test_search import random_assignment
+from tests.planner.test_search import give_memory, random_assignment
 
 H100 = make_cluster("h100", 16)
 
@@ -139,7 +139,7 @@ def test_the_evaluator_knows_offload(algorithm: str) -> None:
     problem = problem_of(algorithm)
     space = OptionSpace(problem, StepPrices(problem, make_costs(H100, None)), offload=True)
     evaluator, rng = Evaluator(space), random.Random(1)
-    evaluator.tables = evaluator.tables._replace(memory_bytes=30e9)
+    give_memory(evaluator, 30e9)
     count = 0
     while count < 60:
         assignment = random_assignment(rng, space)

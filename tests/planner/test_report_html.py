@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from planner.explain import explain, fullest_device
+from planner.explain import explain
 from planner.plan import ExecutionPlan
-from planner.plan_memory import memory_over_time
+from planner.plan_memory import fullest_device, memory_over_time
 from planner.report_html import report_page
 from planner.resolve import hardware_levers, make_costs
 from planner.search import estimate_plan

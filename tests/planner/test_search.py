@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numba import njit
 
-from planner.cost import CostModel
+from planner.cost import CostModel, Costs, MixedCosts
 from planner.memory import RESERVE_BYTES, call_memory
-from planner.mesh import DeviceMesh, enumerate_meshes
+from planner.mesh import DeviceMesh, MeshKind, enumerate_meshes
 from planner.plan import Problem, validate_plan
 from planner.plan_memory import check_memory, plan_memory
 from planner.program import compile_plan
@@ -29,13 +29,22 @@ from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
 from profiles.collectives import Collectives
 from profiles.errors import ConfigError, InfeasibleError
+from profiles.hardware import ClusterSpec
 from profiles.roofline import RooflineCosts
 from tests.planner.plans import SPEC, make_test_cluster, ppo, random_problem
 
 
-def model_of(problem: Problem) -> CostModel:
+def model_of(problem: Problem) -> Costs:
     cluster = problem.cluster
-    return CostModel(cluster, RooflineCosts(cluster.device), Collectives(cluster))
+    models = [CostModel(g, RooflineCosts(g.device), Collectives(g)) for g in cluster.groups]
+    return models[0] if isinstance(cluster, ClusterSpec) else MixedCosts(cluster, models)
+
+
+def give_memory(evaluator: Evaluator, memory_bytes: float) -> None:
+    """To every device, after its options were chosen for another size."""
+    meshes = evaluator.tables.meshes
+    meshes["memory_bytes"] = memory_bytes
+    meshes["free_bytes"] = memory_bytes - evaluator.tables.reserve_bytes
 
 
 def space_of(problem: Problem) -> OptionSpace:
@@ -49,7 +58,7 @@ def random_assignment(rng: random.Random, space: OptionSpace) -> Assignment:
         mesh = rng.choice(space.meshes[call.name])
         if chosen and rng.random() < 0.5 and chosen[-1].mesh in space.meshes[call.name]:
             mesh = chosen[-1].mesh
-        choice = rng.choice(space.choices[call.name][mesh.num_devices])
+        choice = rng.choice(space.choices_on(call.name, mesh))
         chosen.append(space.option(call.name, mesh, choice))
     return tuple(chosen)
 
@@ -212,7 +221,7 @@ def test_pruning_keeps_the_best_of_every_layout() -> None:
                 choice.axes == (strategy.pp, strategy.tp, strategy.dp, strategy.ep)
                 and choice.seconds <= seconds
                 and call_memory(problem, call.name, option.allocation).total <= need
-                for choice in space.choices[call.name][4]
+                for choice in space.choices[call.name][MeshKind(0, 4)]
                 for option in [space.option(call.name, mesh, choice)]
             )
 
