@@ -118,9 +118,11 @@ def _with_progress(reports: Iterable[RankReport], total: int) -> Iterator[RankRe
 def _print_program(console: Console, run: Run, program: Program) -> None:
     """What ``check_program`` has proven, and the bytes of the step's reallocations by link."""
     instructions = sum(len(own) for own in program.step.values())
+    ahead = program.ahead is not None
     console.print(
         f"{run.plan.problem.graph.name}: {instructions} instructions on {len(program.step)} ranks; "
-        "every send has its receive, no wait is circular, weights are there when they are read",
+        "every send has its receive, no wait is circular, weights are there when they are read"
+        + (", generation a step ahead reads them at most one version old" * ahead),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     for role, moved in _reallocated(run, program).items():

@@ -40,6 +40,7 @@ from executor.text import TextCodec
 from executor.trace import TraceWriter
 from executor.training import Passes
 from executor.transfer import Exchange
+from executor.versions import Versions
 from executor.weights import Weights
 from executor.worker import Worker, label_of
 from planner.graph import DataKey, ModelFunctionCall
@@ -280,6 +281,7 @@ class _FakeWorker(Worker):
         )  # fmt: skip
         self.watch = watch
         self.exchange = _Unanswered(self)
+        self.versions = _Untold(self.store, rank)
 
     def _carry_out(self, instruction: Instruction) -> None:
         self.watch.begin(label_of(instruction))
@@ -292,6 +294,13 @@ class _FakeWorker(Worker):
     def lengths(self, key: DataKey) -> int:
         """Values of a key for one sequence at its longest."""
         return self.problem.workload.max_tokens if key.per == "token" else 1
+
+
+class _Untold(Versions):
+    """Who trains is not there to tell."""
+
+    def hear(self, instruction: Reallocate, *, step: int) -> None:
+        pass
 
 
 class _FakeWeights(Weights):

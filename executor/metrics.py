@@ -30,7 +30,17 @@ def post(
     weight: float = 1.0,
 ) -> None:
     """Leave a call's statistics of a step for rank 0; the mean over its parts is by weight."""
-    store.set(f"metrics/{moment}/{call}/{part}", json.dumps([weight, dict(values)]))
+    store.set(_key(moment, call, part), json.dumps([weight, dict(values)]))
+
+
+def _key(moment: str, call: str, part: int) -> str:
+    return f"metrics/{moment}/{call}/{part}"
+
+
+def posted(store: dist.Store, moment: str, call: str) -> list[Any]:
+    """What a call of one part has left of a step: its weight and its values; waits for it."""
+    found: list[Any] = json.loads(store.get(_key(moment, call, 0)))
+    return found
 
 
 def post_samples(store: dist.Store, step: int, table: Sequence[Row]) -> None:
@@ -102,7 +112,7 @@ class MetricsWriter:
         found: dict[str, float] = {}
         for call, num_parts in self.parts.items():
             told = [
-                json.loads(self._read(f"metrics/{moment}/{call}/{part}"))
+                json.loads(self._read(_key(moment, call, part)))
                 for moment in moments
                 for part in range(num_parts)
             ]

@@ -1,8 +1,9 @@
 """Checkpoints of a run: what belongs to its state, and how it goes on from one.
 
 The state is: the step (data order and noise follow from it and the seed), weights and moments of
-the trained roles, their optimizers' counts, and what an algorithm's functions keep. Files and
-boxes are ``run_checkpoint.py``'s. Read ``save_run`` and ``restore``.
+the trained roles, their optimizers' counts, what an algorithm's functions keep, and answers that
+were made ahead (``coming.py``). Files and boxes are ``run_checkpoint.py``'s. Read ``save_run`` and
+``restore``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from executor import run_checkpoint
 from executor.agreement import written_by_all
+from executor.coming import coming_header, restore_coming, write_coming
 from executor.parallel.optimizer import Adam
 from executor.results import reporting_rank
 from executor.run import Run
@@ -124,6 +126,7 @@ def _write_state(worker: Worker, folder: Path, step: int) -> None:
             worker.store.set(_key(step, role), json.dumps(counts))
     for role, pieces in average_pieces(worker, once=True).items():
         run_checkpoint.write_pieces(folder, role, worker.rank, pieces)
+    write_coming(worker, folder, step)
     for call in worker.problem.graph.calls:
         function = worker.functions[call.name]
         if hasattr(function, "state") and worker.rank == reporting_rank(
@@ -147,6 +150,7 @@ def _header(worker: Worker, step: int) -> dict[str, Any]:
         "models": {role: asdict(worker.problem.models[role]) for role in trained},
         "optimizers": {role: json.loads(worker.store.get(_key(step, role))) for role in trained},
         "functions": {name: json.loads(worker.store.get(_key(step, name))) for name in stateful},
+        "ahead": coming_header(worker, step),
         "versions": {"torch": torch.__version__},
         "plan": plan_to_dict(run.plan),
     }
@@ -228,4 +232,6 @@ def restore(worker: Worker, folder: Path) -> int:
         worker.weights.buffers[key].flat.copy_(average)
     for name, state in checkpoint.header["functions"].items():
         worker.functions[name].restore(state)
+    restore_coming(worker, checkpoint)
+    worker.versions.first = checkpoint.step
     return checkpoint.step

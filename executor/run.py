@@ -81,18 +81,12 @@ def resolve(plan: ExecutionPlan, overrides: Sequence[str], *, on_this_machine: b
 
 def configure(plan: ExecutionPlan, overrides: Sequence[str]) -> Run:
     """As ``resolve``, wherever it is to run: neither devices nor weights are looked at."""
-    if plan.problem.graph.max_staleness:
-        raise PlanError(
-            "a plan that generates a step ahead can be searched and estimated, but not run yet",
-            where="graph.max_staleness",
-            remedy="search without max_staleness=1",
-        )
     algorithm = find_algorithm(plan.problem.algorithm)
     config = make_config(algorithm.config_class, overrides, base=plan.problem.config)
     problem = replace(
         plan.problem,
         config=config_to_dict(config),
-        graph=algorithm.graph(config),
+        graph=replace(algorithm.graph(config), max_staleness=plan.problem.graph.max_staleness),
         workload=planned_workload(algorithm, config),
     )
     plan = replace(plan, problem=problem)

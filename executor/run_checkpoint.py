@@ -150,12 +150,20 @@ def write_pieces(folder: Path, role: str, rank: int, pieces: Sequence[Piece]) ->
         key = f"{piece.box.name}@{','.join(map(str, piece.box.offset))}"
         by_state[piece.box.name.partition("/")[0]][key] = piece.values
     for state, tensors in by_state.items():
-        file = folder / f"{role}.{state}.rank{rank:05}.safetensors"
-        try:
-            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, file)
-            _to_disk(file)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        write_tensors(folder / f"{role}.{state}.rank{rank:05}.safetensors", tensors)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One file of a checkpoint.
+
+    Raises:
+        OSError: no room, or no right to write.
+    """
+    try:
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, file)
+        _to_disk(file)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def finish(root: Path, step: int, header: Mapping[str, Any]) -> Path:
@@ -254,6 +262,25 @@ class Checkpoint:
                         where=str(self.folder), remedy="was it written by a run of this model?",
                     )  # fmt: skip
 
+    def tensors(self, prefix: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors, out of the files whose names begin with ``prefix``.
+
+        Raises:
+            CheckpointError: one of ``names`` is not there.
+        """
+        missing, found = set(names), dict[str, Tensor]()
+        for file in (name for name in self.header["files"] if name.startswith(prefix)):
+            with safe_open(str(self.folder / file), "pt") as tensors:
+                for name in missing.intersection(tensors.keys()):
+                    found[name] = tensors.get_tensor(name)
+            missing -= found.keys()
+        if missing:
+            raise CheckpointError(
+                f"{min(missing)} is missing of {prefix}", where=str(self.folder),
+                remedy="was it written by a run of this algorithm?",
+            )  # fmt: skip
+        return found
+
     def _boxes_of(self, role: str) -> dict[str, list[tuple[Path, str, ParameterSlice]]]:
         """By tensor: the file, key and box of every part that was saved."""
         if role not in self._boxes:
@@ -298,11 +325,11 @@ def _read_header(folder: Path) -> dict[str, Any]:
     step, files = header.get("step"), header.get("files")
     if not isinstance(step, int) or not isinstance(files, dict):
         raise CheckpointError("step or files is damaged", where=str(file))
-    for name in ("fixed", "models", "optimizers", "functions"):
+    for name in ("fixed", "models", "optimizers", "functions", "ahead"):
         section = header.get(name, {})
         nested = (
             section.values()
-            if name in ("models", "optimizers") and isinstance(section, dict)
+            if name in ("models", "optimizers", "ahead") and isinstance(section, dict)
             else ()
         )
         if not isinstance(section, dict) or not all(isinstance(v, dict) for v in nested):

@@ -148,7 +148,7 @@ class _Steps:
                 self._write_metrics(step)
                 return step
             start_s = time.time()
-            self.worker.run_step(step)
+            self.worker.run_step(step, last=step + 1 == total)
             seconds = time.time() - start_s
             self.waiting.append((step, seconds, self._evaluate(step)))
             self._write_metrics(step)

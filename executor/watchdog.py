@@ -26,6 +26,7 @@ from planner.mesh import node_grid
 from planner.plan import ExecutionPlan
 from planner.program import (
     Average,
+    ByRank,
     Free,
     Function,
     Instruction,
@@ -184,6 +185,15 @@ class Hang:
         return text
 
 
+def _programs(program: Program) -> list[tuple[str, ByRank]]:
+    """All that ranks may be at, each instruction under a number of its own."""
+    found = [("setup", program.setup), ("step", program.step)]
+    if program.ahead is not None:
+        others = (program.ahead.first, program.ahead.last, program.ahead.alone)
+        found += [("step", other) for other in others]
+    return found
+
+
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
@@ -200,7 +210,7 @@ class Watch:
         self.silence_s = min(SILENCE_S, timeout_s)
         self.instructions = {
             (kind, rank, i.index): i
-            for kind, programs in (("setup", program.setup), ("step", program.step))
+            for kind, programs in _programs(program)
             for rank, instructions in programs.items()
             for i in instructions
         }

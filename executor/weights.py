@@ -160,8 +160,9 @@ class Weights:
 
     def reserve(self, reserve: Reserve) -> None:
         """Memory for what ``reallocate`` will bring in every step, at one address for the run."""
+        source = self.buffers.get((reserve.role, reserve.source))
         self.reserved[reserve.role, reserve.destination] = self._buffer(
-            reserve.destination, lender=self.buffers.get((reserve.role, reserve.source))
+            reserve.destination, lender=source if reserve.lends else None
         )
         if self.problem.cluster.kind == "cpu" and self.staging is None:
             # CUDA's allocator keeps what was freed; here it would be mapped and touched anew.
@@ -174,7 +175,8 @@ class Weights:
         source = self.buffers.get((role, instruction.source))
         target = None
         if self.rank in layout.mesh:
-            target = self.reserved.get((role, layout)) or self._buffer(layout, lender=source)
+            lender = source if instruction.lends else None
+            target = self.reserved.get((role, layout)) or self._buffer(layout, lender=lender)
             self.buffers[role, layout] = target
         key = (instruction.source, layout)
         if key not in self.schedules:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from executor.batch import SequenceBatch, balanced_groups
 from executor.context import RankContext, build_contexts
-from executor.dataset import Item, Prompts
+from executor.dataset import Prompts
 from executor.generate.engine import generate
 from executor.generate.vllm import VLLM, one_tp
 from executor.metrics import REWARDS, evaluation_moment, post, post_samples, shows_samples
@@ -32,10 +32,12 @@ from executor.results import (
     reporting_rank,
 )
 from executor.run import Run
+from executor.step_data import StepData
 from executor.text import TextCodec
 from executor.trace import TraceWriter
 from executor.training import Passes, evaluate, train
-from executor.transfer import Exchange, SampleStore
+from executor.transfer import Exchange
+from executor.versions import Versions
 from executor.weights import Weights
 from planner.graph import CallKind, ModelFunctionCall
 from planner.labels import label_of
@@ -43,6 +45,7 @@ from planner.layout import Layout
 from planner.plan import Allocation
 from planner.program import (
     Average,
+    ByRank,
     Free,
     Function,
     Generate,
@@ -59,7 +62,6 @@ from planner.program import (
     call_layout,
 )
 from planner.transfers import samples_of
-from profiles.errors import ConfigError
 
 # Beyond the steps of any run: the noise of an evaluation's answers is its own.
 EVALUATION_STEPS = 1 << 40
@@ -98,8 +100,8 @@ class Worker:
         self.step = 0
         self.turn = (-1, 0)  # step, -1 before the first; 0, or 1 + the batch of an evaluation
         self.moment = "0"  # what the numbers of the step are posted under
-        self.items: Sequence[Item] = ()  # the data of the step, a group each
         self.evaluating = False
+        self.versions = Versions(store, rank)
         layouts = dict.fromkeys(layout for _, layout in program.layouts)
         self.contexts = build_contexts(layouts, rank=rank, device=device, timeout=message_deadline)
         self.weights = Weights(
@@ -111,7 +113,8 @@ class Worker:
             longest = run.config.prompt_len + run.config.response_len
             vllm = VLLM(tp=one_tp(run.plan), longest_tokens=longest, device=device)
             self.generate = vllm.generate
-        self.samples = SampleStore(self.problem.graph, device, self.problem.workload.group_size)
+        self.step_data = StepData(self.problem, data, device)
+        self.samples = self.step_data.samples
         self.exchange = Exchange(self.samples)
         self.handlers: dict[type, Callable[[Any, dict[str, int]], None]] = {
             Load: self._load,
@@ -135,12 +138,31 @@ class Worker:
         for instruction in self.program.setup.get(self.rank, ()):
             self._carry_out(instruction)
 
-    def run_step(self, step: int) -> None:
-        """Carry out this rank's instructions of a step."""
+    def run_step(self, step: int, *, last: bool = False) -> None:
+        """Carry out this rank's instructions of a step; ``last``: none follows.
+
+        Where calls work ahead, those of a step that none came before work for it first.
+        """
         self.step, self.moment = step, str(step)
         self.turn = (step, 0)
-        self.items = self.data.batch(step, self.problem.workload.batch_size)
-        self._carry_out_all()
+        ahead = self.program.ahead
+        if ahead is None:
+            self.step_data.begin(step)
+            self._carry_out_all(self.program.step)
+            return
+        if self.step_data.works_for != step:
+            self._work_for(step, ahead.first)
+        self.step_data.begin(step)
+        self.step_data.take_coming()
+        if last:
+            self._carry_out_all(ahead.last)
+        else:
+            self._work_for(step + 1, self.program.step)
+
+    def _work_for(self, step: int, program: ByRank) -> None:
+        """Carry out ``program``, whose calls that work ahead do so for ``step``."""
+        self.step_data.look_ahead(step)
+        self._carry_out_all(program)
 
     def evaluate(self, step: int, data: Prompts, index: int) -> None:
         """After ``step``: what its instructions make of batch ``index`` of other data, untrained.
@@ -150,13 +172,14 @@ class Worker:
         """
         self.step, self.moment = EVALUATION_STEPS + index, evaluation_moment(step, index)
         self.turn = (step, 1 + index)
-        self.items = data.batch(index, self.problem.workload.batch_size)
+        self.step_data.begin(index, data)
         self.evaluating = True
-        self._carry_out_all()
+        ahead = self.program.ahead
+        self._carry_out_all(self.program.step if ahead is None else ahead.alone)
         self.evaluating = False
 
-    def _carry_out_all(self) -> None:
-        for instruction in self.program.step.get(self.rank, ()):
+    def _carry_out_all(self, program: ByRank) -> None:
+        for instruction in program.get(self.rank, ()):
             self._carry_out(instruction)
         self.exchange.finish()
         self.samples.clear()
@@ -193,7 +216,12 @@ class Worker:
         counts["num_bytes"] = self.weights.load(load)
 
     def _reallocate(self, instruction: Reallocate, counts: dict[str, int]) -> None:
+        told = self.program.ahead is not None and not self.evaluating
+        if told:
+            self.versions.tell(instruction, step=self.step)
         counts["num_bytes"] = self.weights.reallocate(instruction)
+        if told:
+            self.versions.hear(instruction, step=self.step)
 
     def _reserve(self, instruction: Reserve, counts: dict[str, int]) -> None:
         self.weights.reserve(instruction)
@@ -227,33 +255,6 @@ class Worker:
     ) -> Sequence[int]:
         return samples_of(self.problem, call, allocation.strategy.dp)[dp_rank]
 
-    def _group_size(self, call: ModelFunctionCall) -> int:
-        """Sequences of a group that the call works on."""
-        return self.problem.workload_of(call.name).group_size
-
-    def _gather(self, call: ModelFunctionCall, groups: Sequence[int]) -> SequenceBatch:
-        """The call's inputs of these groups, those of the data set among them."""
-        names = [k for k in call.inputs if k in self.problem.graph.source_keys and k != "prompts"]
-        if names:
-            self._read_data(names, groups)
-        return self.samples.gather(groups, call, self._group_size(call))
-
-    def _read_data(self, names: Sequence[str], groups: Sequence[int]) -> None:
-        """Keep ``sequences`` and ``prompt_lengths`` of these groups of the data set."""
-        items = self.items
-        sequences = self.samples.sequences(groups, self.problem.workload.group_size)
-        rows = [
-            (items[group].prompt, answer) for group in groups for answer in items[group].answers
-        ]
-        batch = SequenceBatch(
-            samples=tuple(sequences),
-            lengths=tuple(len(prompt) + len(answer) for prompt, answer in rows),
-            per_token={"sequences": torch.cat([part for row in rows for part in row])},
-            per_sequence={"prompt_lengths": torch.tensor([len(prompt) for prompt, _ in rows])},
-        )
-        for name in names:
-            self.samples.put_key(batch, name, batch.get(name))
-
     def _context_of(self, name: str) -> tuple[RankContext, Layout]:
         layout = call_layout(self.plan, name)
         assert layout is not None, name
@@ -265,23 +266,35 @@ class Worker:
         call, allocation, dp_rank = self._place(instruction.call)
         assert call.role is not None
         _, layout = self._context_of(call.name)
+        held, items, step = self.step_data, self.step_data.items, self.step
+        ahead = not self.evaluating and call in self.problem.graph.ahead
+        if ahead:
+            assert held.works_for is not None, call.name
+            items, step = held.coming_items, held.works_for
         sequences = self.samples.sequences(
-            self._share(call, allocation, dp_rank), self._group_size(call)
+            self._share(call, allocation, dp_rank), held.group_size(call)
         )
         whole = self.problem.workload.group_size
         batch = self.generate(
             self.weights.stage(call.role, layout),
-            [self.items[sequence // whole].prompt.to(self.device) for sequence in sequences],
+            [items[sequence // whole].prompt.to(self.device) for sequence in sequences],
             samples=sequences,
             params=self.functions[call.name].sampling(self.text.stop_token_ids),
             seed=self.run.config.seed,
-            step=self.step,
+            step=step,
             num_groups=allocation.num_micro_batches,
             max_rows=allocation.generation_batch or None,
         )
-        self.samples.put(batch, call)
         counts["num_tokens"] = batch.num_tokens
-        self._report(call, generation_statistics(batch, self.contexts[layout]))
+        statistics = generation_statistics(batch, self.contexts[layout])
+        if not ahead:
+            self.samples.put(batch, call)
+            self._report(call, statistics)
+            return
+        held.coming.put(batch, call)
+        if self._tells(call):
+            statistics["staleness"] = float(step - self.versions.of(call.role, layout))
+            post(self.store, str(step), call.name, statistics)
 
     def _infer(self, instruction: Infer, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
@@ -291,8 +304,10 @@ class Worker:
             call.role, layout, sequence_parallel=allocation.strategy.sequence_parallel
         )
         function = self.functions[call.name]
-        batch = self._gather(call, self._share(call, allocation, dp_rank))
-        parts = balanced_groups(batch.lengths, self._group_size(call), allocation.num_micro_batches)
+        batch = self.step_data.gather(call, self._share(call, allocation, dp_rank))
+        parts = balanced_groups(
+            batch.lengths, self.step_data.group_size(call), allocation.num_micro_batches
+        )
         micro_batches = [batch.select(part) for part in parts]
 
         def read(hidden: Tensor, micro_batch: SequenceBatch) -> Mapping[str, Tensor]:
@@ -304,49 +319,25 @@ class Worker:
         means: dict[str, float] = {}
         if results is not None:
             for micro_batch, values in zip(micro_batches, results, strict=True):
-                self.samples.put(self._with_outputs(call, micro_batch, values), call)
+                self.samples.put(self.step_data.with_outputs(call, micro_batch, values), call)
             means = mean_outputs(self.problem.graph, call, results, context)
         self._report(call, means)
         if self._tells(call):
             self._show_samples(call)
 
-    def _item(self, sample: int) -> Item:
-        return self.items[sample // self.problem.workload.group_size]
-
-    def _with_outputs(
-        self, call: ModelFunctionCall, batch: SequenceBatch, values: Mapping[str, Tensor]
-    ) -> SequenceBatch:
-        """``batch`` with what the call's function found of it.
-
-        Raises:
-            ConfigError: a value of a sequence is not finite; names the prompt's line.
-        """
-        per = {call.inner_name(k): self.problem.graph.key(k).per for k in call.outputs}
-        for name, value in values.items():
-            if per[name] == "sequence" and not torch.isfinite(value).all():
-                place = int((~torch.isfinite(value)).nonzero()[0])
-                item = self._item(batch.samples[place])
-                raise ConfigError(
-                    f"{call.name} finds {name} {float(value[place])} for an answer to this prompt",
-                    where=item.where or f"sample {batch.samples[place]}",
-                    remedy=f"mend the line, or the weights of {call.role or call.name}",
-                )
-        return batch.with_values(
-            per_token={k: v for k, v in values.items() if per[k] == "token"},
-            per_sequence={k: v for k, v in values.items() if per[k] == "sequence"},
-        )
-
     def _function(self, instruction: Function, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
-        batch = self._gather(call, self._share(call, allocation, dp_rank))
-        own = self.text.with_answers([self._item(sample) for sample in batch.samples], batch)
+        batch = self.step_data.gather(call, self._share(call, allocation, dp_rank))
+        own = self.text.with_answers(
+            [self.step_data.item(sample) for sample in batch.samples], batch
+        )
         values = self.functions[call.name].run(batch, own)
         counts["num_tokens"] = batch.num_tokens
         if isinstance(values, SequenceBatch):  # sequences of its own: a choice among those given
             self.samples.put(values, call)
             values = {}
         else:
-            self.samples.put(self._with_outputs(call, batch, values), call)
+            self.samples.put(self.step_data.with_outputs(call, batch, values), call)
         means = {key: float(value.double().mean()) for key, value in values.items()}
         # Ranks of a function never wait for each other: each tells its own share.
         post(self.store, self.moment, call.name, means, part=dp_rank, weight=batch.num_sequences)
@@ -356,7 +347,8 @@ class Worker:
     def _passes(self, call: ModelFunctionCall, allocation: Allocation) -> Passes:
         return Passes(
             call=call, batch_size=self.problem.workload.batch_size,
-            group_size=self._group_size(call), num_micro_batches=allocation.num_micro_batches,
+            group_size=self.step_data.group_size(call),
+            num_micro_batches=allocation.num_micro_batches,
             seed=self.run.config.seed, step=self.step,
         )  # fmt: skip
 
@@ -364,12 +356,13 @@ class Worker:
         call, allocation, dp_rank = self._place(instruction.call)
         assert call.role is not None
         function = self.functions[call.name]
-        own = self._gather(call, self._share(call, allocation, dp_rank))
+        own = self.step_data.gather(call, self._share(call, allocation, dp_rank))
         passes = self._passes(call, allocation)
         counts["num_tokens"] = own.num_tokens
         trainer = self.weights.trainers[call.role]
         if not self.evaluating:
             statistics = train(trainer, function, own, passes)
+            self.versions.trained(call.role, trainer.stage.ctx.layout, self.step + 1)
             check_finite(call, statistics, self.step)
             self._report(call, statistics)
         elif any(other.kind is CallKind.GENERATE for other in self.problem.graph.calls):
@@ -391,18 +384,10 @@ class Worker:
 
     def _show_samples(self, call: ModelFunctionCall) -> None:
         """Leave the first answers and their rewards, if the step is one of ``samples_every``."""
-        config, held = self.run.config, self.samples.values
+        config = self.run.config
         if REWARDS not in call.outputs or self.evaluating or not shows_samples(config, self.step):
             return
-        table = []
-        for sample in sorted(held[REWARDS])[: config.num_samples]:
-            ids = held["sequences"][sample].tolist()
-            start, item = int(held["prompt_lengths"][sample]), self._item(sample)
-            prompt = item.record.get("prompt") or self.text.decode(ids[:start])
-            table.append(
-                {"step": self.step, "sample": sample, "where": item.where, "prompt": prompt,
-                 "answer": self.text.decode(ids[start:]), "reward": float(held[REWARDS][sample])}
-            )  # fmt: skip
+        table = self.step_data.rewarded(self.step, config.num_samples, self.text)
         post_samples(self.store, self.step, table)
 
     def save(self, folder: Path) -> list[Path]:

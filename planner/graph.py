@@ -164,13 +164,19 @@ class DataflowGraph:
 
     @property
     def ahead(self) -> tuple[ModelFunctionCall, ...]:
-        """Calls that work for the next step: with ``max_staleness`` a trained role's generation."""
+        """Calls that work for the next step: with ``max_staleness`` a trained role's generation.
+
+        It reads the data set alone: what else it might read the next step would have to make.
+        """
         if self.max_staleness == 0:
             return ()
         return tuple(
             call
             for call in self.calls
-            if call.kind is CallKind.GENERATE and call.role and self.train_call(call.role)
+            if call.kind is CallKind.GENERATE
+            and call.role
+            and self.train_call(call.role)
+            and self.source_keys.issuperset(call.inputs)
         )
 
     @property

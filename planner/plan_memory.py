@@ -57,6 +57,22 @@ KEPT_SHARE = 0.9
 Held = tuple[str, Layout]  # a role's weights in a layout
 
 
+def read_ahead(plan: ExecutionPlan) -> frozenset[Held]:
+    """Borrowed layouts in which a step's work for the next one goes on while the role is trained.
+
+    They are copies: what a rank holds of the trained weights it cannot lend, for it changes.
+    """
+    homes = home_strategies(plan)
+    found = set[Held]()
+    for call in plan.problem.graph.ahead:
+        assert call.role is not None, call
+        allocation = plan.allocations[call.name]
+        layout = Layout.of(plan.problem.models[call.role], allocation.mesh, allocation.strategy)
+        if layout not in homes[call.role]:
+            found.add((call.role, layout))
+    return frozenset(found)
+
+
 def kept_layouts(plan: ExecutionPlan) -> frozenset[Held]:
     """Borrowed layouts whose memory stays from step to step, where a plan has room for it.
 
@@ -289,11 +305,13 @@ def _resident(
                 if averaged:
                     more = average_bytes(own.weights, kind) - own.weights
                     found[device] += MemoryBreakdown(weights=more)
+    copies = read_ahead(plan)
     for role, layout in kept:
         (home,) = homes[role]
         for device in layout.mesh.devices:
-            stored_bytes = stored_values(home, layout, device) * VALUE_BYTES[kind]
-            found[device] += MemoryBreakdown(weights=stored_bytes)
+            whole = (role, layout) in copies
+            stored = layout.num_values(device) if whole else stored_values(home, layout, device)
+            found[device] += MemoryBreakdown(weights=stored * VALUE_BYTES[kind])
     if kind == "cpu":
         for device in {device for _, layout in kept for device in layout.mesh.devices}:
             found[device] += MemoryBreakdown(buffers=STAGING_BYTES[kind])

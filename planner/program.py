@@ -2,197 +2,72 @@
 
 The program has two interpreters: ``simulate.py`` runs it against a virtual clock, the executor's
 worker for real. It is decided entirely before anything starts: which rank computes which
-samples, who sends what to whom, and in which order. Every instruction carries its ``index`` in
-one global order, and a rank's program is a subsequence of that order, which is why no two ranks
-can wait for each other (``program_check.py`` verifies it).
+samples, who sends what to whom, and in which order. What the instructions are is
+``instructions.py``'s; read ``compile_plan``.
 
-Read ``Instruction`` and ``Program`` first, then ``compile_plan``.
+With ``max_staleness`` 1 the generation of a trained role works for the step that follows: at a
+step's beginning what it has generated is sent to whoever reads it and the trained weights are
+brought to it, and while the step goes on it makes the answers of the next. Nothing is on its way
+between two steps, so that a run may be evaluated, saved or ended there (``Ahead``).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from planner.graph import CallKind, ModelFunctionCall, ParameterAverage
+from planner.instructions import (
+    CALL_INSTRUCTIONS,
+    Ahead,
+    Average,
+    ByRank,
+    Free,
+    Function,
+    Generate,
+    Infer,
+    Instruction,
+    Load,
+    Offload,
+    Offloaded,
+    Program,
+    Reallocate,
+    Reload,
+    Reserve,
+    Train,
+    Transfer,
+)
 from planner.layout import Layout
 from planner.plan import ExecutionPlan, validate_plan
-from planner.plan_memory import kept_layouts
+from planner.plan_memory import kept_layouts, read_ahead
 from planner.transfers import Arrivals, Parcel, plan_transfers, readers_of
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generate:
-    """Run a GENERATE call on every rank of its mesh, together."""
-
-    index: int
-    call: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Infer:
-    """Run an INFER call on every rank of its mesh, together."""
-
-    index: int
-    call: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Train:
-    """Run a TRAIN call, all its mini-batches, on every rank of its mesh, together."""
-
-    index: int
-    call: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Function:
-    """Run a FUNCTION call; ranks do not wait for each other."""
-
-    index: int
-    call: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Transfer:
-    """Move ``keys`` from the ranks of ``producer`` to the ranks of ``consumer``.
-
-    A rank has either ``sends`` (right after it ran the producer; it does not wait) or
-    ``receives`` (before it runs the consumer; it waits). ``index`` is that of this half; both
-    halves carry one ``transfer`` number.
-    """
-
-    index: int
-    transfer: int
-    producer: str
-    consumer: str
-    keys: tuple[str, ...]
-    sends: tuple[Parcel, ...] = ()
-    receives: tuple[Parcel, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reallocate:
-    """Fill ``destination`` with the role's weights from ``source``, all ranks of both together."""
-
-    index: int
-    role: str
-    source: Layout
-    destination: Layout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """Before the first step: read the role's weights into ``layout`` from its checkpoint."""
-
-    index: int
-    role: str
-    layout: Layout
-    trained: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reserve:
-    """Before the first step: memory for the role in ``destination``, which ``Free`` does not free.
-
-    It comes from ``source`` in every step, which lends what it has.
-    """
-
-    index: int
-    role: str
-    source: Layout
-    destination: Layout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Free:
-    """The role's weights in ``layout`` are not read again in this step.
-
-    Their memory is free then too, unless it was reserved.
-    """
-
-    index: int
-    role: str
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Average:
-    """Move the role's weights in ``layout`` towards those of role ``of``, which are there too."""
-
-    index: int
-    role: str
-    of: str
-    layout: Layout
-    rate: float
-
-
-# What leaves a device: a frozen role's weights, or of a trained role the optimizer's state and the
-# gradients, which nothing reads but the training. Its weights stay: others read them.
-Offloaded = Literal["weights", "optimizer"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offload:
-    """``what`` of the role in ``layout`` leaves the device for the host's memory.
-
-    Weights of a frozen role are there already: they are only dropped. Gradients are not kept.
-    """
-
-    index: int
-    role: str
-    layout: Layout
-    what: Offloaded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reload:
-    """``what`` of the role in ``layout`` comes back from the host; gradients are zero."""
-
-    index: int
-    role: str
-    layout: Layout
-    what: Offloaded
-
-
-Instruction = (
-    Generate | Infer | Train | Function | Transfer | Reallocate | Load | Reserve | Free
-    | Average | Offload | Reload
-)  # fmt: skip
-CALL_INSTRUCTIONS: Mapping[CallKind, type[Generate | Infer | Train | Function]] = {
-    CallKind.GENERATE: Generate,
-    CallKind.INFER: Infer,
-    CallKind.TRAIN: Train,
-    CallKind.FUNCTION: Function,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
-    """``setup`` once, then ``step`` again and again, for each rank; ranks not named do nothing."""
-
-    setup: Mapping[int, tuple[Instruction, ...]]
-    step: Mapping[int, tuple[Instruction, ...]]
-
-    @property
-    def layouts(self) -> tuple[tuple[str, Layout], ...]:
-        """Every (role, layout) of the program, in order of first use."""
-        found: dict[tuple[str, Layout], None] = {}
-        ordered = sorted(
-            (i for program in (self.setup, self.step) for ins in program.values() for i in ins),
-            key=lambda i: i.index,
-        )
-        for instruction in ordered:
-            if isinstance(instruction, Load):
-                found[(instruction.role, instruction.layout)] = None
-            elif isinstance(instruction, Reallocate):
-                found[(instruction.role, instruction.destination)] = None
-        return tuple(found)
-
-
-# ---- compilation ------------------------------------------------------------------------------
+__all__ = [
+    "CALL_INSTRUCTIONS",
+    "Ahead",
+    "Average",
+    "ByRank",
+    "Free",
+    "Function",
+    "Generate",
+    "Infer",
+    "Instruction",
+    "Load",
+    "Offload",
+    "Offloaded",
+    "Program",
+    "Reallocate",
+    "Reload",
+    "Reserve",
+    "Train",
+    "Transfer",
+    "call_layout",
+    "compile_plan",
+    "home_layouts",
+    "on_policy",
+    "what_leaves",
+]
 
 
 def call_layout(plan: ExecutionPlan, call_name: str) -> Layout | None:
@@ -222,16 +97,17 @@ def what_leaves(call: ModelFunctionCall) -> Offloaded:
 
 
 class _Compiler:
-    """Builds the step's instructions; lives for one ``compile_plan``."""
+    """Builds instructions, numbered from ``first_index`` on; lives for one ``compile_plan``."""
 
-    def __init__(self, plan: ExecutionPlan) -> None:
+    def __init__(self, plan: ExecutionPlan, first_index: int = 0) -> None:
         self.plan = plan
         self.problem = plan.problem
         self.graph = plan.problem.graph
         self.homes = home_layouts(plan)
         self.step: dict[int, list[Instruction]] = defaultdict(list)
-        self.next_index = 0
+        self.next_index = first_index
         self.position = {call.name: i for i, call in enumerate(self.graph.calls)}
+        self.apart = read_ahead(plan)
 
     def index(self) -> int:
         self.next_index += 1
@@ -261,51 +137,72 @@ class _Compiler:
         order = sorted(kept_layouts(self.plan), key=lambda held: (held[0], held[1].key))
         for role, layout in order:
             (home,) = self.homes[role]
-            reserve = Reserve(index=self.index(), role=role, source=home, destination=layout)
+            reserve = Reserve(
+                index=self.index(), role=role, source=home, destination=layout,
+                lends=(role, layout) not in self.apart,
+            )  # fmt: skip
             for rank in layout.mesh.devices:
                 loads[rank].append(reserve)
         return {rank: tuple(instructions) for rank, instructions in loads.items()}
 
-    def last_use(self) -> dict[tuple[str, Layout], str]:
-        """The last call of the step that reads a borrowed layout, by (role, layout)."""
+    def last_use(self, calls: Sequence[ModelFunctionCall]) -> dict[tuple[str, Layout], str]:
+        """The last of ``calls`` that reads a borrowed layout, by (role, layout)."""
         last: dict[tuple[str, Layout], str] = {}
-        for call in self.graph.step_calls:
+        for call in calls:
             layout = call_layout(self.plan, call.name)
             if call.role is not None and layout is not None:
                 if layout not in self.homes[call.role]:
                     last[(call.role, layout)] = call.name
         return last
 
-    def compile_step(self) -> dict[int, tuple[Instruction, ...]]:
-        transfers = plan_transfers(self.plan)
-        last_use, present = self.last_use(), set[tuple[str, Layout]]()
+    def compile_step(
+        self, calls: Sequence[ModelFunctionCall], *, whole: bool = True
+    ) -> dict[int, tuple[Instruction, ...]]:
+        """``calls`` in their order; ``whole``: with data from call to call, and the averages.
+
+        What calls that work ahead have made in the step before is sent first of all, and taken
+        before any weights move: nobody then waits for a rank that waits for its weights.
+        """
+        self.step = defaultdict(list)
+        ahead = {call.name for call in self.graph.ahead}
+        transfers = plan_transfers(self.plan) if whole else {}
+        made = {pair: arrivals for pair, arrivals in transfers.items() if pair[0] in ahead}
+        own = {pair: arrivals for pair, arrivals in transfers.items() if pair[0] not in ahead}
+        self.emit_made(made)
+        last_use, present = self.last_use(calls), set[tuple[str, Layout]]()
         received: dict[int, int] = defaultdict(int)  # rank -> receives emitted of its queue
-        for call in self.graph.ahead:  # with the weights of the step's beginning
-            layout = call_layout(self.plan, call.name)
-            held = (call.role, layout) if call.role and layout else None
-            if held is not None and held in last_use and held not in present:
-                present.add(held)
-                self.emit_reallocation(*held)
-        for call in self.graph.step_calls:
+        for call in calls:
+            if call.name in ahead:  # with the weights of the step's beginning
+                self.emit_borrowing(call, last_use, present)
+        for call in calls:
             mesh = self.plan.allocations[call.name].mesh
-            layout = call_layout(self.plan, call.name)
-            held = (call.role, layout) if call.role and layout else None
-            if held is not None and held in last_use and held not in present:
-                present.add(held)
-                self.emit_reallocation(*held)
+            self.emit_borrowing(call, last_use, present)
             self.emit_swap(Reload, call)
-            self.emit_receives(call, transfers, received)
+            self.emit_receives(call, own, received)
             self.emit(
                 mesh.devices, CALL_INSTRUCTIONS[call.kind](index=self.index(), call=call.name)
             )
             self.emit_swap(Offload, call)
-            self.emit_sends(call, transfers)
-            if held is not None and last_use.get(held) == call.name:
-                role, layout = held
-                self.emit(mesh.devices, Free(index=self.index(), role=role, layout=layout))
-        for average in self.graph.averages:
+            self.emit_sends(call, own)
+            layout = call_layout(self.plan, call.name)
+            if call.role and layout and last_use.get((call.role, layout)) == call.name:
+                self.emit(mesh.devices, Free(index=self.index(), role=call.role, layout=layout))
+        for average in self.graph.averages if whole else ():
             self.emit_average(average)
         return {rank: tuple(instructions) for rank, instructions in self.step.items()}
+
+    def emit_borrowing(
+        self,
+        call: ModelFunctionCall,
+        last_use: Mapping[tuple[str, Layout], str],
+        present: set[tuple[str, Layout]],
+    ) -> None:
+        """The weights that a call borrows are brought, unless they are ``present``."""
+        layout = call_layout(self.plan, call.name)
+        held = (call.role, layout) if call.role and layout else None
+        if held is not None and held in last_use and held not in present:
+            present.add(held)
+            self.emit_reallocation(*held)
 
     def emit_swap(self, kind: type[Offload | Reload], call: ModelFunctionCall) -> None:
         """What the call's allocation keeps in the host's memory comes, or goes."""
@@ -321,8 +218,11 @@ class _Compiler:
         ranks = sorted({*home.mesh.devices, *layout.mesh.devices})
         self.emit(
             ranks,
-            Reallocate(index=self.index(), role=role, source=home, destination=layout),
-        )
+            Reallocate(
+                index=self.index(), role=role, source=home, destination=layout,
+                lends=(role, layout) not in self.apart,
+            ),
+        )  # fmt: skip
 
     def emit_average(self, average: ParameterAverage) -> None:
         """Into every layout of the role the trained weights are brought, taken over and dropped."""
@@ -338,6 +238,17 @@ class _Compiler:
             if layout != home:
                 free = Free(index=self.index(), role=average.of, layout=layout)
                 self.emit(layout.mesh.devices, free)
+
+    def emit_made(self, transfers: Mapping[tuple[str, str], Arrivals]) -> None:
+        """All of ``transfers``: every rank sends what it has to, then takes what is sent to it."""
+        for call in self.graph.ahead:
+            self.emit_sends(call, transfers)
+        order = sorted(transfers, key=lambda pc: (self.position[pc[0]], self.position[pc[1]]))
+        for producer, consumer in order:
+            index, arrivals = self.index(), transfers[producer, consumer]
+            for rank in sorted(arrivals):
+                parcels = tuple(arrivals[rank])
+                self.step[rank].append(self.transfer(index, producer, consumer, receives=parcels))
 
     def emit_sends(
         self,
@@ -402,6 +313,12 @@ class _Compiler:
         )  # fmt: skip
 
 
+def on_policy(plan: ExecutionPlan) -> ExecutionPlan:
+    """The same plan, generation always with the newest weights."""
+    graph = replace(plan.problem.graph, max_staleness=0)
+    return replace(plan, problem=replace(plan.problem, graph=graph))
+
+
 def compile_plan(plan: ExecutionPlan) -> Program:
     """The instructions of every rank.
 
@@ -409,6 +326,15 @@ def compile_plan(plan: ExecutionPlan) -> Program:
         PlanError: the plan cannot run (see ``validate_plan``).
     """
     validate_plan(plan)
-    compiler = _Compiler(plan)
+    compiler, graph = _Compiler(plan), plan.problem.graph
     setup = compiler.setup()
-    return Program(setup=setup, step=compiler.compile_step())
+    if not graph.ahead:
+        return Program(setup=setup, step=compiler.compile_step(graph.calls))
+    first = compiler.compile_step(graph.ahead, whole=False)
+    step = compiler.compile_step(graph.step_calls)
+    last = compiler.compile_step([call for call in graph.calls if call not in graph.ahead])
+    alone = _Compiler(on_policy(plan), compiler.next_index)
+    return Program(
+        setup=setup, step=step,
+        ahead=Ahead(first=first, last=last, alone=alone.compile_step(graph.calls)),
+    )  # fmt: skip

@@ -8,12 +8,14 @@ send. If that play reaches the end, so does every real execution, whose waits ar
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Sequence
 
 from planner.graph import CallKind
 from planner.layout import Layout
 from planner.plan import ExecutionPlan
 from planner.program import (
     Average,
+    ByRank,
     Free,
     Function,
     Generate,
@@ -27,8 +29,10 @@ from planner.program import (
     Reload,
     Train,
     Transfer,
+    on_policy,
     what_leaves,
 )
+from planner.program_versions import check_versions
 from profiles.errors import PlanError
 
 
@@ -46,28 +50,46 @@ def check_program(plan: ExecutionPlan, program: Program) -> None:
     """Raise ``PlanError`` with the rank and instruction that would wait for ever, or be wrong.
 
     Also checks that each call runs on every rank of its mesh, that its weights are there when it
-    runs and does not change while a borrowed layout may share them, and that its inputs have
-    arrived.
+    runs, of the version that the step allows, and do not change while a borrowed layout may share
+    them, and that its inputs have arrived.
     """
-    _check_order(program)
-    _check_pairs(program)
-    _play(plan, program)
-    for rank in sorted(program.step):
-        _check_weights(plan, program, rank)
+    graph = plan.problem.graph
+    _check_steps(plan, program, program.step, [call.name for call in graph.step_calls])
+    if program.ahead is not None:
+        ahead = [call.name for call in graph.ahead]
+        others = [call.name for call in graph.calls if call.name not in ahead]
+        _check_steps(plan, program, program.ahead.first, ahead)
+        _check_steps(plan, program, program.ahead.last, others)
+        own = [call.name for call in graph.calls]
+        _check_steps(on_policy(plan), program, program.ahead.alone, own)
+    check_versions(plan, program)
 
 
-def _check_order(program: Program) -> None:
-    for rank, instructions in program.step.items():
+def _check_steps(plan: ExecutionPlan, program: Program, step: ByRank, calls: Sequence[str]) -> None:
+    """A step that runs ``calls`` in this order, after the program's setup."""
+    _check_order(step)
+    _check_pairs(step)
+    _play(plan, step)
+    for rank in sorted(step):
+        own = (*program.setup.get(rank, ()), *step[rank])
+        run = _check_weights(plan, own, rank)
+        expected = [name for name in calls if rank in plan.allocations[name].mesh]
+        if run != expected:
+            raise PlanError(f"runs {run} instead of {expected}", where=f"rank {rank}")
+
+
+def _check_order(step: ByRank) -> None:
+    for rank, instructions in step.items():
         indices = [instruction.index for instruction in instructions]
         if indices != sorted(indices) or len(indices) != len(set(indices)):
             raise PlanError("instructions are out of the global order", where=f"rank {rank}")
 
 
-def _check_pairs(program: Program) -> None:
+def _check_pairs(step: ByRank) -> None:
     """Between two ranks, messages are received in the order in which they are sent."""
     sent: dict[tuple[int, int], list[object]] = defaultdict(list)
     received: dict[tuple[int, int], list[object]] = defaultdict(list)
-    for rank, instructions in program.step.items():
+    for rank, instructions in step.items():
         for instruction in instructions:
             if isinstance(instruction, Transfer):
                 for parcel in instruction.sends:
@@ -82,16 +104,16 @@ def _check_pairs(program: Program) -> None:
             )
 
 
-def _play(plan: ExecutionPlan, program: Program) -> None:
-    place = dict.fromkeys(program.step, 0)
+def _play(plan: ExecutionPlan, step: ByRank) -> None:
+    place = dict.fromkeys(step, 0)
     arrived: set[tuple[int, int, int]] = set()  # (transfer, source, destination)
     waiting: dict[int, set[int]] = defaultdict(set)  # instruction index -> ranks at it
-    ready = deque(sorted(program.step))
+    ready = deque(sorted(step))
     while ready:
         rank = ready.popleft()
-        if place[rank] >= len(program.step[rank]):
+        if place[rank] >= len(step[rank]):
             continue
-        instruction = program.step[rank][place[rank]]
+        instruction = step[rank][place[rank]]
         together = _participants(instruction, plan)
         if together:
             waiting[instruction.index].add(rank)
@@ -109,7 +131,7 @@ def _play(plan: ExecutionPlan, program: Program) -> None:
                 ready.append(parcel.peer)
         place[rank] += 1
         ready.append(rank)
-    stuck = {r: program.step[r][p] for r, p in place.items() if p < len(program.step[r])}
+    stuck = {r: step[r][p] for r, p in place.items() if p < len(step[r])}
     if stuck:
         rank, instruction = min(stuck.items(), key=lambda item: item[1].index)
         raise PlanError(
@@ -118,21 +140,26 @@ def _play(plan: ExecutionPlan, program: Program) -> None:
         )
 
 
-def _check_weights(plan: ExecutionPlan, program: Program, rank: int) -> None:
-    """No call reads weights that are not there, and no data that has not come."""
+def _check_weights(
+    plan: ExecutionPlan, instructions: Sequence[Instruction], rank: int
+) -> list[str]:
+    """No call reads weights that are not there, or that change meanwhile; the calls that run."""
     graph = plan.problem.graph
     present: set[tuple[str, Layout]] = {
-        (i.role, i.layout) for i in program.setup.get(rank, ()) if isinstance(i, Load)
+        (i.role, i.layout) for i in instructions if isinstance(i, Load)
     }
+    copies: set[tuple[str, Layout]] = set()
     away: set[tuple[str, Layout, Offloaded]] = set()
     calls_run: list[str] = []
-    for instruction in (*program.setup.get(rank, ()), *program.step[rank]):
+    for instruction in instructions:
         if isinstance(instruction, Offload):
             away.add((instruction.role, instruction.layout, instruction.what))
         elif isinstance(instruction, Reload):
             away.remove((instruction.role, instruction.layout, instruction.what))
         elif isinstance(instruction, Reallocate) and rank in instruction.destination.mesh:
             present.add((instruction.role, instruction.destination))
+            if not instruction.lends:
+                copies.add((instruction.role, instruction.destination))
         elif isinstance(instruction, Free):
             present.discard((instruction.role, instruction.layout))
         elif isinstance(instruction, Average):
@@ -160,12 +187,12 @@ def _check_weights(plan: ExecutionPlan, program: Program, rank: int) -> None:
                     f"{call.name} needs what {call.role} has offloaded from {layout.key}",
                     where=f"rank {rank}",
                 )
-            others = [held for role, held in present if role == call.role and held != layout]
+            others = [
+                held for role, held in present - copies if role == call.role and held != layout
+            ]
             if call.kind is CallKind.TRAIN and others:
                 raise PlanError(
                     f"{call.name} changes {call.role} while {others[0].key} has its old weights",
                     where=f"rank {rank}",
                 )
-    expected = [c.name for c in graph.calls if rank in plan.allocations[c.name].mesh]
-    if calls_run != expected:
-        raise PlanError(f"runs {calls_run} instead of {expected}", where=f"rank {rank}")
+    return calls_run

@@ -153,7 +153,7 @@ def mock_data(plan: ExecutionPlan, config: Any) -> MockData:
 
 def run_rank(
     rank: int, world_size: int, plan: ExecutionPlan, folder: str, data: Prompts | None = None,
-    around: AbstractContextManager[Any] | None = None,
+    around: AbstractContextManager[Any] | None = None, worker_class: type[Worker] = Worker,
 ) -> Outcome:  # fmt: skip
     """Setup and all steps, ``around`` them."""
     algorithm = ALGORITHMS[plan.problem.algorithm]
@@ -162,7 +162,7 @@ def run_rank(
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
     tokens: dict[tuple[int, int], list[int]] = {}
     with TraceWriter(Path(folder) / "trace", rank) as trace:
-        worker = Worker(
+        worker = worker_class(
             run, compile_plan(plan), rank=rank, device=torch.device("cpu"),
             functions=functions_of(run), store=store, trace=trace, text=TextCodec(None),
             data=data or mock_data(plan, config),
@@ -172,7 +172,7 @@ def run_rank(
             for step in range(config.total_steps):
                 keep = worker.samples.clear
                 worker.samples.clear = lambda: None  # type: ignore[method-assign]
-                worker.run_step(step)
+                worker.run_step(step, last=step + 1 == config.total_steps)
                 for sample, ids in worker.samples.values.get("sequences", {}).items():
                     tokens[(step, sample)] = ids.tolist()
                 keep()

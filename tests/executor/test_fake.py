@@ -62,6 +62,11 @@ def plan_of(
     return plan
 
 
+def ahead(plan: ExecutionPlan) -> ExecutionPlan:
+    graph = replace(plan.problem.graph, max_staleness=1)
+    return replace(plan, problem=replace(plan.problem, graph=graph))
+
+
 PLANS = {
     "one device": plan_of(
         DENSE, 1, allocate(), actor_train=allocate(m=2), critic_train=allocate(m=4)
@@ -93,6 +98,11 @@ PLANS = {
         DENSE, 2, allocate(dp=2, m=2), algorithm=GRPO, actor_train=allocate(tp=2, m=1),
         sizes=["batch_size=4", "samples_per_prompt=8", "prompt_len=384", "response_len=64"],
     ),
+    "ahead": ahead(
+        plan_of(GROUPED, 4, allocate(dp=2, m=2), actor_gen=allocate(tp=2, first=2),
+                ref_inf=allocate(tp=2, first=2), rew_inf=allocate(dp=2, m=2, first=2))
+    ),
+    "ahead on all": ahead(plan_of(GROUPED, 2, allocate(tp=2, m=2), actor_gen=allocate(dp=2))),
 }  # fmt: skip
 
 

@@ -7,6 +7,9 @@ of them are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from planner.plan import ExecutionPlan
@@ -58,6 +61,25 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Curve, C
         return [metrics[f"{step}/rew_inf"]["rewards"] for step in range(STEPS)]
 
     return {name: (curve(f"{name} whole"), curve(f"{name} spread")) for name in VARIANTS}
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_reward_rises_where_generation_runs_a_step_ahead(name: str, tmp_path: Path) -> None:
+    """On a device of its own, with weights that lack one update: their log-probabilities are what
+    the ratio is taken against."""
+    turns = plan(name, (2, "0:d1p1m1:1"), actor_gen="1:d1p1m1:1")
+    graph = replace(turns.problem.graph, max_staleness=1)
+    ahead = replace(turns, problem=replace(turns.problem, graph=graph))
+    metrics = run_plans({name: (ahead, None)}, tmp_path)[name][0].metrics
+    rewards = [metrics[f"{step}/rew_inf"]["rewards"] for step in range(STEPS)]
+    assert rewards[0] == pytest.approx(0.5, abs=0.15)
+    assert sum(rewards[-3:]) / 3 > 0.75, rewards
+    late = [metrics[f"{step}/actor_gen"]["staleness"] for step in range(STEPS)]
+    assert late == [0.0] + [1.0] * (STEPS - 1)
+    if name == "grpo":  # one optimizer step: in turns the ratio would be 1 in all of them
+        ratios = [metrics[f"{step}/actor_train"]["approx_kl"] for step in range(STEPS)]
+        assert ratios[0] == pytest.approx(0.0, abs=1e-6)
+        assert min(ratios[1:]) > 1e-6
 
 
 @pytest.mark.parametrize("name", VARIANTS)
