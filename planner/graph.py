@@ -90,8 +90,8 @@ class DataflowGraph:
 
     ``source_keys`` are read from the data set: every rank can produce them from (seed, step).
     ``averages`` are taken at the step's end. ``max_staleness`` 1: generation makes the answers of
-    the next step while this step trains, with weights that lack one step's update; 0: it waits for
-    the newest.
+    the next step while this step trains, with weights that lack one step's update (the newest where
+    it reads them in the layout in which they are trained); 0: it waits for the newest.
 
     Raises:
         PlanError: two calls of one name, a key that nothing produces or that two calls produce,

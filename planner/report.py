@@ -308,6 +308,8 @@ def program_table(plan: ExecutionPlan, rank: int) -> Table:
     table.add_column("what")
     for instruction in program.setup.get(rank, ()):
         table.add_row("once", *_describe(plan, rank, instruction))
+    for instruction in program.ahead.first.get(rank, ()) if program.ahead else ():
+        table.add_row("before", *_describe(plan, rank, instruction))
     table.add_section()
     steps = program.step.get(rank, ())
     for instruction in steps:
@@ -344,6 +346,8 @@ def _describe(plan: ExecutionPlan, rank: int, instruction: Instruction) -> tuple
     place = f"pp {pp_rank}/{s.pp} tp {tp_rank}/{s.tp} dp {dp_rank}/{s.dp}"
     if s.ep > 1:
         place += f" ep {dp_rank % s.ep}/{s.ep}"
+    if instruction.call in (call.name for call in plan.problem.graph.ahead):
+        place += ", for the step that follows"
     return name, f"{instruction.call} on {allocation} as {place}"
 
 

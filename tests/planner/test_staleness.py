@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from planner.algorithm import find_algorithm, make_config, make_problem
 from planner.mesh import DeviceMesh
@@ -17,13 +19,13 @@ from planner.program import (
     Free,
     Generate,
     Instruction,
-    Program,
     Reallocate,
     Transfer,
     compile_plan,
 )
 from planner.program_check import check_program
 from planner.program_versions import check_versions
+from planner.report import program_table
 from planner.search import search
 from planner.search.evaluate import Evaluator
 from planner.search.options import OptionSpace
@@ -123,10 +125,14 @@ def test_a_borrowed_layout_that_is_read_while_its_role_trains_is_a_copy() -> Non
     assert layout.num_values(0) == spec.num_parameters
 
 
-def without(kind: type, program: Program) -> dict[int, tuple[Instruction, ...]]:
-    return {
-        rank: tuple(i for i in own if not isinstance(i, kind)) for rank, own in program.step.items()
-    }
+def test_what_a_rank_does_says_which_step_it_is_for() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(program_table(one_ahead(actor_gen=one(1)), 1))
+    lines = console.export_text().splitlines()
+    assert [line.split()[:2] for line in lines if "before" in line] == [
+        ["before", "Reallocate"], ["before", "Generate"], ["before", "Free"],
+    ]  # fmt: skip
+    assert sum("for the step that follows" in line for line in lines) == 2
 
 
 def test_weights_of_two_steps_ago_are_found() -> None:
