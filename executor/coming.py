@@ -6,7 +6,6 @@ sequence is written once, by the first rank that holds it; who reads it is the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def restore_coming(worker: Worker, checkpoint: Checkpoint) -> None:
     for call in calls:
         allocation = worker.plan.allocations[call.name]
         if worker.rank in allocation.mesh:
-            wanted = dict(_wanted(worker, call))
+            wanted = made_by(worker, call)
             found = checkpoint.tensors(f"{_PREFIX}.{call.name}.", wanted)
             for name, (key, sequence) in wanted.items():
                 values = worker.step_data.coming.values.setdefault(key, {})
@@ -78,13 +77,15 @@ def restore_coming(worker: Worker, checkpoint: Checkpoint) -> None:
     worker.step_data.works_for = checkpoint.step
 
 
-def _wanted(worker: Worker, call: ModelFunctionCall) -> Iterator[tuple[str, tuple[str, int]]]:
-    """The name in a file, and the key and sequence, of all that this rank's call has made."""
+def made_by(worker: Worker, call: ModelFunctionCall) -> dict[str, tuple[str, int]]:
+    """All values that this rank's ``call`` makes: the name in a file; the key and sequence."""
     allocation = worker.plan.allocations[call.name]
     _, dp_rank, _ = allocation.strategy.coordinates(worker.rank - allocation.mesh.first)
     groups = samples_of(worker.problem, call, allocation.strategy.dp)[dp_rank]
+    found = {}
     for key in call.outputs:
         once = worker.problem.graph.key(key).once
         per_group = 1 if once else worker.step_data.group_size(call)
         for sequence in worker.samples.sequences(groups, per_group):
-            yield f"{key}@{sequence}", (key, sequence)
+            found[f"{key}@{sequence}"] = key, sequence
+    return found

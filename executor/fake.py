@@ -30,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.buffers import ParameterBuffer
+from executor.coming import made_by
 from executor.dataset import Item
 from executor.generate.kv_cache import Turn
 from executor.model.attention import PackedLengths
@@ -291,9 +292,23 @@ class _FakeWorker(Worker):
         whole = super()._passes(call, allocation)
         return _FirstMiniBatch(**{f.name: getattr(whole, f.name) for f in fields(whole)})
 
-    def lengths(self, key: DataKey) -> int:
+    def run_step(self, step: int, *, last: bool = False) -> None:
+        """As if what works ahead had worked for this step: the step itself shows what it holds."""
+        data = self.step_data
+        for call in self.problem.graph.ahead:
+            if self.rank in self.plan.allocations[call.name].mesh:
+                for key, sequence in made_by(self, call).values():
+                    data.coming.values.setdefault(key, {})[sequence] = self.longest(
+                        self.problem.graph.key(key)
+                    )
+        data.works_for = step
+        super().run_step(step, last=last)
+
+    def longest(self, key: DataKey) -> Tensor:
         """Values of a key for one sequence at its longest."""
-        return self.problem.workload.max_tokens if key.per == "token" else 1
+        length = self.problem.workload.max_tokens if key.per == "token" else 1
+        dtype = torch.int64 if key.dtype == "int64" else torch.float32
+        return torch.full((length,), self.run.config.prompt_len, dtype=dtype)
 
 
 class _Untold(Versions):
@@ -401,10 +416,7 @@ class _Unanswered(Exchange):
         pieces = self.store.pieces(parcel.samples, keys)
         size = 0
         for key, sequence in pieces:
-            dtype = torch.int64 if key.dtype == "int64" else torch.float32
-            value = torch.full(
-                (self.worker.lengths(key),), self.worker.run.config.prompt_len, dtype=dtype
-            )
+            value = self.worker.longest(key)
             self.store.values.setdefault(key.name, {})[sequence] = value
             size += value.numel() * key.bytes_per_value
         return size
