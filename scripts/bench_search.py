@@ -115,7 +115,7 @@ def evaluations_per_second(evaluator: Evaluator, *, count: int = 200_000) -> flo
     for i, call in enumerate(tables.calls):
         options = tables.call_meshes[call["mesh_start"] : call["mesh_stop"]]
         mesh[:, i] = rng.choice(options, count)
-        ranges = tables.row_ranges[i, tables.meshes["size"][mesh[:, i]]]
+        ranges = tables.row_ranges[i, tables.meshes["kind"][mesh[:, i]]]
         row[:, i] = ranges["start"] + rng.integers(0, ranges["count"])
     evaluator.score_many(mesh[:10], row[:10])
     best = math.inf
