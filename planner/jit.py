@@ -20,6 +20,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 KERNELS = (
     "jit.py", "cost/lanes.py", "search/records.py", "search/pace.py", "search/kernels.py",
     "search/moves.py", "search/chain.py", "search/patterns.py", "search/cycles.py",
+    "search/boxes.py",
 )  # fmt: skip
 
 
@@ -40,6 +41,14 @@ def entry(function: Function) -> Function:
     return _compiled(function, cache=True)
 
 
+def brief(function: Function) -> Function:
+    """As ``entry``, for what takes microseconds: it keeps the interpreter's lock.
+
+    To give it up and get it back, while another thread waits for it, takes longer.
+    """
+    return _compiled(function, cache=True, nogil=False)
+
+
 def compiled(function: Function) -> Function:
     """As ``entry``, for other kernels only: to unpack Python's arguments takes long to compile.
 
@@ -55,7 +64,8 @@ def inlined(function: Function) -> Function:
 
 def _compiled(function: Function, **options: Any) -> Function:
     function.__qualname__ += f"-{DIGEST}"
-    options |= {"nogil": True, "_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
+    always = {"_nrt": False, "no_cfunc_wrapper": True, "error_model": "numpy"}
+    options = {"nogil": True, **options, **always}
     try:
         return cast(Function, njit(**options)(function))
     except RuntimeError:  # no folder that can be written: compiled anew in every process

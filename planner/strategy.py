@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -109,7 +110,8 @@ def parse_strategy(text: str, *, where: str = "--layout") -> ParallelStrategy:
         raise PlanError(error.problem, where=where, remedy=error.remedy) from None
 
 
-def stage_layers(num_layers: int, pp: int) -> list[range]:
+@lru_cache(maxsize=1024)
+def stage_layers(num_layers: int, pp: int) -> tuple[range, ...]:
     """Blocks of each pipeline stage, the first stages taking the remainder.
 
     >>> [len(r) for r in stage_layers(10, 4)]
@@ -119,7 +121,7 @@ def stage_layers(num_layers: int, pp: int) -> list[range]:
         raise PlanError(f"pp {pp} for {num_layers} layers", remedy=f"pp must be 1 to {num_layers}")
     base, extra = divmod(num_layers, pp)
     bounds = [stage * base + min(stage, extra) for stage in range(pp + 1)]
-    return [range(a, b) for a, b in pairwise(bounds)]
+    return tuple(range(a, b) for a, b in pairwise(bounds))
 
 
 def tensor_parallel_problem(spec: ModelSpec, tp: int) -> str | None:

@@ -99,6 +99,7 @@ class Collectives:
                 self._sources[name] = f"collectives: {found.source}"
         self._measured = {name: Messages(found) for name, found in points.items()}
         self._answers: dict[tuple[str, int, int, int], Cost] = {}
+        self._messages: dict[tuple[float, bool], Cost] = {}
 
     def on(self, cluster: ClusterSpec) -> Collectives:
         """The formulas with the same shares of a rate on other links; nothing is measured there."""
@@ -147,8 +148,15 @@ class Collectives:
         """One message: bytes / bandwidth + latency; nothing to itself."""
         if src == dst or num_bytes <= 0:
             return Cost(0.0, Provenance.ROOFLINE)
-        link = self.cluster.link_between(src, dst)
-        if self.cluster.node_of(src) != self.cluster.node_of(dst):
+        near = self.cluster.node_of(src) == self.cluster.node_of(dst)
+        answer = self._messages.get((num_bytes, near))
+        if answer is None:
+            answer = self._messages[num_bytes, near] = self._message(num_bytes, near)
+        return answer
+
+    def _message(self, num_bytes: float, near: bool) -> Cost:
+        link = self.cluster.intra_link if near else self.cluster.inter_link
+        if not near:
             wire_s = num_bytes / (link.bytes_per_s * self.network_efficiency)
             return _of_link(self.network_start_s + link.latency_s + wire_s, link)
         if "p2p" in self._measured:

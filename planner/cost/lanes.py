@@ -14,7 +14,7 @@ from math import lcm
 import numpy as np
 import numpy.typing as npt
 
-from planner.jit import compiled, entry, inlined
+from planner.jit import brief, compiled, inlined
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.reallocation import (
@@ -55,21 +55,12 @@ def lane_loads(src: Layout, dst: Layout, *, devices_per_node: int) -> LaneLoads:
     last = max(src.mesh.devices[-1], dst.mesh.devices[-1])
     values = np.zeros((5, last + 1), dtype=np.int64)
     messages = np.zeros((4, last + 1), dtype=np.int64)
-    sent = np.zeros(last + 1, dtype=np.int64)
     shape = np.array(
         [src.mesh.first, src.dp, src.tp, dst.mesh.first, dst.dp, dst.tp, devices_per_node, src.pp],
         dtype=np.int64,
     )
-    for dst_stage, src_stages, blocks, ends in _groups(_unplaced(src), _unplaced(dst)):
-        for cut in cuts(src, dst):
-            cumulated, replicated, weight = _values(
-                src.spec, blocks, ends if cut != "kv" else (), *_parts(src, dst, cut), cut
-            )
-            src_parts, dst_parts = _parts(src, dst, cut)
-            detail = np.array(
-                [dst_stage, src_parts, dst_parts, replicated, weight, cut != "kv"], dtype=np.int64
-            )
-            _cross(shape, detail, src_stages, cumulated, sent, values, messages)
+    sent = np.zeros(last + 1, dtype=np.int64)
+    _cross_all(shape, *_crossings(src.spec, src.pp, src.tp, dst.pp, dst.tp), sent, values, messages)
     return LaneLoads(values=values[:4], messages=messages, passes=values[PASSES])
 
 
@@ -99,29 +90,57 @@ def _loads_of_routes(src: Layout, dst: Layout, devices_per_node: int) -> LaneLoa
     return LaneLoads(values=values[:4], messages=messages, passes=values[PASSES])
 
 
-def _unplaced(layout: Layout) -> Layout:
-    """The same axes on the first devices: for what does not depend on the mesh."""
-    mesh = DeviceMesh(0, layout.pp)
-    return Layout(spec=layout.spec, mesh=mesh, pp=layout.pp)
+@lru_cache(maxsize=4096)
+def _crossings(
+    spec: ModelSpec, src_pp: int, src_tp: int, dst_pp: int, dst_tp: int
+) -> tuple[Ints, Ints, Ints]:
+    """What does not depend on the meshes, nor on dp: a row for each group of layers and each cut.
 
-
-def _parts(src: Layout, dst: Layout, cut: Cut) -> tuple[int, int]:
-    return crossing_parts(src, cut), crossing_parts(dst, cut)
+    (details [rows, 9], source stages of all rows, cumulated [rows, kinds, units + 1]); see
+    ``_cross``.
+    """
+    src, dst = _unplaced(spec, src_pp, src_tp), _unplaced(spec, dst_pp, dst_tp)
+    details, held_by, before = list[tuple[int, ...]](), list[int](), list[Ints]()
+    for dst_stage, src_stages, blocks, ends in _groups(spec, src_pp, dst_pp):
+        first = len(held_by)
+        held_by += src_stages
+        for cut in cuts(src, dst):
+            parts = crossing_parts(src, cut), crossing_parts(dst, cut)
+            cumulated, replicated, weight = _values(
+                spec, blocks, ends if cut != "kv" else (), *parts, cut
+            )
+            units = cumulated.shape[1] - 1
+            details.append(
+                (dst_stage, *parts, replicated, weight, cut != "kv", units, first, len(held_by))
+            )
+            before.append(cumulated)
+    cumulated = np.zeros((len(details), 3, max(c.shape[1] for c in before)), dtype=np.int64)
+    for row, found in enumerate(before):
+        cumulated[row, :, : found.shape[1]] = found
+    return np.array(details, dtype=np.int64), np.array(held_by, dtype=np.int64), cumulated
 
 
 @lru_cache(maxsize=1024)
-def _groups(src: Layout, dst: Layout) -> Sequence[tuple[int, Ints, int, tuple[int, ...]]]:
+def _groups(
+    spec: ModelSpec, src_pp: int, dst_pp: int
+) -> Sequence[tuple[int, Sequence[int], int, tuple[int, ...]]]:
     """(destination stage, source stages, number of blocks, other layers)."""
-    num_layers = src.spec.num_layers
+    num_layers = spec.num_layers
     return [
         (
             stage,
-            np.array(sorted(stages), dtype=np.int64),
+            sorted(stages),
             sum(0 <= layer < num_layers for layer in layers),
             tuple(layer for layer in layers if not 0 <= layer < num_layers),
         )
-        for stage, stages, layers in groups_of_layers(src, dst)
+        for stage, stages, layers in groups_of_layers(
+            _unplaced(spec, src_pp, 1), _unplaced(spec, dst_pp, 1)
+        )
     ]
+
+
+def _unplaced(spec: ModelSpec, pp: int, tp: int) -> Layout:
+    return Layout(spec=spec, mesh=DeviceMesh(0, pp * tp), pp=pp, tp=tp)
 
 
 @lru_cache(maxsize=4096)
@@ -179,7 +198,7 @@ def _held_by(shape: Ints, stages: Ints, src_parts: int, device: int) -> int:
     return -1
 
 
-@entry
+@compiled
 def _cross(
     shape: Ints, detail: Ints, stages: Ints, cumulated: Ints, sent: Ints, values: Ints,
     messages: Ints,
@@ -187,12 +206,11 @@ def _cross(
     """Add one group of layers on their way to one stage: as ``reallocation._routes_of``.
 
     ``shape``: of source first, dp, tp; of destination first, dp, tp; devices of a node; source
-    pp. ``detail``: destination stage, parts of both, replicated values, all values, and whether
-    replicated ones are counted.
+    pp. ``detail``: destination stage, parts of both, replicated values, all values, whether
+    replicated ones are counted, and units. ``cumulated`` [kinds, units + 1 or more].
     """
     first, dp, tp, per_node = shape[3], shape[4], shape[5], shape[6]
-    dst_stage, src_parts, dst_parts = detail[0], detail[1], detail[2]
-    units = cumulated.shape[1] - 1
+    dst_stage, src_parts, dst_parts, units = detail[0], detail[1], detail[2], detail[6]
     src_step, dst_step = units // src_parts, units // dst_parts
     for rank in range(dp * tp):
         device = first + dst_stage * dp * tp + rank
@@ -227,3 +245,14 @@ def _cross(
             values[lane + 1, device] += moved
             messages[lane, giver] += 1
             messages[lane + 1, device] += 1
+
+
+@brief
+def _cross_all(
+    shape: Ints, details: Ints, held_by: Ints, cumulated: Ints, sent: Ints, values: Ints,
+    messages: Ints,
+) -> None:  # fmt: skip
+    """Add all groups, in order: who has sent much is asked less."""
+    for row in range(len(details)):
+        stages = held_by[details[row, 7] : details[row, 8]]
+        _cross(shape, details[row], stages, cumulated[row], sent, values, messages)

@@ -139,10 +139,11 @@ def _slowest_lane_s(
         return 0.0
     # Lanes of one link differ in bytes and messages only; few pairs are different.
     pairs = set(zip(values[busy].tolist(), messages[busy].tolist()))
+    most = dict(sorted(pairs))  # of each number of values the most messages
     seconds: list[float] = [
         collectives.p2p(float(num_values * bytes_per_value), *peers).seconds
         + (count - 1) * latency_s
-        for num_values, count in pairs
+        for num_values, count in most.items()
     ]
     return max(seconds)
 

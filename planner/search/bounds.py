@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from planner.search.boxes import ROUNDING
 from planner.search.evaluate import Evaluator, Score
 from planner.search.options import Assignment
 from planner.search.pools import Box
 from planner.search.relaxation import Relaxation
-
-ROUNDING = 1e-9  # relative: sums in another order than the evaluator's
 
 
 def lower_bound_s(evaluator: Evaluator, *, max_boxes: int = 200) -> float:
@@ -74,6 +73,22 @@ class Proof:
             self.lower_bound_s = self.best_s()
         return self
 
+    def dives(self, count: int) -> Iterator[Assignment]:
+        """From each of the ``count`` boxes of least bound: always the half with the lesser bound.
+
+        Nothing of a dive that the bounds cut off before it comes to an assignment.
+        """
+        for bound_s, _, box, _ in heapq.nsmallest(count, self.heap):
+            assignment = self.relaxation.pools.assignment(box)
+            while assignment is None:
+                halves = self.relaxation.branch(box, bound_s, self.best_s())
+                if not halves:
+                    break
+                bound_s, box = min(halves, key=lambda half: half[0])
+                assignment = self.relaxation.pools.assignment(box)
+            if assignment is not None:
+                yield assignment
+
     def _is_closed(self) -> bool:
         return not self.heap or self.heap[0][0] * (1 - ROUNDING) >= self.best_s()
 
@@ -87,7 +102,7 @@ class Proof:
                 return True
         assignment = self.relaxation.pools.assignment(box)
         if assignment is None:
-            for half_s, half in _branch(self.relaxation, box, bound_s, self.best_s()):
+            for half_s, half in self.relaxation.branch(box, bound_s, self.best_s()):
                 self._push(half_s, half, False)
             return True
         if self.visit is None:
@@ -98,29 +113,3 @@ class Proof:
     def _push(self, bound_s: float, box: Box, priced: bool) -> None:
         self.count += 1
         heapq.heappush(self.heap, (bound_s, self.count, box, priced))
-
-
-def _branch(
-    relaxation: Relaxation, box: Box, bound_s: float, best_s: float
-) -> list[tuple[float, Box]]:
-    """Parts of ``box``, each with its bound, that may hold a plan below ``best_s``."""
-    tried: dict[int, tuple[float, float]] = {}
-    todo = [i for i, pool in enumerate(box) if not pool.is_single]
-    best: tuple[tuple[float, float], int] | None = None
-    halves: dict[int, list[tuple[float, Box]]] = {}
-    for i in todo:
-        parts = []
-        for half in relaxation.pools.split(box[i]):
-            part = (*box[:i], half, *box[i + 1 :])
-            parts.append((max(bound_s, relaxation.bound_s(part, best_s=best_s)), part))
-        bounds = sorted(b for b, _ in parts)
-        if bounds[0] * (1 - ROUNDING) >= best_s:
-            return []
-        if bounds[1] * (1 - ROUNDING) >= best_s:
-            return [min(parts, key=lambda p: p[0])]
-        tried[i] = (bounds[0], min(bounds[1], 1e300))
-        halves[i] = parts
-        if best is None or tried[i] > best[0]:
-            best = (tried[i], i)
-    assert best is not None, bound_s
-    return halves[best[1]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from planner.jit import compiled, entry
+from planner.jit import compiled
 from planner.search.records import Floats, Ints
 
 
@@ -53,7 +53,7 @@ def events_meet(order: Order, places: Ints, num_devices: int, a: int, b: int) ->
     )
 
 
-@entry
+@compiled
 def longest_cycle_s(
     order: Order, places: Ints, num_devices: int, seconds: Floats, far: Floats, meets: Ints
 ) -> float:  # fmt: skip

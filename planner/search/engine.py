@@ -115,6 +115,13 @@ class Record:
         if self.best is not None and self.lower_bound_s > before_s:
             self._tell()
 
+    def learn(self, other: Record) -> None:
+        """Keep what another record has found that is better."""
+        if other.best is not None:
+            self.remember(other.best, other.best_score)
+        if other.least_unfit is not None:
+            self.remember(other.least_unfit[1], Score(math.inf, other.least_unfit[0]))
+
     def _tell(self) -> None:
         if self.budget.progress is not None:
             self.budget.progress(

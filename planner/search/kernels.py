@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from planner.jit import compiled, entry, inlined
+from planner.jit import brief, compiled, entry, inlined
 from planner.search.pace import largest_cycle, link_events, overlap
 from planner.search.records import NO_KEY, Floats, Ints, Prices, Records, Scratch, Tables
 
 # ---- prices of reallocations ------------------------------------------------------------------
 
 
-@entry
+@brief
 def slot(keys: Ints, key: int) -> int:
     """Where ``key`` is or would be in an open-addressing table of a power of two places."""
     mask = len(keys) - 1

@@ -25,7 +25,7 @@ import numpy as np
 from planner.search.chain import DONE, Chain, run_chain
 from planner.search.descent import Place, descend, fastest, make_found, merge, place_of
 from planner.search.engine import Budget, Record
-from planner.search.evaluate import Evaluator, Score
+from planner.search.evaluate import Evaluator
 from planner.search.options import Assignment
 from planner.search.records import Scratch
 
@@ -101,7 +101,10 @@ class Walk:
         ``stale``: so many cycles in a row have found nothing better.
         """
         record, before_s = self.record, self.record.best_score.step_s
-        for walker, place in zip(self.walkers, self.ends, strict=True):
+        places = list(self.ends)
+        if self.rounds > FIRST_CYCLE and record.best is not None:
+            places[::2] = [place_of(record.evaluator, record.best)] * len(places[::2])
+        for walker, place in zip(self.walkers, places, strict=True):
             walker.start(place)
         with ThreadPoolExecutor(min(NUM_CHAINS, os.cpu_count() or 1)) as pool:
             _cycle(record, self.walkers, self.rounds, pool)
@@ -156,7 +159,7 @@ def _cycle(
 def _polished(
     record: Record, walkers: Sequence[_Walker], rng: random.Random, pool: ThreadPoolExecutor
 ) -> list[Place]:
-    """Where the next cycle starts: a descent from each chain's best, every other from the best.
+    """Where a descent from each chain's best ends.
 
     Descents run side by side and see nothing of each other, each with its share of the budget.
     """
@@ -176,9 +179,5 @@ def _polished(
     ends = [job.result() for job in jobs]
     for own in records:
         record.evaluations += own.evaluations
-        if own.best is not None:
-            record.remember(own.best, own.best_score)
-        if own.least_unfit is not None:
-            record.remember(own.least_unfit[1], Score(math.inf, own.least_unfit[0]))
-    best = min(ends, key=lambda place: place.energy)
-    return [best if k % 2 == 0 else end for k, end in enumerate(ends)]
+        record.learn(own)
+    return ends

@@ -92,7 +92,7 @@ def too_many(
 ) -> bool:  # fmt: skip
     """Do the calls surely need more devices than there are, if a step takes ``step_s``?
 
-    ``room`` [C + 3, C]: the basis' inverse, then amounts, prices and a column.
+    ``room``: the basis' inverse [C, C], then rows of amounts, prices and a column.
     """
     num_calls = len(pools)
     inverse, amounts, prices = room[:num_calls], room[num_calls], room[num_calls + 1]
@@ -132,9 +132,9 @@ def pattern_bound_s(
 
     ``pools`` [C, 5], ``windows`` [W, 3]: reader, training, calls between as bits; ``moves_s`` [W]:
     of the weights that go from that training to that reader. ``room`` [C + 3, C] and ``patterns``
-    [2, 2^C] are written to.
+    [2, 2^C], or larger, are written to.
     """
-    least_s, worth = patterns[0], patterns[1]
+    least_s, worth = patterns[0, : 1 << len(pools)], patterns[1, : 1 << len(pools)]
     worth[0] = 0.0
     list_patterns(pools, windows, moves_s, free_bytes, least_s)
     low, high = low_s, 0.0

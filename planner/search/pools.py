@@ -1,20 +1,22 @@
-"""Boxes of a branch and bound: for each call a ``Pool``, a set of its options that splits in two.
+"""Boxes of a branch and bound: for each call a *pool*, a set of its options that splits in two.
 
 A pool splits first by group of like devices and size of mesh, then by what a choice costs, then by
-position; so a box can be halved until it is one assignment. ``relaxation.py`` bounds boxes by what
-is kept here of each pool.
+position; so a box can be halved until it is one assignment. A pool is a number: ``Facts`` has what
+``boxes.py`` asks of it. Positions are restricted only where one choice is left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import add
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from planner.mesh import MeshKind
+from planner.search.boxes import POOL, Facts
 from planner.search.choices import Choice
 from planner.search.options import Assignment, Option, OptionSpace
 from planner.search.patterns import RUNNING
@@ -22,6 +24,7 @@ from planner.search.patterns import RUNNING
 Floats = npt.NDArray[np.float64]
 # (calls of a path, calls in a window, first, last) of bounds 3 and 4
 Cycle = tuple[frozenset[int], frozenset[int], int, int]
+BITS = 63  # of a word of ``Facts.layouts``; the sign is left alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -40,46 +43,12 @@ class _Table:
     peak_borrow: Floats  # the same where the weights are borrowed
     floor: Floats  # bytes that its weights keep on every device of its group
     terms: Floats  # [rows, num_terms]: bound 4
-    layout: npt.NDArray[np.int64]  # equal for equal (kind, axes)
+    layout: npt.NDArray[np.int64]  # equal for equal (role, kind, axes)
     pattern: Floats  # [rows, 5]: bound 7, its weights borrowed; without, running is the next
     running: Floats  # bytes while it runs on the stage that needs least
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Pool:
-    """Options of one call: rows of its table, at the positions ``[first, last)`` of their kind.
-
-    Positions are restricted only where one choice is left. ``shared``: the devices that every
-    mesh of the pool has, as an interval. ``group``: in which all are, -1: several. ``halves`` is
-    filled on the first split.
-    """
-
-    call: int
-    rows: npt.NDArray[np.int64]
-    positions: tuple[int, int] | None
-    shared: tuple[int, int]
-    seconds: float
-    group: int
-    size: int
-    shares: Floats  # [num_scales]
-    held: float
-    need: float
-    need_borrow: float
-    peak: float
-    peak_borrow: float
-    floor: float
-    terms: Floats
-    layouts: frozenset[int]
-    pattern: Floats  # [5]
-    pattern_home: Floats  # [5]: where its weights are not borrowed
-    halves: tuple[Pool, Pool] | None = field(default=None)
-
-    @property
-    def is_single(self) -> bool:
-        return self.positions is not None and self.positions[1] - self.positions[0] == 1
-
-
-Box = tuple[Pool, ...]  # one pool for each call, in the graph's order
+Box = tuple[int, ...]  # a pool for each call, in the graph's order
 
 
 class Pools:
@@ -97,7 +66,20 @@ class Pools:
         self.space, self.calls, self.home, self.keeps = space, space.calls, home, keeps
         self.cycles, self.weights, self.scales = cycles, weights, scales
         self.cluster = space.problem.cluster
+        self._layouts: dict[tuple[str | None, MeshKind, tuple[int, ...]], int] = {}
         self.tables = [self._table(i) for i in range(len(self.calls))]
+        counts = [len(table.choices) for table in self.tables]
+        self.num_rows, self.first_row = sum(counts), np.cumsum([0, *counts])
+        self._calls: list[int] = []
+        self._rows: list[npt.NDArray[np.int64]] = []
+        self._positions: list[tuple[int, int] | None] = []
+        table, words = self.tables[0], len(self._layouts) // BITS + 1
+        self.facts = Facts(
+            pools=np.zeros(64, dtype=POOL), terms=np.zeros((64, table.terms.shape[1])),
+            shares=np.zeros((64, table.shares.shape[1])), patterns=np.zeros((64, 2, 5)),
+            layouts=np.zeros((64, words), dtype=np.int64), halves=np.zeros((64, 2), dtype=np.int64),
+        )  # fmt: skip
+        self._root = tuple(self._add(i, np.arange(count), None) for i, count in enumerate(counts))
 
     def _table(self, i: int) -> _Table:
         by_kind = self.space.choices[self.calls[i].name]
@@ -132,7 +114,10 @@ class Pools:
             peak_borrow=np.array([fullest(c, c.borrowed) for _, c in rows]),
             floor=np.where(size == whole[group], [float(min(c.held)) for _, c in rows], 0.0),
             terms=np.stack(terms, axis=1),
-            layout=np.array([hash((kind, c.axes)) for kind, c in rows]),
+            layout=np.array([
+                self._layouts.setdefault((self.calls[i].role, kind, c.axes), len(self._layouts))
+                for kind, c in rows
+            ], dtype=np.int64),
             pattern=np.array([
                 (kind.num_devices, c.seconds, c.busy_s, min(c.held) if self.keeps[i] else 0.0,
                  min(map(add, c.running, c.borrowed))) for kind, c in rows
@@ -142,63 +127,73 @@ class Pools:
 
     def root(self) -> Box:
         """Every option of every call."""
-        return tuple(
-            self._pool(i, np.arange(len(table.choices)), None)
-            for i, table in enumerate(self.tables)
-        )
+        return self._root
 
-    def _pool(self, i: int, rows: npt.NDArray[np.int64], positions: tuple[int, int] | None) -> Pool:
-        table = self.tables[i]
+    def _add(self, i: int, rows: npt.NDArray[np.int64], positions: tuple[int, int] | None) -> int:
+        """A pool of call i: these rows of its table, on the meshes at ``positions`` (None: all)."""
+        table, call, pool = self.tables[i], self.calls[i].name, len(self._rows)
         pairs = zip(table.group[rows].tolist(), table.size[rows].tolist(), strict=True)
         kinds = sorted({MeshKind(group, size) for group, size in pairs})
-        lo, hi = 0, self.cluster.num_devices
         if len(rows) == 1 and positions is None:
-            positions = (0, len(self.space.meshes_of(self.calls[i].name, kinds[0])))
+            positions = (0, len(self.space.meshes_of(call, kinds[0])))
+        first, end = 0, self.cluster.num_devices
         for kind in kinds:
-            meshes = self.space.meshes_of(self.calls[i].name, kind)
-            meshes = meshes[slice(*(positions or (None, None)))]
-            lo = max(lo, *(mesh.first for mesh in (meshes[0], meshes[-1])))
-            hi = min(hi, *(mesh.first + kind.num_devices for mesh in (meshes[0], meshes[-1])))
-        pinned = kinds[0].group == kinds[-1].group
-        pattern = table.pattern[rows].min(axis=0)
-        pattern_home = pattern.copy()
-        pattern_home[RUNNING] = table.running[rows].min()
-        return Pool(
-            pattern=pattern, pattern_home=pattern_home,
-            call=i, rows=rows, positions=positions, shared=(lo, hi),
-            seconds=float(table.seconds[rows].min()), group=kinds[0].group if pinned else -1,
-            size=min(kind.num_devices for kind in kinds), shares=table.shares[rows].min(axis=0),
-            held=float(table.held[rows].min()), need=float(table.need[rows].min()),
-            need_borrow=float((table.need[rows] + table.borrow[rows]).min()),
-            peak=float(table.peak[rows].min()), peak_borrow=float(table.peak_borrow[rows].min()),
-            floor=float(table.floor[rows].min()), terms=table.terms[rows].min(axis=0),
-            layouts=frozenset(table.layout[rows].tolist()),
+            meshes = self.space.meshes_of(call, kind)[slice(*(positions or (None, None)))]
+            first = max(first, *(mesh.first for mesh in (meshes[0], meshes[-1])))
+            end = min(end, *(mesh.first + kind.num_devices for mesh in (meshes[0], meshes[-1])))
+        if pool == len(self.facts.pools):
+            twice: Any = (np.concatenate((a, np.zeros_like(a))) for a in self.facts)
+            self.facts = Facts(*twice)
+        facts = self.facts
+        facts.pools[pool] = (
+            min(kind.num_devices for kind in kinds), first, end,
+            kinds[0].group if kinds[0].group == kinds[-1].group else -1,
+            self.first_row[i] + rows[0] if len(rows) == 1 else -1,
+            table.layout[rows[0]] if len(rows) == 1 else -1,
+            positions is not None and positions[1] - positions[0] == 1,
+            table.seconds[rows].min(), table.held[rows].min(), table.need[rows].min(),
+            (table.need[rows] + table.borrow[rows]).min(), table.peak[rows].min(),
+            table.peak_borrow[rows].min(), table.floor[rows].min(),
         )  # fmt: skip
+        facts.terms[pool] = table.terms[rows].min(axis=0)
+        facts.shares[pool] = table.shares[rows].min(axis=0)
+        home, away = facts.patterns[pool]
+        home[:] = away[:] = table.pattern[rows].min(axis=0)
+        home[RUNNING] = table.running[rows].min()
+        for layout in set(table.layout[rows].tolist()):
+            facts.layouts[pool, layout // BITS] |= 1 << layout % BITS
+        facts.halves[pool] = -1
+        self._calls.append(i)
+        self._rows.append(rows)
+        self._positions.append(positions)
+        return pool
 
-    def split(self, pool: Pool) -> tuple[Pool, Pool]:
+    def is_single(self, pool: int) -> bool:
+        """Is it one option?"""
+        return bool(self.facts.pools[pool]["single"])
+
+    def split(self, pool: int) -> tuple[int, int]:
         """Two pools that together are ``pool``; it has more than one option."""
-        if pool.halves is None:
-            if pool.positions is not None:
-                first, last = pool.positions
+        if self.facts.halves[pool, 0] < 0:
+            i, rows, positions = self._calls[pool], self._rows[pool], self._positions[pool]
+            if positions is not None:
+                first, last = positions
                 middle = (first + last) // 2
-                parts = [(pool.rows, (first, middle)), (pool.rows, (middle, last))]
-                pool.halves = tuple(self._pool(pool.call, *part) for part in parts)  # type: ignore[assignment]
+                halves = self._add(i, rows, (first, middle)), self._add(i, rows, (middle, last))
             else:
                 low = self._low_half(pool)
-                pool.halves = (
-                    self._pool(pool.call, pool.rows[low], None),
-                    self._pool(pool.call, pool.rows[~low], None),
-                )
-        assert pool.halves is not None
-        return pool.halves
+                halves = self._add(i, rows[low], None), self._add(i, rows[~low], None)
+            self.facts.halves[pool] = halves
+        low_half, high_half = self.facts.halves[pool].tolist()
+        return low_half, high_half
 
-    def _low_half(self, pool: Pool) -> npt.NDArray[np.bool_]:
+    def _low_half(self, pool: int) -> npt.NDArray[np.bool_]:
         """All groups but the last; in one group small meshes; of one size the low end of the column
 
         that is spread most.
         """
-        table, rows = self.tables[pool.call], pool.rows
-        if pool.group < 0:
+        table, rows = self.tables[self._calls[pool]], self._rows[pool]
+        if self.facts.pools[pool]["group"] < 0:
             return np.asarray(table.group[rows] < table.group[rows].max())
         sizes = np.unique(table.size[rows])
         if len(sizes) > 1:
@@ -212,16 +207,22 @@ class Pools:
             low = np.arange(len(rows)) < len(rows) // 2
         return np.asarray(low)
 
-    def option(self, pool: Pool) -> Option:
+    def option(self, pool: int) -> Option:
         """The only option of a single pool."""
-        assert pool.positions is not None
-        assert pool.is_single
-        kind, choice = self.tables[pool.call].choices[int(pool.rows[0])]
-        mesh = self.space.meshes_of(self.calls[pool.call].name, kind)[pool.positions[0]]
-        return self.space.option(self.calls[pool.call].name, mesh, choice)
+        positions = self._positions[pool]
+        assert positions is not None
+        (option,) = self.options(pool, slice(*positions))
+        return option
+
+    def options(self, pool: int, positions: slice = slice(None)) -> list[Option]:
+        """Of a pool with one choice: on all its call's meshes, or those at ``positions``."""
+        i, (row,) = self._calls[pool], self._rows[pool]
+        (kind, choice), call = self.tables[i].choices[int(row)], self.calls[i].name
+        meshes = self.space.meshes_of(call, kind)[positions]
+        return [self.space.option(call, mesh, choice) for mesh in meshes]
 
     def assignment(self, box: Box) -> Assignment | None:
         """The box's only assignment; None where it has more."""
-        if not all(pool.is_single for pool in box):
+        if not all(self.is_single(pool) for pool in box):
             return None
         return tuple(self.option(pool) for pool in box)

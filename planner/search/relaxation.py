@@ -1,7 +1,7 @@
 """``Relaxation.bound_s``: seconds that no assignment of a *box* is below; the proof is here.
 
-A box holds, for each call, a ``Pool``: a set of its options (``pools.py``). ``bounds.py`` branches
-on boxes, this file bounds them.
+A box holds, for each call, a *pool*: a set of its options (``pools.py``). ``bounds.py`` branches
+on boxes, this file bounds them with the compiled ``boxes.py``.
 
 Let T be the steady seconds per step of any assignment of the box that fits, N the devices, and
 for each call c ``s_c`` seconds on ``n_c`` devices. Minima below are over the options of a pool.
@@ -50,20 +50,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.graph import CallKind
 from planner.memory import RESERVE_BYTES
-from planner.search.cycles import Order, longest_cycle_s
+from planner.search.boxes import ROUNDING, Frame, Room, bound_s, branch
+from planner.search.cycles import Order
 from planner.search.evaluate import Evaluator
 from planner.search.options import OptionSpace
-from planner.search.patterns import MOST_CALLS, pattern_bound_s
-from planner.search.pools import Box, Cycle, Pool, Pools
+from planner.search.patterns import MOST_CALLS
+from planner.search.pools import Box, Cycle, Pools
+from planner.search.prices import empty_prices, grown, put
+from planner.search.records import NO_KEY, Floats, Ints
 from profiles.hardware import Cluster
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,67 +93,76 @@ def device_weights(cluster: Cluster) -> Floats:
 
 
 class Relaxation:
-    """Bounds boxes of one problem."""
+    """Bounds boxes of one problem; bounds that ask for no new price are ``boxes.bound_s``.
+
+    Reallocations are priced here and nowhere else, so that bounds do not depend on what a walk
+    asked meanwhile.
+    """
 
     def __init__(self, evaluator: Evaluator, *, num_weights: int = 16) -> None:
         self.evaluator = evaluator
         self.space: OptionSpace = evaluator.space
         self.calls = evaluator.calls
         self.home = evaluator.home
-        cluster = self.space.problem.cluster
-        self.num_devices = cluster.num_devices
-        self.counts = [group.num_devices for group in cluster.groups]
-        self.free_bytes = [
-            float(group.device.memory_bytes - RESERVE_BYTES[cluster.kind])
-            for group in cluster.groups
-        ]
+        cluster, graph = self.space.problem.cluster, self.space.problem.graph
         # What is resident over the step: the training's weights, or a frozen role's first.
         roles = [call.role for call in self.calls]
-        self.keeps = [
+        keeps = [
             role is not None and (self.home[i] == i if self.home[i] is not None
                                   else roles.index(role) == i)
             for i, role in enumerate(roles)
         ]  # fmt: skip
-        self.roles = roles
-        graph = self.space.problem.graph
         self.ahead = {i for i, call in enumerate(self.calls) if call in graph.ahead}
         self.events = self._find_events()
         self.data = self._find_data()
-        self.weights = [step / num_weights for step in range(num_weights + 1)]
         self.cycles = self._find_cycles()
-        # The only reader of a trained role away from its home: its reallocation counts as work.
+        weights = [step / num_weights for step in range(num_weights + 1)]
         readers = [(i, h) for i, h in enumerate(self.home) if h is not None and h != i]
         homes = [h for _, h in readers]
-        self.sole_readers = {i for i, h in readers if homes.count(h) == 1}
-        self.scales = device_weights(cluster)
         self.pools = Pools(
-            self.space, home=self.home, keeps=self.keeps, cycles=self.cycles, weights=self.weights,
-            scales=self.scales,
+            self.space, home=self.home, keeps=keeps, cycles=self.cycles, weights=weights,
+            scales=device_weights(cluster),
         )  # fmt: skip
-        self.windows = np.array(
-            [(first, last, sum(1 << i for i in inside)) for _, inside, first, last in self.cycles
-             if inside], dtype=np.int64,
-        ).reshape(-1, 3)  # fmt: skip
-        count = len(self.calls)
-        self.order = Order(
-            events=np.array(
-                [(e.call, -1 if e.home is None else e.home) for e in self.events], dtype=np.int64
-            ),
-            reads=np.array(
-                [[int(p in self.data[i]) for p in range(count)] for i in range(count)],
-                dtype=np.int64,
-            ),
-            home=np.array([-1 if h is None else h for h in self.home], dtype=np.int64),
-            waits=np.array(
-                [int(c.kind is not CallKind.FUNCTION) for c in self.calls], dtype=np.int64
-            ),
+        count, num_events = len(self.calls), len(self.events)
+        windows = [(first, last, sum(1 << i for i in inside))
+                   for _, inside, first, last in self.cycles if inside]  # fmt: skip
+        order = Order(
+            events=_ints([(e.call, -1 if e.home is None else e.home) for e in self.events]),
+            reads=_ints([[int(p in self.data[i]) for p in range(count)] for i in range(count)]),
+            home=_ints([-1 if h is None else h for h in self.home]),
+            waits=_ints([int(c.kind is not CallKind.FUNCTION) for c in self.calls]),
         )
-        self._places = np.zeros((count, 5), dtype=np.int64)
-        self._seconds, self._far = np.zeros((2, len(self.events)))
-        self._meets = np.zeros((len(self.events), len(self.events)), dtype=np.int64)
-        self._least_moves: dict[tuple[int, int, int, int], float] = {}
-        self._rows, self._room = np.zeros((count, 5)), np.zeros((count + 3, count))
-        self._patterns = np.zeros((2, 1 << min(count, MOST_CALLS)))
+        names = list(dict.fromkeys(roles))
+        self.frame = Frame(
+            order=order, keeps=_ints(keeps),
+            roles=_ints([-1 if role is None else names.index(role) for role in roles]),
+            # Its reallocation counts as work.
+            sole=_ints([int((i, h) in readers and homes.count(h or 0) == 1)
+                        for i, h in enumerate(self.home)]),
+            counts=_ints([group.num_devices for group in cluster.groups]),
+            free_bytes=np.array([
+                float(group.device.memory_bytes - RESERVE_BYTES[cluster.kind])
+                for group in cluster.groups
+            ]),
+            ends=_ints([(first, last) for _, _, first, last in self.cycles]),
+            weights=np.array(weights),
+            windows=_ints(windows).reshape(-1, 3),
+            num_rows=self.pools.num_rows,
+        )  # fmt: skip
+        self.room = Room(
+            box=np.zeros(count, dtype=np.int64), moves_s=np.zeros(num_events),
+            keys=np.zeros(num_events, dtype=np.int64),
+            terms=np.zeros(self.pools.facts.terms.shape[1]),
+            places=np.zeros((count, 5), dtype=np.int64),
+            seconds=np.zeros(num_events), far=np.zeros(num_events),
+            meets=np.zeros((num_events, num_events), dtype=np.int64),
+            rows=np.zeros((2 * count, 5)),
+            windows=np.zeros((len(windows), 3), dtype=np.int64),
+            returns_s=np.zeros(2 * len(windows)), simplex=np.zeros((count + 3, count)),
+            patterns=np.zeros((2, 1 << min(count, MOST_CALLS))),
+        )  # fmt: skip
+        self._bounds = np.zeros((count, 2))
+        self.moves, self.num_moves = empty_prices(1 << 10), 0
 
     # ---- what the graph alone decides ----
 
@@ -197,158 +207,51 @@ class Relaxation:
 
         ``price``: reallocations that were never priced are; else they take no time.
         """
-        if not self._fits(box):
-            return math.inf
-        moves_s = [self._reallocation_s(box, event, price) for event in self.events]
-        terms = box[0].terms.copy()
-        for pool in box[1:]:
-            terms += pool.terms
-        best = 0.0
-        if max(moves_s) > 0:
-            for event, seconds in zip(self.events, moves_s):
-                if seconds > 0 and event.home is not None:
-                    self._add_move(terms, box, event.call, event.home, seconds)
-        best = max(float(terms.max()), self._longest_cycle_s(box, moves_s))
-        return best if best >= best_s else self._patterns_s(box, moves_s, best, best_s)
+        pools = np.array(box, dtype=np.int64)
+        while True:
+            found_s = bound_s(self.frame, self.pools.facts, self.moves, pools, self.room, best_s)
+            missing = [e for e, key in enumerate(self.room.keys.tolist()) if key != NO_KEY]
+            if not price or not missing:
+                return found_s
+            for event in missing:
+                self._price(box, event)
 
-    def _add_move(self, terms: Floats, box: Box, call: int, home: int, seconds: float) -> None:
-        """A move in the terms of bound 4: both meshes are busy, so at least the larger one is."""
-        shares = np.maximum(box[call].shares, box[home].shares).tolist()
-        position, of_work = 0, call in self.sole_readers
-        for _, _, first, last in self.cycles:
-            own = seconds if (first, last) == (call, home) else 0.0
-            for share in shares:
-                work = seconds * share if of_work else 0.0
-                for u in self.weights:
-                    terms[position] += (1 - u) * own + u * work
-                    position += 1
-
-    def _patterns_s(self, box: Box, moves_s: Sequence[float], low_s: float, best_s: float) -> float:
-        """Bound 7, at least ``low_s``."""
-        if len(box) > MOST_CALLS:
-            return low_s
-        returns_s = np.zeros(len(self.windows))
-        for event, seconds in zip(self.events, moves_s):
-            if event.home is not None and seconds > 0:
-                own = (self.windows[:, 0] == event.call) & (self.windows[:, 1] == event.home)
-                returns_s[own] = seconds
-        for i, pool in enumerate(box):
-            home = self.home[i]
-            moves = home is not None and home != i and not pool.layouts & box[home].layouts
-            self._rows[i] = pool.pattern if moves else pool.pattern_home
-        low_s = pattern_bound_s(
-            self._rows, self.windows, returns_s, float(self.num_devices), max(self.free_bytes),
-            low_s, best_s, self._room, self._patterns,
-        )  # fmt: skip
-        if len(self.counts) > 1:
-            for group in range(len(self.counts)):
-                if low_s < best_s:
-                    low_s = self._group_patterns_s(box, group, returns_s, low_s, best_s)
-        return low_s
-
-    def _group_patterns_s(
-        self, box: Box, group: int, returns_s: Floats, low_s: float, best_s: float
-    ) -> float:
-        """Bound 7 of the calls that are surely in one group, at least ``low_s``."""
-        inside = [i for i, pool in enumerate(box) if pool.group == group]
-        if not inside:
-            return low_s
-        place = {i: n for n, i in enumerate(inside)}
-        kept, windows = [], []
-        for w, (first, last, between) in enumerate(self.windows.tolist()):
-            if first in place and last in place:
-                bits = sum(1 << place[i] for i in inside if between >> i & 1)
-                windows.append((place[first], place[last], bits))
-                kept.append(w)
-        count = len(inside)
-        return pattern_bound_s(
-            self._rows[inside], np.array(windows, dtype=np.int64).reshape(-1, 3), returns_s[kept],
-            float(self.counts[group]), self.free_bytes[group], low_s, best_s,
-            np.zeros((count + 3, count)), np.zeros((2, 1 << count)),
-        )  # fmt: skip
-
-    def _fits(self, box: Box) -> bool:
-        """Bound 5."""
-        if len(self.counts) > 1:
-            total = sum(count * free for count, free in zip(self.counts, self.free_bytes))
-            if not self._fits_in(box, range(len(box)), total, math.inf):
-                return False
-        for group, (count, free) in enumerate(zip(self.counts, self.free_bytes)):
-            inside = [i for i, pool in enumerate(box) if pool.group == group]
-            if not self._fits_in(box, inside, count * free, free):
-                return False
-        return True
-
-    def _fits_in(self, box: Box, inside: Sequence[int], total: float, each: float) -> bool:
-        """May the calls ``inside`` share devices of ``total`` bytes, all of them of ``each``?"""
-        kept = [i for i in inside if self.keeps[i]]
-        held, floor = sum(box[i].held for i in kept), sum(box[i].floor for i in kept)
-        if held > total:
-            return False
-        for i in inside:
-            pool = box[i]
-            home = self.home[i]
-            moves = home is not None and home != i and not pool.layouts & box[home].layouts
-            need = pool.need_borrow if moves else pool.need
-            if held + need > total:
-                return False
-            others = floor
-            if home is None or home == i:
-                others -= sum(box[j].floor for j in kept if self.roles[j] == self.roles[i])
-            if (pool.peak_borrow if moves else pool.peak) + others > each:
-                return False
-        return True
-
-    def _reallocation_s(self, box: Box, event: _Event, price: bool) -> float:
-        """Seconds of bound 6; -1 where the event may not take place."""
-        if event.home is None:
-            return -1.0
-        here, home = box[event.call], box[event.home]
-        one_pair = here.is_single and home.is_single
-        if not one_pair and here.layouts & home.layouts:
-            return -1.0
-        # Weights that an earlier reader brought are not brought again.
-        for i in range(event.call):
-            if self.home[i] == event.home and box[i].layouts & here.layouts:
-                return -1.0
-        if not one_pair:
-            return self._least_move_s(here, home, price) if self._is_pair(here, home) else 0.0
-        source, layout = self.pools.option(home).layout, self.pools.option(here).layout
-        assert source is not None
-        assert layout is not None
-        if source == layout:
-            return -1.0
-        prices = self.space.prices
-        if price:
-            return prices.reallocation_s(source, layout)
-        return prices.known_reallocation_s(source, layout)
-
-    def _is_pair(self, here: Pool, home: Pool) -> bool:
-        return len(here.rows) == len(home.rows) == 1
-
-    def _least_move_s(self, here: Pool, home: Pool, price: bool) -> float:
-        """Of one choice to another, wherever they are; 0 where it is not known and not to be."""
-        key = (home.call, int(home.rows[0]), here.call, int(here.rows[0]))
-        if key not in self._least_moves and price:
-            ends = []
-            for pool in (home, here):
-                kind, choice = self.pools.tables[pool.call].choices[int(pool.rows[0])]
-                name = self.calls[pool.call].name
-                meshes = self.space.meshes_of(name, kind)
-                ends.append([self.space.option(name, mesh, choice).layout for mesh in meshes])
-            self._least_moves[key] = min(
-                self.space.prices.reallocation_s(a, b)
-                for a, b in product(*ends) if a is not None and b is not None
-            )  # fmt: skip
-        return self._least_moves.get(key, 0.0)
-
-    def _longest_cycle_s(self, box: Box, moves_s: Sequence[float]) -> float:
-        """Bound 2."""
-        for i, pool in enumerate(box):
-            room = self.counts[pool.group] if pool.group >= 0 else self.num_devices
-            self._places[i] = (pool.size, *pool.shared, pool.group, room)
-        for n, event in enumerate(self.events):
-            self._seconds[n] = box[event.call].seconds if event.home is None else moves_s[n]
-        return longest_cycle_s(
-            self.order, self._places, self.num_devices, self._seconds, self._far, self._meets
+    def _price(self, box: Box, event: int) -> None:
+        """Of one choice to another: where they are if that is known, else the least anywhere."""
+        call, home = self.frame.order.events[event].tolist()
+        ends = [box[home], box[call]]
+        fixed = all(self.pools.is_single(pool) for pool in ends)
+        sources, targets = (
+            [self.pools.option(pool)] if fixed else self.pools.options(pool) for pool in ends
         )
+        seconds = min(
+            self.space.prices.reallocation_s(a.layout, b.layout)
+            for a, b in product(sources, targets)
+            if a.layout is not None and b.layout is not None
+        )
+        self.num_moves += 1
+        if 2 * self.num_moves >= len(self.moves.keys):
+            self.moves = grown(self.moves)
+        put(self.moves, int(self.room.keys[event]), seconds)
+
+    def branch(self, box: Box, low_s: float, best_s: float) -> list[tuple[float, Box]]:
+        """Parts of ``box``, each with its bound, that may hold a plan below ``best_s``."""
+        for pool in box:
+            if not self.pools.is_single(pool):
+                self.pools.split(pool)
+        i = branch(
+            self.frame, self.pools.facts, self.moves, np.array(box, dtype=np.int64), self.room,
+            low_s, best_s, self._bounds,
+        )  # fmt: skip
+        if i < 0:
+            return []
+        halves = zip(self._bounds[i].tolist(), self.pools.split(box[i]), strict=True)
+        return [
+            (half_s, (*box[:i], half, *box[i + 1 :]))
+            for half_s, half in halves
+            if half_s * (1 - ROUNDING) < best_s
+        ]
+
+
+def _ints(values: Sequence[Any]) -> Ints:
+    return np.array(values, dtype=np.int64)

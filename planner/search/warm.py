@@ -13,10 +13,10 @@ import numpy as np
 from planner.cost.lanes import lane_loads
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
+from planner.search.boxes import POOL, Facts, Frame, Room, bound_s, branch
 from planner.search.chain import Chain, Found, run_chain, scan_call
-from planner.search.cycles import Order, longest_cycle_s
+from planner.search.cycles import Order
 from planner.search.kernels import evaluate
-from planner.search.patterns import pattern_bound_s
 from planner.search.prices import empty_prices
 from planner.search.records import CALL, MESH, PAIR, RANGE, ROW, Records, Tables
 from planner.search.tables import make_scratch
@@ -56,12 +56,25 @@ def run_all() -> None:
 
 
 def _bound_nothing() -> None:
-    pools, seconds, none = np.zeros((0, 5)), np.zeros(0), np.zeros((0, 3), dtype=np.int64)
-    room, patterns = np.zeros((3, 0)), np.zeros((2, 1))
-    pattern_bound_s(pools, none, seconds, 1.0, 1.0, 0.0, 1.0, room, patterns)
-    pair, one = np.zeros((0, 0), dtype=np.int64), np.zeros(0, dtype=np.int64)
-    order = Order(events=none[:, :2].copy(), reads=pair, home=one, waits=one)
-    longest_cycle_s(order, none, 1, seconds, seconds, pair)
+    ints, floats = np.zeros(0, dtype=np.int64), np.zeros(0)
+    rows, pairs = np.zeros((0, 3), dtype=np.int64), np.zeros((0, 2), dtype=np.int64)
+    square = np.zeros((0, 0), dtype=np.int64)
+    facts = Facts(
+        pools=np.zeros(0, dtype=POOL), terms=np.zeros((0, 0)), shares=np.zeros((0, 0)),
+        patterns=np.zeros((0, 2, 5)), layouts=square, halves=pairs,
+    )  # fmt: skip
+    frame = Frame(
+        order=Order(events=pairs, reads=square, home=ints, waits=ints), roles=ints, keeps=ints,
+        sole=ints, counts=ints, free_bytes=floats, ends=pairs, weights=floats, windows=rows,
+        num_rows=0,
+    )  # fmt: skip
+    room = Room(
+        box=ints, moves_s=floats, keys=ints, terms=floats, places=square, seconds=floats,
+        far=floats, meets=square, rows=np.zeros((0, 5)), windows=rows, returns_s=floats,
+        simplex=np.zeros((3, 0)), patterns=np.zeros((2, 1)),
+    )  # fmt: skip
+    bound_s(frame, facts, empty_prices(2), ints, room, 1.0)
+    branch(frame, facts, empty_prices(2), ints, room, 0.0, 1.0, np.zeros((0, 2)))
 
 
 def _no_tables() -> Tables:

@@ -17,7 +17,7 @@ from planner.memory import RESERVE_BYTES
 from planner.plan import Problem
 from planner.plan_memory import plan_memory
 from planner.program import compile_plan
-from planner.search import chain, cycles, kernels, patterns, search
+from planner.search import boxes, chain, kernels, search
 from planner.search.evaluate import Evaluator
 from planner.search.kernels import slot
 from planner.search.prices import empty_prices, grown, put
@@ -110,7 +110,7 @@ def test_what_is_compiled_in_advance_is_what_a_search_calls() -> None:
     problem = ppo(make_test_cluster(1, 4), ["batch_size=8"])
     for engine in ("auto", "descent"):
         search(problem, model_of(problem), engine=engine, gap=0.0, max_evaluations=3000)
-    called = (kernels.evaluate, chain.run_chain, chain.scan_call, lanes._cross, kernels.slot,
-              patterns.pattern_bound_s, cycles.longest_cycle_s)  # fmt: skip
+    called = (kernels.evaluate, chain.run_chain, chain.scan_call, lanes._cross_all, kernels.slot,
+              boxes.bound_s, boxes.branch)  # fmt: skip
     for kernel in called:
         assert len(kernel.signatures) == 1, kernel

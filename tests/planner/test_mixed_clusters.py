@@ -427,7 +427,9 @@ def test_a_box_bounds_its_assignments(seed: int) -> None:
         box = relaxation.pools.root()
         last_s = relaxation.bound_s(box)
         while relaxation.pools.assignment(box) is None:
-            i = rng.choice([i for i, pool in enumerate(box) if not pool.is_single])
+            i = rng.choice(
+                [i for i, pool in enumerate(box) if not relaxation.pools.is_single(pool)]
+            )
             half = relaxation.pools.split(box[i])[rng.randrange(2)]
             box = (*box[:i], half, *box[i + 1 :])
             bound_s = relaxation.bound_s(box, price=True)
