@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
+from functools import lru_cache, partial
+from itertools import accumulate, groupby
 from math import ceil
 
 from planner.activations import kept_bytes, working_values
@@ -176,23 +176,29 @@ def running_bytes(
 
     Stages of one shape differ only by the micro-batches under way, each of which keeps as much.
     """
-    pp, m = allocation.strategy.pp, allocation.num_micro_batches
-    generates = call.kind is CallKind.GENERATE
+    s, m = allocation.strategy, allocation.num_micro_batches
+    pp, generates = s.pp, call.kind is CallKind.GENERATE
     micro_batch = None if generates else _MicroBatch.of(problem, call, allocation, spec)
     found: list[int] = []
-    for shape, run in groupby(stage_shapes(spec, pp)):
-        first, count = len(found), len(list(run))
+    for shape, first, count in _runs_of_stages(spec, pp):
+        most, each = min(m, pp - first), 0
         if micro_batch is None:
-            whole, each = _running_generate(problem, call, allocation, spec, first).total, 0
+            whole = _running_generate(problem, call, allocation, spec, first).total
         else:
-            whole = micro_batch.running(spec, allocation, first).total
-            each = shape.num_layers * micro_batch.kept
-        most = min(m, pp - first)
+            whole, each = micro_batch.bytes_of(spec, s, shape, most)
         if each and most > pp - first - count + 1:
             found += [whole - (most - min(m, pp - first - i)) * each for i in range(count)]
         else:
             found += [whole] * count
     return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _runs_of_stages(spec: ModelSpec, pp: int) -> tuple[tuple[StageShape, int, int], ...]:
+    """(shape, first stage, number of stages) of runs of stages of one shape."""
+    runs = [(shape, len(list(run))) for shape, run in groupby(stage_shapes(spec, pp))]
+    firsts = accumulate((count for _, count in runs), initial=0)
+    return tuple((shape, first, count) for (shape, count), first in zip(runs, firsts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +255,18 @@ class _MicroBatch:
             logits=self.logits if shape.last else 0,
             buffers=self.received + gradient * self.value_bytes,
         )
+
+    def bytes_of(
+        self, spec: ModelSpec, s: ParallelStrategy, shape: StageShape, in_flight: int
+    ) -> tuple[int, int]:
+        """(total of ``running``, of this each micro-batch under way)."""
+        each = shape.num_layers * self.kept
+        whole = in_flight * each + self.working + self.received
+        if shape.last:
+            whole += self.logits
+        if self.trained:
+            whole += _largest_weight_values(spec, shape, s.tp, s.ep) * self.value_bytes
+        return whole, each
 
 
 def _running_generate(

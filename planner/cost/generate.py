@@ -186,18 +186,31 @@ def _decode_round(
         spec, (decode,), tp=s.tp, size=group, length=context,
         experts=expert_ranks(allocation.mesh, s),
     )  # fmt: skip
+    hops, all_hops = model.once(
+        ("decode hops", spec, allocation.mesh, s.pp, s.dp * s.tp, group),
+        lambda: _decode_hops(spec, allocation, model, group),
+    )
+    costs = [whole.of(stages.shape) for stages in alike]
+    seconds = [cost.seconds + hop.seconds for cost, hop in zip(costs, hops, strict=True)]
+    busiest = seconds.index(max(seconds))
+    slowest = costs[busiest].compute + costs[busiest].tensor_parallel + hops[busiest]
+    return whole.whole_model(spec.num_layers) + all_hops, slowest
+
+
+def _decode_hops(
+    spec: ModelSpec, allocation: Allocation, model: CostModel, group: int
+) -> tuple[Sequence[Priced], Priced]:
+    """From each of ``stages_alike`` to the next, from the last back to the first; and of all."""
+    s, alike = allocation.strategy, model.stages_alike(spec, allocation)
     hops = model.hops(alike, float(group) * spec.hidden * model.value_bytes)
     first = allocation.mesh.first
-    back = Priced.of(
+    hops[-1] = Priced.of(
         model.collectives.p2p(TOKEN_ID_BYTES * group, first + s.rank(s.pp - 1, 0, 0), first)
     )
-    through = slowest = ZERO
-    for stages, hop in zip(alike, [*hops[:-1], back], strict=True):
-        stage = whole.of(stages.shape)
-        cost = stage.compute + stage.tensor_parallel + hop
-        through = through + cost * stages.count
-        slowest = max(slowest, cost, key=lambda cost: cost.seconds)
-    return through, slowest
+    total = ZERO
+    for stages, hop in zip(alike, hops, strict=True):
+        total = total + hop * stages.count
+    return hops, total
 
 
 def _mean(contexts: Sequence[int], values: Sequence[Priced]) -> Priced:

@@ -7,7 +7,7 @@ call kind and keeps its answers: a search asks the same question many times.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
 from typing import Literal, NamedTuple
@@ -138,12 +138,23 @@ class PassCost:
     block: StageCost = NOTHING
     first: StageCost = NOTHING
     last: StageCost = NOTHING
+    _known: dict[StageShape, StageCost] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, stage: StageShape) -> StageCost:
-        cost = self.block * stage.num_layers
-        if stage.first and self.first is not NOTHING:
-            cost = cost + self.first
-        return cost + self.last if stage.last and self.last is not NOTHING else cost
+        cost = self._known.get(stage)
+        if cost is None:
+            cost = self.block * stage.num_layers
+            if stage.first and self.first is not NOTHING:
+                cost = cost + self.first
+            if stage.last and self.last is not NOTHING:
+                cost = cost + self.last
+            self._known[stage] = cost
+        return cost
+
+    def whole_model(self, num_layers: int) -> Priced:
+        """All stages, one after another."""
+        cost = self.block * num_layers + self.first + self.last
+        return cost.compute + cost.tensor_parallel
 
     def __add__(self, other: PassCost) -> PassCost:
         return PassCost(self.block + other.block, self.first + other.first, self.last + other.last)

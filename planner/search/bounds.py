@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 from collections.abc import Callable, Iterator
 
 from planner.search.boxes import ROUNDING
@@ -73,21 +74,24 @@ class Proof:
             self.lower_bound_s = self.best_s()
         return self
 
-    def dives(self, count: int) -> Iterator[Assignment]:
-        """From each of the ``count`` boxes of least bound: always the half with the lesser bound.
+    def dives(self, rng: random.Random, count: int, *, most: int) -> Iterator[Assignment]:
+        """From ``count`` of the boxes of least bound: depth first, the half of lesser bound first.
 
-        Nothing of a dive that the bounds cut off before it comes to an assignment.
+        Nothing of a dive that has found no assignment after ``most`` boxes.
         """
-        for bound_s, _, box, _ in heapq.nsmallest(count, self.heap):
-            assignment = self.relaxation.pools.assignment(box)
-            while assignment is None:
-                halves = self.relaxation.branch(box, bound_s, self.best_s())
-                if not halves:
+        near = heapq.nsmallest(10 * count, self.heap)
+        for bound_s, _, box, _ in rng.sample(near, min(count, len(near))):
+            open_boxes = [(bound_s, box)]
+            for _ in range(most):
+                if not open_boxes:
                     break
-                bound_s, box = min(halves, key=lambda half: half[0])
+                bound_s, box = open_boxes.pop()
                 assignment = self.relaxation.pools.assignment(box)
-            if assignment is not None:
-                yield assignment
+                if assignment is not None:
+                    yield assignment
+                    break
+                halves = self.relaxation.branch(box, bound_s, self.best_s())
+                open_boxes += sorted(halves, key=lambda half: -half[0])
 
     def _is_closed(self) -> bool:
         return not self.heap or self.heap[0][0] * (1 - ROUNDING) >= self.best_s()

@@ -7,7 +7,9 @@ what the walk missed.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from planner.search.bounds import Proof
 from planner.search.descent import descend, place_of
@@ -17,8 +19,10 @@ from planner.search.mcmc import Walk
 from planner.search.options import Assignment
 from planner.search.relaxation import Relaxation
 
-DIVES = 40  # boxes of the proof that are followed down to an assignment after each of its turns
-FIRST_BOXES = 4_000  # that the proof halves before the walk goes on: about as long as its cycle
+# After each turn of the proof so many boxes are followed down to an assignment, if one is found
+# after halving so many, and from the best of these so many descents start.
+DIVES, DEEPEST, DESCENTS = 40, 100, 6
+FIRST_BOXES = 3_000  # that the proof halves before the walk goes on: about as long as its cycle
 
 
 def exact(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
@@ -39,31 +43,27 @@ def exact(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: 
 
 
 def auto(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
-    """Walk and proof in turns, each turn twice as long as the one before.
+    """Proof and walk in turns, each turn twice as long as the one before.
 
-    A better plan lets the proof cut off more, and the proof says when to stop walking and where
-    else to look. The walk may
-    look at a third of the budget's assignments. Interrupted as ``exact``. With the same seed and no
-    time limit that cuts in the answer is the same.
+    The proof says when to stop, and where else to look: descents start where its best boxes lead.
+    A better plan lets it cut off more. The walk may look at a third of the budget's assignments,
+    and so may the descents. Interrupted as ``exact``. With the same seed and no time limit that
+    cuts in the answer is the same.
     """
     record = Record(evaluator=evaluator, budget=budget)
     chains: Walk | None = None
     proof: Proof | None = None
-    rng = random.Random(seed)
-    boxes, walking = FIRST_BOXES, replace(budget, max_evaluations=budget.max_evaluations // 3)
+    rng, boxes = random.Random(seed), FIRST_BOXES
+    to_walk = to_follow = budget.max_evaluations // 3
     try:
         chains = Walk(record, starts, seed)
+        proof = _proof(record)
         while not record.spent:
-            record.budget = walking
-            walks = not record.spent
-            if walks:
-                chains.cycle()
-            record.budget = budget
-            proof = _proof(record) if proof is None else proof
-            _go_on(record, proof, boxes if walks else None)
+            _go_on(record, proof, boxes if to_walk + to_follow > 0 else None)
             if proof.closed:
                 break
-            _follow(record, proof, rng)
+            to_follow -= _spend(record, to_follow, partial(_follow, record, proof, rng))
+            to_walk -= _spend(record, to_walk, chains.cycle)
             boxes *= 2
     except KeyboardInterrupt:
         chains.interrupt() if chains is not None else record.interrupt()
@@ -72,13 +72,28 @@ def auto(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: i
     return record
 
 
+def _spend(record: Record, most: int, work: Callable[[], None]) -> int:
+    """Let ``work`` look at so many assignments; how many it did."""
+    budget, before = record.budget, record.evaluations
+    record.budget = replace(budget, max_evaluations=min(budget.max_evaluations, before + most))
+    if not record.spent:
+        work()
+    record.budget = budget
+    return record.evaluations - before
+
+
 def _follow(record: Record, proof: Proof, rng: random.Random) -> None:
-    """Descend from where the proof's most promising boxes lead."""
-    for assignment in proof.dives(DIVES):
-        if record.spent:
-            return
+    """Descend from the best of where the proof's most promising boxes lead."""
+    found = list(proof.dives(rng, DIVES, most=DEEPEST))
+    for assignment in found:
         record.score(assignment)
-        descend(record, place_of(record.evaluator, assignment), rng)
+    places = sorted(
+        (place_of(record.evaluator, assignment) for assignment in found),
+        key=lambda place: place.energy,
+    )
+    for place in places[:DESCENTS]:
+        if not record.spent:
+            descend(record, place, rng)
 
 
 def _proof(record: Record) -> Proof:

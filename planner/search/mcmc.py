@@ -4,7 +4,8 @@ Energy is ``Score.energy``: seconds per step, dearer where memory lacks, so the 
 does not fit; only what fits is returned. A chain's temperature follows the share of proposals
 that it accepts, which falls over a *cycle* from ``HOT`` to ``COLD``: so it needs no knowledge of
 what a second is worth. A cycle ends with a coordinate descent; the next is twice as long, half of
-the chains go on from the best of all and half from their own best.
+the chains go on from the best of all chains and half from their own best: not from what others
+have found, so that two ways of looking do not end in one place.
 
 All that is random follows from one seed, chains do not see each other within a cycle, and the
 budget counts evaluations: the answer is the same whatever the threads do. The clock is looked at
@@ -101,10 +102,7 @@ class Walk:
         ``stale``: so many cycles in a row have found nothing better.
         """
         record, before_s = self.record, self.record.best_score.step_s
-        places = list(self.ends)
-        if self.rounds > FIRST_CYCLE and record.best is not None:
-            places[::2] = [place_of(record.evaluator, record.best)] * len(places[::2])
-        for walker, place in zip(self.walkers, places, strict=True):
+        for walker, place in zip(self.walkers, self.ends, strict=True):
             walker.start(place)
         with ThreadPoolExecutor(min(NUM_CHAINS, os.cpu_count() or 1)) as pool:
             _cycle(record, self.walkers, self.rounds, pool)
@@ -159,7 +157,7 @@ def _cycle(
 def _polished(
     record: Record, walkers: Sequence[_Walker], rng: random.Random, pool: ThreadPoolExecutor
 ) -> list[Place]:
-    """Where a descent from each chain's best ends.
+    """Where the next cycle starts: a descent from each chain's best, every other from the best.
 
     Descents run side by side and see nothing of each other, each with its share of the budget.
     """
@@ -180,4 +178,5 @@ def _polished(
     for own in records:
         record.evaluations += own.evaluations
         record.learn(own)
-    return ends
+    best = min(ends, key=lambda place: place.energy)
+    return [best if k % 2 == 0 else end for k, end in enumerate(ends)]
