@@ -373,13 +373,15 @@ class _FewTurns(DecoderStage):
         self.__dict__ = stage.__dict__
         self.turns = 0
 
-    def forward(self, inputs: Tensor, packed: PackedLengths, cache: Any = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, packed: PackedLengths, cache: Any = None, *, block_done: Any = None
+    ) -> Tensor:
         if isinstance(cache, Turn) and cache.prompts is None:
             self.turns += 1
             if self.turns % SAMPLED_TURNS != 1:
                 shape = (packed.num_tokens, self.spec.hidden)
                 return torch.empty(shape, dtype=self.buffer.flat.dtype)
-        return super().forward(inputs, packed, cache)
+        return super().forward(inputs, packed, cache, block_done=block_done)
 
 
 @dataclass

@@ -132,11 +132,16 @@ def _optimizer_step(
         return found
 
     stage.clear_gradients()
-    results = train_1f1b(stage, [mini_batch.select(part) for part in parts], loss=loss)
+    results = train_1f1b(
+        stage, [mini_batch.select(part) for part in parts], loss=loss,
+        block_done=trainer.optimizer.block_done,
+    )  # fmt: skip
+    trainer.optimizer.all_done()
     statistics = {} if results is None else summed(results, total)
     if getattr(function, "may_stop", False):
         stops = results is not None and function.stops(statistics)
         if _told_by_last_stage(stops, stage.ctx):
+            trainer.optimizer.forget()
             return True
     means.add(statistics, denominator)
     means.add_step(trainer.optimizer.step())

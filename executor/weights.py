@@ -123,8 +123,9 @@ class Weights:
             max_grad_norm=model.max_grad_norm,
         )
         optimizer = Adam(
-            context, buffer, gradients, config, zero=strategy.zero, partial=stage.partial
-        )
+            context, buffer, gradients, config, zero=strategy.zero, partial=stage.partial,
+            early=self.device.type == "cuda",
+        )  # fmt: skip
         return Trainer(gradients=gradients, stage=stage, optimizer=optimizer)
 
     # ---- between device and host --------------------------------------------------------------

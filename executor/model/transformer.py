@@ -34,6 +34,9 @@ from profiles.models import ModelSpec
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+BlockDone = Callable[[int], None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
     """``weight`` and, of a layer norm, ``bias``, [hidden]."""
@@ -285,13 +288,15 @@ class DecoderStage:
         return Region(ctx=self.ctx, num_tokens=num_tokens, split_tokens=split)
 
     def forward(
-        self, inputs: Tensor, packed: PackedLengths, cache: KVCacheLike | None = None
-    ) -> Tensor:
+        self, inputs: Tensor, packed: PackedLengths, cache: KVCacheLike | None = None, *,
+        block_done: BlockDone | None = None,
+    ) -> Tensor:  # fmt: skip
         """Hidden states [tokens, hidden], after the final norm, on the last stage.
 
         On the others those that the next stage goes on with, [rows of ``region``, hidden].
         ``inputs``: token ids [tokens] on the first stage, on the others what the stage before
-        gave. With a ``cache`` no gradient is kept.
+        gave. With a ``cache`` no gradient is kept. ``block_done`` is told of each block, counted
+        within the stage, when backward has left it and its gradients are in ``gradients``.
         """
         train = self.gradients is not None and cache is None and torch.is_grad_enabled()
         region = self.region(packed.num_tokens, generating=cache is not None)
@@ -306,6 +311,11 @@ class DecoderStage:
                     if cache is None
                     else partial(cache.attend, index, packed=packed)
                 )
+                if block_done is not None and hidden.requires_grad:
+                    # Autograd adds to leaves before it goes on to what made ``hidden``, which
+                    # must so be no leaf itself: what came from the stage before is one.
+                    hidden = hidden.view_as(hidden)
+                    hidden.register_hook(partial(_tell, block_done, index))
                 hidden = self._run(weights, hidden, rotary, attend, region, train=train)
             if self.final_norm is not None:
                 hidden = region.whole(normalize(hidden, self.final_norm, self.spec))
@@ -377,6 +387,11 @@ class DecoderStage:
             if self.spec.head == "scalar":
                 return F.linear(hidden.float(), self.head_weight.float())[:, 0]
             return linear(copy_to_tp(hidden, self.ctx), self.head_weight)
+
+
+def _tell(block_done: BlockDone, block: int, gradient: Tensor) -> None:
+    """A hook of the tensor that a block works on."""
+    block_done(block)
 
 
 def _accumulate_into(leaf: Tensor, total: Tensor) -> None:

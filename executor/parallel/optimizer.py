@@ -9,7 +9,7 @@ Sums over replicas are ``data.py``'s; what fills the gradients is ``pipeline.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Literal
@@ -21,6 +21,7 @@ from torch import Tensor
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.parallel import data
+from executor.parallel.overlap import EarlySums, make_buckets
 from profiles.errors import ConfigError
 
 EMBEDDING = "embedding.weight"
@@ -148,12 +149,14 @@ class Adam:
 
     Collective: all ranks of the layout make one and call the same methods. Masters are taken
     from the buffer when it is made; after a later change of the weights call ``take_weights``.
+    ``early``: gradients of blocks are summed over replicas as ``block_done`` is told of them; not
+    of a model with experts, whose gradients lie elsewhere.
     Bytes: 8 a value of the own range (all of it, or with ZeRO 1 a dp-th), and 4 more for masters.
     """
 
     def __init__(
         self, ctx: RankContext, buffer: ParameterBuffer, gradients: Tensor, config: AdamConfig, *,
-        zero: int, partial: Sequence[str] = (),
+        zero: int, partial: Sequence[str] = (), early: bool = False,
     ) -> None:  # fmt: skip
         assert gradients.shape == buffer.flat.shape, (gradients.shape, buffer.flat.shape)
         assert zero in (0, 1), zero
@@ -165,6 +168,13 @@ class Adam:
             for within, group in zip(pairwise(ends), (ctx.dp_group, ctx.expert_group))
             if within[0] < within[1]
         ]
+        self.early: EarlySums | None = None
+        if early and ctx.dp_group is not None and not ctx.layout.spec.num_experts:
+            buckets = make_buckets(
+                buffer, ctx.layout.layers(ctx.pp_rank), bucket_bytes=data.BUCKET_BYTES,
+                value_bytes=gradients.element_size(),
+            )  # fmt: skip
+            self.early = EarlySums(gradients, buckets, ctx.dp_group, zero=zero)
         self.count = torch.zeros((), dtype=torch.float32, device=buffer.flat.device)
         self.steps = 0
         self.decayed = [len(piece.length) > 1 for piece in buffer.slices]
@@ -217,16 +227,49 @@ class Adam:
         self.steps += 1
         return {"grad_norm": norm, "lr": lr, "skipped": 0.0 if finite else 1.0}
 
+    def block_done(self, block: int) -> None:
+        """Backward of the step's last micro-batch has left a block, counted within the stage."""
+        if self.early is not None:
+            for bucket in self.early.ready(block):
+                self._sum_over_shards(bucket.names)
+                self.early.start(bucket.within)
+
+    def all_done(self) -> None:
+        """Backward is over: all ranks begin what those without tokens at its end have not begun.
+
+        Before anything else is sent to the other replicas, and before ``step`` or ``forget``.
+        """
+        self.block_done(0)
+
+    def forget(self) -> None:
+        """The step is not taken after all."""
+        if self.early is not None:
+            self.early.wait()
+
     def _reduce_gradients(self) -> None:
+        if self.early is None:
+            self._sum_over_shards(self.buffer.by_name)
+            for section in self.sections:
+                section.reduce(self.gradients)
+            return
+        self.all_done()
+        in_buckets = frozenset[str]().union(*(bucket.names for bucket in self.early.buckets))
+        self._sum_over_shards(self.buffer.by_name.keys() - in_buckets)
+        for within in self.early.rest():
+            if within[0] < within[1]:
+                self.early.start(within)
+        self.early.wait()
+
+    def _sum_over_shards(self, names: Collection[str]) -> None:
+        """Gradients of those of ``names`` that several shards or both end stages share."""
         shapes = self.ctx.layout.stage_parameters(self.ctx.pp_rank)
         # Kv heads that several shards hold, each for its own heads' queries.
-        self._sum([shape.name for shape in shapes if shape.max_parts], self.ctx.kv_group)
-        self._sum(self.partial, self.ctx.tp_group)
-        if self.ctx.embedding_group is not None and EMBEDDING in self.buffer.by_name:
+        shared = [shape.name for shape in shapes if shape.max_parts and shape.name in names]
+        self._sum(shared, self.ctx.kv_group)
+        self._sum([name for name in self.partial if name in names], self.ctx.tp_group)
+        if self.ctx.embedding_group is not None and EMBEDDING in names:
             embedding = self.buffer.view(EMBEDDING, of=self.gradients)
             data.all_reduce(embedding.flatten(), self.ctx.embedding_group)
-        for section in self.sections:
-            section.reduce(self.gradients)
 
     def _sum(self, names: Sequence[str], group: dist.ProcessGroup | None) -> None:
         """Gradients of some parameters become their sums over ``group``, in one message."""

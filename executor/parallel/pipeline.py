@@ -19,7 +19,7 @@ from torch import Tensor
 
 from executor.batch import SequenceBatch
 from executor.model.attention import PackedLengths, pack
-from executor.model.transformer import DecoderStage
+from executor.model.transformer import BlockDone, DecoderStage
 
 Action = tuple[Literal["forward", "backward"], int]  # (what, micro-batch)
 Transfer = tuple[int, int]  # (pipeline stage, micro-batch)
@@ -95,14 +95,16 @@ def forward_only(
 
 
 def train_1f1b(
-    stage: DecoderStage, micro_batches: Sequence[SequenceBatch], *, loss: Loss
-) -> list[Mapping[str, Tensor]] | None:
+    stage: DecoderStage, micro_batches: Sequence[SequenceBatch], *, loss: Loss,
+    block_done: BlockDone | None = None,
+) -> list[Mapping[str, Tensor]] | None:  # fmt: skip
     """Adds the gradients of sum over micro-batches of ``loss(hidden, micro_batch)[0]``.
 
     ``loss`` gives (loss, statistics) from hidden [tokens, hidden]; it divides by the global
     count of tokens, so nothing is scaled here. Gradients land in the stage's flat tensor, not
     yet reduced over dp. Called as ``forward_only``; on the last stage returns the statistics,
-    detached, with the loss as ``loss`` unless they have one; None elsewhere.
+    detached, with the loss as ``loss`` unless they have one; None elsewhere. ``block_done`` is told
+    of each block that the last micro-batch's backward has left, where that has tokens.
     """
     results: list[Mapping[str, Tensor]] = []
     under_way: dict[int, tuple[Tensor | None, Tensor]] = {}  # micro-batch -> (inputs, output)
@@ -111,7 +113,8 @@ def train_1f1b(
         micro_batch = micro_batches[index]
         if inputs is not None:
             inputs.requires_grad_()
-        output = hidden = _forward(stage, micro_batch, inputs)
+        last = index == len(micro_batches) - 1
+        output = hidden = _forward(stage, micro_batch, inputs, block_done if last else None)
         if stage.ctx.is_last_stage:
             output, statistics = loss(hidden, micro_batch)
             found = {"loss": output, **statistics}
@@ -128,6 +131,8 @@ def train_1f1b(
         return None if inputs is None else inputs.grad
 
     assert stage.gradients is not None, "a stage without gradients cannot be trained"
+    if not any(micro_batch.num_tokens for micro_batch in micro_batches):
+        stage.gradients.zero_()  # else the first backward pass writes over what is there
     actions = schedule_1f1b(stage.ctx.layout.pp, stage.ctx.pp_rank, len(micro_batches))
     _walk(stage, micro_batches, actions, forward, backward)
     assert not under_way, sorted(under_way)
@@ -138,7 +143,10 @@ def _no_backward(index: int, gradient: Tensor | None) -> Tensor | None:
     raise AssertionError(f"backward of micro-batch {index} in a forward-only schedule")
 
 
-def _forward(stage: DecoderStage, micro_batch: SequenceBatch, inputs: Tensor | None) -> Tensor:
+def _forward(
+    stage: DecoderStage, micro_batch: SequenceBatch, inputs: Tensor | None,
+    block_done: BlockDone | None = None,
+) -> Tensor:  # fmt: skip
     """What ``DecoderStage.forward`` gives; ``inputs`` [rows, hidden] of the stage before, if any.
 
     Nothing runs on an empty micro-batch, on any shard, but what experts do for other replicas.
@@ -148,7 +156,7 @@ def _forward(stage: DecoderStage, micro_batch: SequenceBatch, inputs: Tensor | N
     packed: PackedLengths = pack(micro_batch.lengths, stage.ctx.device)
     if inputs is None:
         inputs = micro_batch.token_ids.to(stage.ctx.device)
-    return stage.forward(inputs, packed)
+    return stage.forward(inputs, packed, block_done=block_done)
 
 
 def _empty_hidden(stage: DecoderStage, micro_batch: SequenceBatch) -> Tensor:
