@@ -102,7 +102,9 @@ def iteration_parts(row: Row) -> dict[str, float]:
     )
     parts = train_parts(
         gpt(row), workload, allocation, cost_model(num_devices), num_mini_batches=1,
-        schedule=Schedule(virtual_stages=int(row["interleave"]), scatter_hops=True),
+        schedule=Schedule(
+            virtual_stages=int(row["interleave"]), scatter_hops=True, early_sums=False
+        ),
     )  # fmt: skip
     return {name: part.seconds for name, part in parts.items()}
 

@@ -10,11 +10,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from profiles.units import MIB
-
-# Large enough that latency does not count on any link, small enough that summing the first
-# buckets overlaps with sending the next ones.
-BUCKET_BYTES = 64 * MIB
+from planner.cost.train import BUCKET_BYTES as BUCKET_BYTES
 
 
 def all_reduce(

@@ -56,10 +56,12 @@ class Schedule:
     is divided by them; a micro-batch goes round all devices as many times. Source:
     Narayanan et al. 2021 (Megatron-LM), section 2.2.2. ``scatter_hops``: tensor shards, which
     hold the same hidden states, send a part each, and gather what they receive (section 4.1).
+    ``early_sums``: on GPUs gradients are summed over replicas while backward goes on.
     """
 
     virtual_stages: int = 1
     scatter_hops: bool = False
+    early_sums: bool = True
 
 
 EXECUTOR = Schedule()

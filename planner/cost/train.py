@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
+from typing import NamedTuple
 
 from planner.cost.model import CostModel
 from planner.cost.pipeline import (
@@ -15,7 +16,9 @@ from planner.cost.pipeline import (
 )
 from planner.cost.stage import (
     GRADIENT_BYTES,
+    ZERO,
     Pass,
+    PassCost,
     Priced,
     StageShape,
     expert_ranks,
@@ -26,6 +29,12 @@ from planner.cost.stage import (
 )
 from planner.plan import Allocation, Workload
 from profiles.models import ModelSpec
+from profiles.units import MIB
+
+# Of gradients that are summed over replicas at once. Large enough that latency does not count on
+# any link, small enough that summing the first overlaps with what comes after. The executor takes
+# it from here.
+BUCKET_BYTES = 64 * MIB
 
 
 def infer_parts(
@@ -48,15 +57,14 @@ def train_parts(
 ) -> Mapping[str, Priced]:
     """Of each mini-batch: 1F1B, then the gradients' sum over replicas, then the optimizer.
 
-    The three do not overlap, as the executor runs them: ``data_parallel`` is the most that
-    overlapping could save.
+    ``data_parallel`` is what of the sum is not hidden behind the last backward pass; see ``_left``.
     """
     s = allocation.strategy
     mini_batch = ceil(workload.batch_size / num_mini_batches)
-    passes: tuple[Pass, ...] = ("forward", "backward")
+    again: tuple[Pass, ...] = ()
     if s.recompute != "none":
-        again: Pass = "recompute" if s.recompute == "full" else "selective"
-        passes = ("forward", again, "backward")
+        again = ("recompute" if s.recompute == "full" else "selective",)
+    passes: tuple[Pass, ...] = ("forward", *again, "backward")
     num_groups = ceil(mini_batch / s.dp)
     # What does not depend on ZeRO, and what depends on little else, is asked once.
     layout = (allocation.mesh, s.pp, s.tp, s.ep, s.sequence_parallel, allocation.num_micro_batches)
@@ -66,25 +74,91 @@ def train_parts(
             spec, workload, allocation, model, num_groups, passes=passes, schedule=schedule
         ),
     )
-    update = model.once(
+    sums, tied, optimizer = model.once(
         ("update", spec, allocation.mesh, s.pp, s.tp, s.ep, s.zero),
         lambda: _update(spec, allocation, model),
     )
-    parts = {**pipeline, **update}
+    early = schedule.early_sums and model.cluster.kind == "cuda" and s.dp > 1
+    last = _last_backward(spec, workload, allocation, model, num_groups, (*again, "backward"))
+    left = [
+        _left(of_stage, last.of(of_stage.shape).seconds) if early else of_stage.all
+        for of_stage in sums
+    ]
+    data_parallel = max(left, key=lambda cost: cost.seconds) + tied
+    parts = {**pipeline, "data_parallel": data_parallel, "optimizer": optimizer}
     return {name: priced * (num_mini_batches * num_epochs) for name, priced in parts.items()}
 
 
-def _update(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Mapping[str, Priced]:
-    """After a mini-batch: data_parallel and optimizer."""
+class _StageSums(NamedTuple):
+    """Sums of a stage's gradients over replicas: of all at once, of its blocks, and of the rest.
+
+    ``rest`` has what comes after them, too: with ZeRO 1 the weights' way back. ``num_buckets``: in
+    which the blocks' are begun, 0 where none are begun early.
+    """
+
+    shape: StageShape
+    all: Priced
+    blocks: Priced
+    rest: Priced
+    num_buckets: int
+
+
+def _left(sums: _StageSums, backward_s: float) -> Priced:
+    """What is left of a stage's sums when its last backward pass, of ``backward_s``, is over.
+
+    Of K buckets, last block first, bucket k is whole after k / K of the pass, and they are summed
+    one after the other: D / K seconds each. The last of them ends at the later of
+    ``backward_s / K + D`` and ``backward_s + D / K``, so of D there are left
+
+        max(D - (1 - 1 / K) backward_s, D / K)
+
+    What both take from each other (SMs, memory bandwidth) is not modelled.
+    """
+    whole_s, count = sums.blocks.seconds, sums.num_buckets
+    if count == 0 or whole_s == 0.0:
+        return sums.all
+    left_s = max(whole_s - (1.0 - 1.0 / count) * backward_s, whole_s / count)
+    return sums.blocks * (left_s / whole_s) + sums.rest
+
+
+def _last_backward(
+    spec: ModelSpec, workload: Workload, allocation: Allocation, model: CostModel, num_groups: int,
+    passes: tuple[Pass, ...],
+) -> PassCost:  # fmt: skip
+    """The last micro-batch's, of the smallest; nothing where that has no sequence."""
     s = allocation.strategy
-    reduced = _reductions(spec, allocation, model)
-    if spec.tied_embedding and s.pp > 1:
-        reduced = reduced + _tied_embedding(spec, allocation, model)
-    most_values = max(own_values(spec, shape, s) for shape in set(stage_shapes(spec, s.pp)))
-    return {
-        "data_parallel": reduced,
-        "optimizer": Priced.of(model.layer_costs.optimizer_step(most_values)),
+    groups = num_groups // allocation.num_micro_batches
+    size, answers = _tokens(workload, groups)
+    return model.stages.passes(
+        spec, passes, tp=s.tp, size=size if groups else 0, rows=answers,
+        length=max(1, round(workload.attended_tokens)), split_tokens=s.sequence_parallel,
+        experts=expert_ranks(allocation.mesh, s),
+    )  # fmt: skip
+
+
+def _tokens(workload: Workload, groups: int) -> tuple[int, int]:
+    """(tokens, answers' tokens) of a micro-batch of so many groups."""
+    sequences = groups * workload.group_size
+    size = max(1, round(sequences * workload.expected_tokens))
+    return size, max(1, round(sequences * workload.expected_response_tokens))
+
+
+def _update(
+    spec: ModelSpec, allocation: Allocation, model: CostModel
+) -> tuple[Sequence[_StageSums], Priced, Priced]:
+    """After a mini-batch: sums of unlike stages, of a tied embedding over its ends, optimizer."""
+    s, per_node = allocation.strategy, model.cluster.devices_per_node
+    # Stages of one shape at one place in their nodes cost the same.
+    unlike = {
+        (shape, s.rank(index, 0, 0) % per_node): index
+        for index, shape in enumerate(stage_shapes(spec, s.pp))
     }
+    sums = [_sums(spec, shape, index, allocation, model) for (shape, _), index in unlike.items()]
+    tied = ZERO
+    if spec.tied_embedding and s.pp > 1:
+        tied = _tied_embedding(spec, allocation, model)
+    most_values = max(own_values(spec, shape, s) for shape in set(stage_shapes(spec, s.pp)))
+    return sums, tied, Priced.of(model.layer_costs.optimizer_step(most_values))
 
 
 def _pipeline(
@@ -106,9 +180,7 @@ def _pipeline(
     for groups, count in micro_batch_sizes(num_groups, allocation.num_micro_batches):
         if not count:
             continue
-        sequences = groups * workload.group_size
-        size = max(1, round(sequences * workload.expected_tokens))
-        answers = max(1, round(sequences * workload.expected_response_tokens))
+        size, answers = _tokens(workload, groups)
         cost = model.stages.passes(
             spec, passes, tp=s.tp, size=size, length=length, rows=answers,
             split_tokens=s.sequence_parallel, experts=expert_ranks(allocation.mesh, s),
@@ -124,44 +196,54 @@ def _pipeline(
     return pipeline_parts(kinds, [stages.count for stages in alike], schedule)
 
 
-def _reductions(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Priced:
-    """The slowest stage's; those of one shape at one place in their nodes cost the same."""
-    s, per_node = allocation.strategy, model.cluster.devices_per_node
-    unlike = {
-        (shape, s.rank(index, 0, 0) % per_node): index
-        for index, shape in enumerate(stage_shapes(spec, s.pp))
-    }
-    costs = (
-        _reduction(spec, shape, index, allocation, model) for (shape, _), index in unlike.items()
-    )
-    return max(costs, key=lambda cost: cost.seconds)
-
-
-def _reduction(
+def _sums(
     spec: ModelSpec, shape: StageShape, stage: int, allocation: Allocation, model: CostModel
-) -> Priced:
+) -> _StageSums:
     """Gradients of a stage, fp32, over its replicas: all-reduced, or with ZeRO 1
 
     reduce-scattered, and the updated weights all-gathered. Experts that are split over ep have
-    dp / ep replicas.
+    dp / ep replicas; of a model with experts nothing is begun early.
     """
     s = allocation.strategy
     first = allocation.mesh.first + s.rank(stage, 0, 0)
     last = first + s.dp * s.tp
+    group = range(first, last, s.tp)
     values = stage_values(spec, shape, s.tp, s.ep)
-    if s.ep == 1:
-        return _over_replicas(values, range(first, last, s.tp), s.zero, model)
-    experts = expert_values(spec, shape, s.tp, s.ep)
-    rest = _over_replicas(values - experts, range(first, last, s.tp), s.zero, model)
-    return rest + _over_replicas(experts, range(first, last, s.ep * s.tp), s.zero, model)
+    if s.ep > 1:
+        experts = expert_values(spec, shape, s.tp, s.ep)
+        of_experts = range(first, last, s.ep * s.tp)
+        whole = _over_replicas(values - experts, group, s.zero, model) + _over_replicas(
+            experts, of_experts, s.zero, model
+        )
+        return _StageSums(shape, whole, ZERO, ZERO, 0)
+    whole = _over_replicas(values, group, s.zero, model)
+    if spec.num_experts:
+        return _StageSums(shape, whole, ZERO, ZERO, 0)
+    of_blocks = stage_values(spec, StageShape(shape.num_layers, False, False), s.tp)
+    blocks = _summed(of_blocks, group, s.zero, model)
+    rest = _summed(values - of_blocks, group, s.zero, model) + _gathered(
+        values, group, s.zero, model
+    )
+    block_bytes = GRADIENT_BYTES * of_blocks / shape.num_layers
+    num_buckets = ceil(shape.num_layers / ceil(BUCKET_BYTES / block_bytes))
+    return _StageSums(shape, whole, blocks, rest, num_buckets)
 
 
 def _over_replicas(values: int, group: range, zero: int, model: CostModel) -> Priced:
+    return _summed(values, group, zero, model) + _gathered(values, group, zero, model)
+
+
+def _summed(values: int, group: range, zero: int, model: CostModel) -> Priced:
+    """Gradients, on every rank or with ZeRO 1 each on its owner."""
+    collective = model.collectives.reduce_scatter if zero else model.collectives.all_reduce
+    return Priced.of(collective(float(GRADIENT_BYTES) * values, group))
+
+
+def _gathered(values: int, group: range, zero: int, model: CostModel) -> Priced:
+    """Updated weights from their owners."""
     if zero == 0:
-        return Priced.of(model.collectives.all_reduce(float(GRADIENT_BYTES) * values, group))
-    scatter = model.collectives.reduce_scatter(float(GRADIENT_BYTES) * values, group)
-    gather = model.collectives.all_gather(float(model.value_bytes) * values, group)
-    return Priced.of(scatter) + Priced.of(gather)
+        return ZERO
+    return Priced.of(model.collectives.all_gather(float(model.value_bytes) * values, group))
 
 
 def _tied_embedding(spec: ModelSpec, allocation: Allocation, model: CostModel) -> Priced:

@@ -102,7 +102,7 @@ def _fits(held: Bytes, running: Bytes, free_bytes: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """An allocation whose ZeRO stage and offload may be others, priced."""
+    """An allocation that may also be offloaded, priced."""
 
     allocation: Allocation
     seconds: float
@@ -165,11 +165,10 @@ class Costing:
             self._state(call, spec, layout[0], zero, offload)
             for zero, offload in wanted if zero == 0 or layout[0].strategy.dp > 1
         ]  # fmt: skip
-        priced = []
-        for allocation in layout:
-            running = (0,) if spec is None else running_bytes(self.problem, call, allocation, spec)
-            if any(_fits(state.held, running, free_bytes) for state in states):
-                priced.append(_Way(allocation, self._seconds(call, allocation), running))
+        running = [
+            (0,) if spec is None else running_bytes(self.problem, call, allocation, spec)
+            for allocation in layout
+        ]
         borrowed: Bytes = (0,)
         average_s = 0.0
         if spec is not None:
@@ -179,23 +178,32 @@ class Costing:
                 place = Layout.of(spec, layout[0].mesh, layout[0].strategy)
                 average_s = self.prices.average_s(place)
         found = []
-        for way, state in product(_undominated_ways(priced), states):
-            # What leaves is there again while the call runs, so the sum is the same.
-            if _fits(state.held, way.running, free_bytes):
-                found.append(self._choice(call, way, state, borrowed, average_s))
+        for zero in dict.fromkeys(state.zero for state in states):
+            own = [state for state in states if state.zero == zero]
+            # What ZeRO changes depends on the way: backward hides a part of the sums.
+            ways_in = [
+                self._way(call, allocation, zero, needed)
+                for allocation, needed in zip(layout, running, strict=True)
+                if any(_fits(state.held, needed, free_bytes) for state in own)
+            ]
+            for way, state in product(_undominated_ways(ways_in), own):
+                # What leaves is there again while the call runs, so the sum is the same.
+                if _fits(state.held, way.running, free_bytes):
+                    found.append(self._choice(way, state, borrowed, average_s))
         return undominated(found)
+
+    def _way(
+        self, call: ModelFunctionCall, allocation: Allocation, zero: int, running: Bytes
+    ) -> _Way:
+        if allocation.strategy.zero != zero:
+            allocation = replace(allocation, strategy=replace(allocation.strategy, zero=zero))
+        return _Way(allocation, self._seconds(call, allocation), running)
 
     def _seconds(self, call: ModelFunctionCall, allocation: Allocation) -> float:
         return call_seconds(self.problem, call, allocation, self.prices.model)
 
-    def _choice(
-        self, call: ModelFunctionCall, way: _Way, state: _State, borrowed: Bytes, average_s: float
-    ) -> Choice:
+    def _choice(self, way: _Way, state: _State, borrowed: Bytes, average_s: float) -> Choice:
         allocation, seconds = way.allocation, way.seconds
-        if allocation.strategy.zero != state.zero:
-            strategy = replace(allocation.strategy, zero=state.zero)
-            allocation = replace(allocation, strategy=strategy)
-            seconds = self._seconds(call, allocation)
         return Choice(
             strategy=allocation.strategy,
             num_micro_batches=allocation.num_micro_batches,

@@ -18,8 +18,8 @@ from planner.algorithm import make_config, make_problem
 from planner.cost import CallCost, CostModel, call_cost
 from planner.cost.generate import generate_parts
 from planner.cost.pipeline import PipelinePass, micro_batch_sizes, pipeline_parts
-from planner.cost.stage import Priced, StageCost, stage_shapes, stage_values
-from planner.cost.train import infer_parts, train_parts
+from planner.cost.stage import Priced, StageCost, StageShape, stage_shapes, stage_values
+from planner.cost.train import _left, _StageSums, infer_parts, train_parts
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, Problem, allocation_problem
@@ -295,6 +295,44 @@ def test_data_parallel_gradients_are_fp32_and_zero_gathers_weights() -> None:
     sharded = call_cost(problem, "actor_train", allocate(dp=2, zero=1), model)
     # Half of it, and (n - 1) / n of bf16 weights.
     assert sharded.parts["data_parallel"] == pytest.approx(4 * (2 * values + 1 * values))
+
+
+@given(
+    st.integers(1, 40), st.floats(0.0, 100.0), st.floats(0.001, 100.0), st.floats(0.0, 10.0)
+)  # fmt: skip
+def test_what_backward_does_not_hide_is_what_a_queue_of_buckets_leaves(
+    count: int, backward_s: float, sums_s: float, rest_s: float
+) -> None:
+    """Oracle: buckets one after the other, each begun when it is whole and the one before is."""
+    sums = _StageSums(
+        StageShape(count, True, True),
+        Priced(sums_s + rest_s),
+        Priced(sums_s),
+        Priced(rest_s),
+        count,
+    )
+    ends_s = 0.0
+    for k in range(1, count + 1):
+        ends_s = max(ends_s, backward_s * k / count) + sums_s / count
+    found = _left(sums, backward_s).seconds
+    assert found == pytest.approx(ends_s - backward_s + rest_s, rel=1e-9, abs=1e-9)
+    assert sums_s / count + rest_s <= found * (1 + 1e-9) <= (sums_s + rest_s) * (1 + 2e-9)
+
+
+def test_on_gpus_backward_hides_sums_of_all_buckets_but_the_last() -> None:
+    """Gradients of 0.8 GB a block; more time hides no more."""
+    spec = replace(MODELS["llama-7b"], num_layers=8)
+    for device, hides in (("a100", True), ("cpu", False)):
+        cluster = make_cluster(device, 2)
+        problem = replace(ppo(cluster), models={**ppo(cluster).models, "actor": spec})
+        found = []
+        for block in (1e-9, 1e-3, 1.0, 2.0):
+            model = CostModel(cluster, RoundCosts(block=block), Collectives(cluster))
+            parts = call_cost(problem, "actor_train", allocate(dp=2), model).parts
+            found.append(parts["data_parallel"])
+        assert found == sorted(found, reverse=True)
+        assert (found[0] > 2 * found[2]) == hides
+        assert found[2] == found[3]
 
 
 def test_tensor_parallel_sums_are_two_a_block_and_the_ends() -> None:
