@@ -16,6 +16,7 @@ from planner.memory import RESERVE_BYTES
 from planner.plan import Problem
 from planner.search import search
 from planner.search.bounds import Proof, lower_bound_s
+from planner.search.descent import fastest
 from planner.search.evaluate import Evaluator, Score
 from planner.search.options import Assignment, OptionSpace
 from planner.search.relaxation import Relaxation
@@ -110,6 +111,28 @@ def test_a_box_bounds_its_assignments(seed: int) -> None:
         assert assignment is not None
         score = evaluator.score(assignment)
         assert last_s <= score.step_s * (1 + 1e-9) or score.overshoot > 0
+
+
+@pytest.mark.parametrize(("seed", "slack"), [(0, 1.0), (1, 1.5), (2, 10.0), (3, 10.0)])
+def test_dives_lead_to_assignments_that_the_proof_has_not_cut_off(
+    seed: int, slack: float
+) -> None:  # fmt: skip
+    """Each of the space and not below the bound; the same again from the same seed."""
+    evaluator = Evaluator(space_of(ppo(make_test_cluster(2, 2), ["batch_size=8"])))
+    best_s = evaluator.score(fastest(evaluator)).step_s * slack
+    proof = Proof(Relaxation(evaluator), best_s=lambda: best_s, visit=None)
+    proof.run(lambda proof: proof.boxes >= 20)
+    open_boxes = len(proof.heap)
+    found = list(proof.dives(random.Random(seed), 8, most=200))
+    assert found == list(proof.dives(random.Random(seed), 8, most=200))
+    assert len(found) <= min(8, open_boxes)
+    assert len(proof.heap) == open_boxes
+    for assignment in found:
+        assert evaluator.space.allows(assignment)
+        score = evaluator.score(assignment)
+        assert score.step_s >= proof.lower_bound_s * (1 - 1e-9) or score.overshoot > 0
+    assert found or slack < 10.0
+    assert list(proof.dives(random.Random(seed), 8, most=1)) == []
 
 
 def test_the_engine_stops_at_the_gap_and_repeats_itself() -> None:
