@@ -124,7 +124,7 @@ class Weights:
         )
         optimizer = Adam(
             context, buffer, gradients, config, zero=strategy.zero, partial=stage.partial,
-            early=self.device.type == "cuda",
+            early=self.problem.cluster.kind == "cuda",
         )  # fmt: skip
         return Trainer(gradients=gradients, stage=stage, optimizer=optimizer)
 
