@@ -18,6 +18,8 @@ from planner.search.records import NO_KEY, Floats, Ints, Prices, Records
 
 ROUNDING = 1e-9  # relative: sums in another order than the evaluator's
 
+MOST_POOLS = 1 << 31
+
 # Least over the options of a pool, but for what says which they are.
 POOL = np.dtype(
     [
@@ -25,8 +27,8 @@ POOL = np.dtype(
         ("first", "i8"),  # the devices that every mesh of the pool has, as an interval
         ("end", "i8"),
         ("group", "i8"),  # in which all are, -1: several
-        ("row", "i8"),  # the only choice, -1: several
-        ("layout", "i8"),  # of the only choice
+        ("layout", "i8"),  # the only one, -1: several
+        ("num_layouts", "i8"),
         ("single", "i8"),  # 1: one choice on one mesh
         ("seconds", "f8"),
         ("held", "f8"),  # bytes over all devices
@@ -63,7 +65,7 @@ class Frame(NamedTuple):
     ends: Ints  # [cycles of bound 4, 2]: first and last call
     weights: Floats  # [U] of bound 4
     windows: Ints  # [W, 3]: bound 7
-    num_rows: int
+    most_pairs: int  # of layouts, of which a move's price is the least
 
 
 class Room(NamedTuple):
@@ -162,15 +164,11 @@ def move_s(
     for i in range(call):  # weights that an earlier reader brought are not brought again
         if frame.order.home[i] == home and not apart(facts.layouts, box[i], box[call]):
             return -1.0
-    if here.row < 0 or there.row < 0:
+    if here.num_layouts * there.num_layouts > frame.most_pairs:
         return 0.0
     if fixed and here.layout == there.layout and here.first == there.first:
         return -1.0
-    devices = 1
-    for count in frame.counts:
-        devices += count
-    key = (there.row * frame.num_rows + here.row) * devices + (there.first + 1 if fixed else 0)
-    key = key * devices + (here.first + 1 if fixed else 0)
+    key = box[home] * MOST_POOLS + box[call]
     place = slot(prices.keys, key)
     if prices.keys[place] == key:
         return float(prices.seconds[place])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from planner.layout import Layout
 from planner.mesh import MeshKind
 from planner.search.boxes import POOL, Facts
 from planner.search.choices import Choice
@@ -69,7 +70,6 @@ class Pools:
         self._layouts: dict[tuple[str | None, MeshKind, tuple[int, ...]], int] = {}
         self.tables = [self._table(i) for i in range(len(self.calls))]
         counts = [len(table.choices) for table in self.tables]
-        self.num_rows, self.first_row = sum(counts), np.cumsum([0, *counts])
         self._calls: list[int] = []
         self._rows: list[npt.NDArray[np.int64]] = []
         self._positions: list[tuple[int, int] | None] = []
@@ -132,6 +132,7 @@ class Pools:
     def _add(self, i: int, rows: npt.NDArray[np.int64], positions: tuple[int, int] | None) -> int:
         """A pool of call i: these rows of its table, on the meshes at ``positions`` (None: all)."""
         table, call, pool = self.tables[i], self.calls[i].name, len(self._rows)
+        layouts = sorted(set(table.layout[rows].tolist()))
         pairs = zip(table.group[rows].tolist(), table.size[rows].tolist(), strict=True)
         kinds = sorted({MeshKind(group, size) for group, size in pairs})
         if len(rows) == 1 and positions is None:
@@ -148,8 +149,7 @@ class Pools:
         facts.pools[pool] = (
             min(kind.num_devices for kind in kinds), first, end,
             kinds[0].group if kinds[0].group == kinds[-1].group else -1,
-            self.first_row[i] + rows[0] if len(rows) == 1 else -1,
-            table.layout[rows[0]] if len(rows) == 1 else -1,
+            layouts[0] if len(layouts) == 1 else -1, len(layouts),
             positions is not None and positions[1] - positions[0] == 1,
             table.seconds[rows].min(), table.held[rows].min(), table.need[rows].min(),
             (table.need[rows] + table.borrow[rows]).min(), table.peak[rows].min(),
@@ -160,7 +160,7 @@ class Pools:
         home, away = facts.patterns[pool]
         home[:] = away[:] = table.pattern[rows].min(axis=0)
         home[RUNNING] = table.running[rows].min()
-        for layout in set(table.layout[rows].tolist()):
+        for layout in layouts:
             facts.layouts[pool, layout // BITS] |= 1 << layout % BITS
         facts.halves[pool] = -1
         self._calls.append(i)
@@ -211,12 +211,21 @@ class Pools:
         """The only option of a single pool."""
         positions = self._positions[pool]
         assert positions is not None
-        (option,) = self.options(pool, slice(*positions))
+        (option,) = self._options(self._calls[pool], self._rows[pool][0], slice(*positions))
         return option
 
-    def options(self, pool: int, positions: slice = slice(None)) -> list[Option]:
-        """Of a pool with one choice: on all its call's meshes, or those at ``positions``."""
-        i, (row,) = self._calls[pool], self._rows[pool]
+    def layouts(self, pool: int) -> dict[int, list[Layout]]:
+        """Each layout of a pool's choices, on all meshes that it may have."""
+        i = self._calls[pool]
+        rows = self._rows[pool]
+        numbers, first = np.unique(self.tables[i].layout[rows], return_index=True)
+        return {
+            int(number): [o.layout for o in self._options(i, row) if o.layout is not None]
+            for number, row in zip(numbers, rows[first], strict=True)
+        }
+
+    def _options(self, i: int, row: int, positions: slice = slice(None)) -> list[Option]:
+        """One choice of call i on all its meshes, or those at ``positions``."""
         (kind, choice), call = self.tables[i].choices[int(row)], self.calls[i].name
         meshes = self.space.meshes_of(call, kind)[positions]
         return [self.space.option(call, mesh, choice) for mesh in meshes]

@@ -35,8 +35,9 @@ Devices may be of several groups g, N_g of each; a mesh is in one of them, g(c).
    of a call in it at most the rest. A box in which the minima break this is empty.
 6. *Reallocation.* Where the layouts of a role's home and of its reader surely differ, and no
    earlier reader has brought them, the move is one more event on all devices of both, before the
-   reader. Where only positions are open it takes what it takes at the best of them; before that
-   it takes no time but waits as any other.
+   reader. Where few layouts are left to either end it takes the least between any two, wherever
+   they are, and where both ends are known what it takes between these; before that it takes no
+   time but waits as any other.
 7. *Patterns.* Who can share a device in T seconds and in its bytes: ``patterns.py``. On all
    devices together each has at most the memory of the largest; and on those of each group, with
    only the calls that are surely in it: who else is there can but take time and bytes from these.
@@ -55,6 +56,7 @@ from typing import Any
 import numpy as np
 
 from planner.graph import CallKind
+from planner.layout import Layout
 from planner.memory import RESERVE_BYTES
 from planner.search.boxes import ROUNDING, Frame, Room, bound_s, branch
 from planner.search.cycles import Order
@@ -65,6 +67,10 @@ from planner.search.pools import Box, Cycle, Pools
 from planner.search.prices import empty_prices, grown, put
 from planner.search.records import NO_KEY, Floats, Ints
 from profiles.hardware import Cluster
+
+# Layouts at both ends of a move whose prices are all asked for: so many pairs, or fewer where these
+# times the devices are more. A price takes as long as there are devices.
+MOST_PAIRS, MOST_PRICED = 16, 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,7 @@ class Relaxation:
             ends=_ints([(first, last) for _, _, first, last in self.cycles]),
             weights=np.array(weights),
             windows=_ints(windows).reshape(-1, 3),
-            num_rows=self.pools.num_rows,
+            most_pairs=max(1, min(MOST_PAIRS, MOST_PRICED // cluster.num_devices)),
         )  # fmt: skip
         self.room = Room(
             box=np.zeros(count, dtype=np.int64), moves_s=np.zeros(num_events),
@@ -163,6 +169,7 @@ class Relaxation:
         )  # fmt: skip
         self._bounds = np.zeros((count, 2))
         self.moves, self.num_moves = empty_prices(1 << 10), 0
+        self._least: dict[tuple[int, int, int], float] = {}
 
     # ---- what the graph alone decides ----
 
@@ -217,22 +224,33 @@ class Relaxation:
                 self._price(box, event)
 
     def _price(self, box: Box, event: int) -> None:
-        """Of one choice to another: where they are if that is known, else the least anywhere."""
+        """Where both ends are if that is known, else the least of their layouts anywhere."""
         call, home = self.frame.order.events[event].tolist()
-        ends = [box[home], box[call]]
-        fixed = all(self.pools.is_single(pool) for pool in ends)
-        sources, targets = (
-            [self.pools.option(pool)] if fixed else self.pools.options(pool) for pool in ends
-        )
-        seconds = min(
-            self.space.prices.reallocation_s(a.layout, b.layout)
-            for a, b in product(sources, targets)
-            if a.layout is not None and b.layout is not None
-        )
+        ends = box[home], box[call]
+        if all(self.pools.is_single(pool) for pool in ends):
+            source, target = (self.pools.option(pool).layout for pool in ends)
+            assert source is not None
+            assert target is not None
+            seconds = self.space.prices.reallocation_s(source, target)
+        else:
+            sources, targets = (self.pools.layouts(pool).items() for pool in ends)
+            seconds = min(
+                self._least_s((call, a, b), x, y) for (a, x), (b, y) in product(sources, targets)
+            )
         self.num_moves += 1
         if 2 * self.num_moves >= len(self.moves.keys):
             self.moves = grown(self.moves)
         put(self.moves, int(self.room.keys[event]), seconds)
+
+    def _least_s(
+        self, key: tuple[int, int, int], sources: list[Layout], targets: list[Layout]
+    ) -> float:
+        """Of one layout to another, wherever they are; ``key``: reader and both layouts."""
+        if key not in self._least:
+            self._least[key] = min(
+                self.space.prices.reallocation_s(*ends) for ends in product(sources, targets)
+            )
+        return self._least[key]
 
     def branch(self, box: Box, low_s: float, best_s: float) -> list[tuple[float, Box]]:
         """Parts of ``box``, each with its bound, that may hold a plan below ``best_s``."""

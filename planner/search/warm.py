@@ -66,7 +66,7 @@ def _bound_nothing() -> None:
     frame = Frame(
         order=Order(events=pairs, reads=square, home=ints, waits=ints), roles=ints, keeps=ints,
         sole=ints, counts=ints, free_bytes=floats, ends=pairs, weights=floats, windows=rows,
-        num_rows=0,
+        most_pairs=1,
     )  # fmt: skip
     room = Room(
         box=ints, moves_s=floats, keys=ints, terms=floats, places=square, seconds=floats,
