@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from executor.batch import SequenceBatch
+from executor.generate.prefixes import prefix_key
 from executor.generate.sampling import SamplingParams
 from profiles.errors import ConfigError
 from profiles.models import ModelSpec
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Answer:
     """A prompt [length] and its answer so far; ``limit``: tokens of both together at most."""
 
@@ -33,6 +35,11 @@ class Answer:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+    @cached_property
+    def key(self) -> bytes:
+        """The prompt, to be compared with others (``prefixes.py``)."""
+        return prefix_key(self.prompt)
 
     def append(self, token: int, log_prob: float) -> None:
         """One more token of the answer.

@@ -3,8 +3,8 @@
 Read ``generate`` first. Sequences stand in rows of a cache and get one token a turn; those that
 end leave at once and waiting prompts take their places (continuous batching, Yu et al. 2022,
 Orca), so a turn's forward pass holds one token of old rows and whole prompts of new ones.
-Neighbours with one and the same prompt that enter together share its pass: their rows begin as
-copies, and differ by their noise.
+What a new prompt has in common with one that is there is not computed again (``prefixes.py``): rows
+of one and the same prompt begin as copies, and differ by their noise.
 
 With pipeline stages, sequences are in groups, and every stage works on another group. All
 stages keep the same books, tick by tick: in a tick every stage runs the turn that it holds, then
@@ -33,6 +33,7 @@ from torch import Tensor
 from executor.batch import SequenceBatch
 from executor.generate.answers import Answer, batch_of, begun
 from executor.generate.kv_cache import KVCache, Turn
+from executor.generate.prefixes import Alike, Prefixes
 from executor.generate.sampling import SamplingParams, sample, uniform
 from executor.model.linear import packed_weights
 from executor.model.transformer import DecoderStage
@@ -161,27 +162,39 @@ class _Ticks:
         for _ in range(len(self.idle)):
             group = self.idle.popleft()
             old = group.sequences
-            new = self._admit(group.cache.max_rows - len(old))
+            new, alike = self._admit(group)
             if old or new:
                 group.sequences = [*old, *new]
-                prompts, copies = _distinct(new)
-                inputs = _input_ids(old, prompts).to(self.ctx.device) if self._is_first else None
-                turn = group.cache.turn([len(prompt) for prompt in prompts], copies)
+                turn = group.cache.turn([len(one.prompt) for one in new], alike)
+                inputs = None
+                if self._is_first:
+                    inputs = _input_ids(old, new, turn.packed.lengths).to(self.ctx.device)
                 return _Flight(group=group, turn=turn, inputs=inputs)
             # Without rows and with nobody waiting, the group has nothing to do ever again.
         return None
 
-    def _admit(self, free_rows: int) -> list[Answer]:
-        """Waiting sequences for free rows, as many as may enter in one turn."""
+    def _admit(self, group: _Group) -> tuple[list[Answer], list[Alike]]:
+        """Waiting sequences that enter in one turn, and what others have of each."""
         new: list[Answer] = []
+        alike: list[Alike] = []
+        old = group.sequences
+        free_rows = group.cache.max_rows - len(old)
+        if not self.waiting or not free_rows:
+            return new, alike
+        prefixes = Prefixes()
+        for row, sequence in enumerate(old):
+            prefixes.add(sequence.key, row)
         num_tokens = 0
         while self.waiting and len(new) < free_rows:
-            if not new or not _alike(new[-1], self.waiting[0]):
-                num_tokens += len(self.waiting[0].prompt)
+            sequence = self.waiting[0]
+            same = prefixes.find(sequence.key)
+            num_tokens += len(sequence.prompt) - same.num_tokens
             if new and num_tokens > self.max_prompt_tokens:
                 break
+            prefixes.add(sequence.key, len(old) + len(new))
             new.append(self.waiting.popleft())
-        return new
+            alike.append(same)
+        return new, alike
 
     def _append(self, group: _Group, chosen: Tensor) -> None:
         """``chosen`` [2, rows]: token and log-probability of every row; rows that end leave."""
@@ -295,24 +308,11 @@ def _cache(stage: DecoderStage, sequences: Sequence[Answer], max_rows: int) -> K
     )
 
 
-def _alike(one: Answer, other: Answer) -> bool:
-    return one.prompt is other.prompt or torch.equal(one.prompt, other.prompt)
+def _input_ids(old: Sequence[Answer], new: Sequence[Answer], lengths: Sequence[int]) -> Tensor:
+    """The last token of each old sequence, then of new prompts the last ones: [tokens] int64.
 
-
-def _distinct(sequences: Sequence[Answer]) -> tuple[list[Tensor], list[int]]:
-    """Prompts of neighbours that are alike once, and how many sequences begin with each."""
-    prompts: list[Tensor] = []
-    copies: list[int] = []
-    for index, sequence in enumerate(sequences):
-        if index and _alike(sequences[index - 1], sequence):
-            copies[-1] += 1
-        else:
-            prompts.append(sequence.prompt)
-            copies.append(1)
-    return prompts, copies
-
-
-def _input_ids(old: Sequence[Answer], prompts: Sequence[Tensor]) -> Tensor:
-    """The last token of each old sequence, then new prompts: [tokens] int64."""
+    ``lengths``: tokens of each.
+    """
     last = torch.tensor([sequence.answer[-1] for sequence in old], dtype=torch.long)
-    return torch.cat([last, *prompts])
+    own = [one.prompt[len(one.prompt) - n :] for one, n in zip(new, lengths[len(old) :])]
+    return torch.cat([last, *own])

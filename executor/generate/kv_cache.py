@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from executor.generate.prefixes import Alike
 from executor.model.attention import PackedLengths, decode_attention, pack, packed_attention
 
 # Columns (tokens of a row) are added in multiples of this, and at least by GROWTH of what is
@@ -61,46 +62,56 @@ class KVCache:
         """Of all rows and columns, used or not."""
         return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
 
-    def turn(self, prompt_lengths: Sequence[int] = (), copies: Sequence[int] = ()) -> Turn:
+    def turn(self, prompt_lengths: Sequence[int] = (), alike: Sequence[Alike] = ()) -> Turn:
         """One more token for every row in use, and then new rows with whole prompts.
 
         The forward pass that gets this ``Turn`` as its cache brings the tokens in that order:
-        ``Turn.packed`` says the same in the model's words. ``copies``: rows that begin with each
-        prompt, side by side, for which it is brought once; one each, if empty.
+        ``Turn.packed`` says the same in the model's words. ``alike``: of each new row what an
+        earlier one has of its prompt, in use or new too, which is not brought again; none, if
+        empty. The last token of a prompt is always among those that are brought.
         """
         num_old, device = self.num_rows, self.keys[0].device
-        copies = tuple(copies) or (1,) * len(prompt_lengths)
-        packed_lengths = (*[1] * num_old, *prompt_lengths)
+        alike = tuple(alike) or (Alike(),) * len(prompt_lengths)
+        entries = _entries(num_old, prompt_lengths, alike)
+        own_lengths = [entry.num_own for entry in entries]
+        packed_lengths = (*[1] * num_old, *own_lengths)
         positions = torch.cat(
             [torch.tensor(self.lengths, dtype=torch.long)]
-            + [torch.arange(length) for length in prompt_lengths]
+            + [torch.arange(n - own, n) for n, own in zip(prompt_lengths, own_lengths, strict=True)]
         )
-        new_lengths = [n for n, times in zip(prompt_lengths, copies, strict=True)
-                       for _ in range(times)]  # fmt: skip
-        self.lengths = [length + 1 for length in self.lengths] + new_lengths
+        self.lengths = [length + 1 for length in self.lengths] + list(prompt_lengths)
         assert self.num_rows <= self.max_rows, (self.num_rows, self.max_rows)
         self._hold(max(self.lengths))
-        # Of every row: which of the packed sequences it gets, and where that begins.
-        of_row = torch.arange(len(packed_lengths)).repeat_interleave(
-            torch.tensor((*[1] * num_old, *copies), dtype=torch.long)
-        )
-        lengths = torch.tensor(packed_lengths, dtype=torch.long)
-        ends = lengths.cumsum(0)
-        stored_of_row = lengths[of_row]
-        rows = torch.arange(self.num_rows).repeat_interleave(stored_of_row)
-        first_stored = stored_of_row.cumsum(0) - stored_of_row
-        stored = torch.arange(len(rows)) + ((ends - lengths)[of_row] - first_stored)[rows]
-        shared = self.num_rows > len(packed_lengths)
+        self._copy([(old, new, count) for new, entry in enumerate(entries, num_old)
+                    for old, count in [entry.copied] if count])  # fmt: skip
+        columns = self.num_columns
+        starts = torch.arange(self.num_rows) * columns
+        slots = [starts[:num_old] + positions[:num_old]]
+        slots += [torch.arange(start + entry.copied[1], start + length) for start, entry, length
+                  in zip(starts[num_old:].tolist(), entries, prompt_lengths)]  # fmt: skip
+        shared = any(own < n for own, n in zip(own_lengths, prompt_lengths))
+        stored = torch.cat([torch.arange(num_old), *(entry.tokens for entry in entries)])
+        ends = torch.tensor([*range(num_old), *(int(entry.tokens[-1]) for entry in entries)])
         return Turn(
             cache=self,
             packed=pack(packed_lengths, device, positions=positions),
-            slots=(rows * self.num_columns + positions[stored]).to(device),
+            slots=torch.cat(slots).to(device),
             stored=stored.to(device) if shared else None,
             old_lengths=torch.tensor(self.lengths[:num_old], device=device),
             max_old_length=max(self.lengths[:num_old], default=0),
-            prompts=pack(prompt_lengths, device) if prompt_lengths else None,
-            last_tokens=(ends[of_row] - 1).to(device) if prompt_lengths else None,
+            prompts=_prompts(starts[num_old:].tolist(), prompt_lengths, own_lengths, device),
+            last_tokens=ends.to(device) if prompt_lengths else None,
         )
+
+    def _copy(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """(old row, new row, tokens): what new rows have in common with rows in use."""
+        if not moves:
+            return
+        device = self.keys[0].device
+        old, new = torch.tensor([move[:2] for move in moves], device=device).T
+        columns = max(count for _, _, count in moves)  # more than its own a row writes over
+        for x in (*self.keys, *self.values):
+            x[new, :columns] = x[old, :columns]
 
     def compact(self, kept: Sequence[int]) -> list[int]:
         """Give up all rows but ``kept``; returns the old row of each new one.
@@ -108,13 +119,7 @@ class KVCache:
         Rows from the end move into the gaps: as many are copied as leave, not as many as stay.
         """
         order = compaction(self.num_rows, kept)
-        moves = [(old, new) for new, old in enumerate(order) if old != new]
-        if moves:
-            device = self.keys[0].device
-            old, new = torch.tensor(moves, device=device).T
-            columns = max(self.lengths[row] for row, _ in moves)
-            for x in (*self.keys, *self.values):
-                x[new, :columns] = x[old, :columns]
+        self._copy([(old, new, self.lengths[old]) for new, old in enumerate(order) if old != new])
         self.lengths = [self.lengths[row] for row in order]
         return order
 
@@ -147,14 +152,74 @@ def compaction(num_rows: int, kept: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """Where a new row's keys and values come from.
+
+    The first ones from a row that was in use before, ``copied`` = (that row, how many); all others
+    from the packed ``tokens`` of the turn, of which the last ``num_own`` are its own.
+    """
+
+    copied: tuple[int, int]
+    tokens: Tensor
+    num_own: int
+
+
+def _entries(num_old: int, lengths: Sequence[int], alike: Sequence[Alike]) -> list[_Entry]:
+    """Of each new row, in order; packed tokens ``num_old`` and on are theirs."""
+    found: list[_Entry] = []
+    next_token = num_old
+    for length, same in zip(lengths, alike, strict=True):
+        assert same.num_tokens <= length, (length, same)
+        copied, shared = (0, 0), torch.arange(0)
+        if same.num_tokens and same.row < num_old:
+            copied = same.row, min(same.num_tokens, length - 1)
+        elif same.num_tokens:
+            like = found[same.row - num_old]
+            copied = like.copied[0], min(like.copied[1], same.num_tokens, length - 1)
+            shared = like.tokens[: max(0, same.num_tokens - like.copied[1])]
+        num_own = length - copied[1] - len(shared)
+        own = torch.arange(next_token, next_token + num_own)
+        next_token += num_own
+        found.append(_Entry(copied=copied, tokens=torch.cat((shared, own)), num_own=num_own))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompts:
+    """New rows that bring tokens: ``own`` ones are the last of ``whole`` prompts, packed both.
+
+    ``slots`` [tokens of whole prompts]: where in the cache their keys lie; None: all are brought.
+    """
+
+    own: PackedLengths
+    whole: PackedLengths
+    slots: Tensor | None
+
+
+def _prompts(
+    starts: Sequence[int], lengths: Sequence[int], own_lengths: Sequence[int], device: torch.device
+) -> _Prompts | None:
+    """Of rows that begin at ``starts`` in the cache."""
+    if not lengths:
+        return None
+    rows = [row for row, own in enumerate(own_lengths) if own]
+    own = pack([own_lengths[row] for row in rows], device)
+    if all(own_lengths[row] == lengths[row] for row in rows):
+        return _Prompts(own=own, whole=own, slots=None)
+    slots = torch.cat([torch.arange(starts[row], starts[row] + lengths[row]) for row in rows])
+    whole = pack([lengths[row] for row in rows], device)
+    return _Prompts(own=own, whole=whole, slots=slots.to(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """What one forward pass brings into the cache; the stage's ``KVCacheLike``.
 
-    ``packed``: one token of each old row, then the prompts of the new rows. ``slots`` [stored]:
-    row * columns + position of every key that is stored, of the packed token ``stored`` [stored];
-    None: each token's once. ``old_lengths`` [old rows]: tokens of the old rows, the new one
-    included, at most ``max_old_length``. ``prompts``: the prompts alone, or None.
-    ``last_tokens`` [rows]: index of every row's last token in the packed batch; None: all of them.
+    ``packed``: one token of each old row, then what new rows bring of their prompts. ``slots``
+    [stored]: row * columns + position of every key that is stored, of the packed token ``stored``
+    [stored]; None: each token's once. ``old_lengths`` [old rows]: tokens of the old rows, the new
+    one included, at most ``max_old_length``. ``prompts``: the new rows', or None. ``last_tokens``
+    [rows]: index of every row's last token in the packed batch; None: all of them.
     """
 
     cache: KVCache
@@ -163,7 +228,7 @@ class Turn:
     stored: Tensor | None
     old_lengths: Tensor
     max_old_length: int
-    prompts: PackedLengths | None
+    prompts: _Prompts | None
     last_tokens: Tensor | None
 
     def attend(
@@ -182,11 +247,14 @@ class Turn:
                 max_length=self.max_old_length, window=self.cache.window,
             )  # fmt: skip
             parts.append(old)
-        if self.prompts is not None:
-            # A prompt sees itself only: its keys need not be read back.
+        if (prompts := self.prompts) is not None:
+            if prompts.slots is None:  # they see themselves only: nothing need be read back
+                seen = k[num_old:], v[num_old:]
+            else:
+                seen = tuple(x.view(-1, *k.shape[1:])[prompts.slots] for x in (keys, values))
             parts.append(
                 packed_attention(
-                    q[num_old:], k[num_old:], v[num_old:], self.prompts, window=self.cache.window
+                    q[num_old:], *seen, prompts.own, keys=prompts.whole, window=self.cache.window
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -76,17 +76,20 @@ class KVCacheLike(Protocol):
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths, *, window: int = 0
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths, *, keys: PackedLengths | None = None,
+    window: int = 0,
+) -> Tensor:  # fmt: skip
     """softmax(q k^T / sqrt(head_dim)) v within every sequence, causal; differentiable.
 
     q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim].
-    ``packed`` holds whole sequences, or their first parts: positions start at 0. ``window``: a
-    token sees itself and the window - 1 before it; 0: all.
+    ``packed`` holds whole sequences, or their first parts: positions start at 0. ``keys``: k and v
+    have more of each sequence, and q its last tokens. ``window``: a token sees itself and the
+    window - 1 before it; 0: all.
     """
+    keys = packed if keys is None else keys
     if q.is_cuda:
-        return _cuda_attention(q, k, v, packed, window)
-    return _by_segments(q, k, v, packed.lengths, window)
+        return _cuda_attention(q, k, v, packed, keys, window)
+    return _by_segments(q, k, v, packed.lengths, keys.lengths, window)
 
 
 def decode_attention(
@@ -122,10 +125,15 @@ def decode_attention(
 # ---- CPU, and anything else without a variable-length kernel ----------------------------------
 
 
-def _by_segments(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int) -> Tensor:
-    if len(set(lengths)) <= 1:
+def _by_segments(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], key_lengths: tuple[int, ...],
+    window: int,
+) -> Tensor:  # fmt: skip
+    if q.shape[0] == 0:
+        return torch.zeros_like(q)
+    if len(set(zip(lengths, key_lengths))) == 1:
         return _equal_lengths(q, k, v, len(lengths), window)
-    return _grouped_by_length(q, k, v, lengths, window)
+    return _grouped_by_length(q, k, v, lengths, key_lengths, window)
 
 
 def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, num_sequences: int, window: int) -> Tensor:
@@ -135,10 +143,9 @@ def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, num_sequences: int, window: 
         # [tokens, heads, head_dim] -> [n, heads, length, head_dim], without a copy
         return x.view(num_sequences, -1, *x.shape[1:]).transpose(1, 2)
 
-    if q.shape[0] == 0:
-        return torch.zeros_like(q)
-    length = q.shape[0] // num_sequences
-    seen = _seen(length, window, q.device) if 0 < window < length else None
+    length, num_keys = q.shape[0] // num_sequences, k.shape[0] // num_sequences
+    all_seen = length == num_keys and not 0 < window < length
+    seen = None if all_seen else _seen(length, num_keys, window, q.device)
     out = F.scaled_dot_product_attention(
         batch(q), batch(k), batch(v), attn_mask=seen, is_causal=seen is None,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -146,25 +153,31 @@ def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, num_sequences: int, window: 
     return out.transpose(1, 2).reshape(q.shape)
 
 
-def _seen(length: int, window: int, device: torch.device) -> Tensor:
-    """Which key (column) a query (row) sees, [length, length] bool."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+def _seen(length: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """Which key (column) a query (row) sees, the last query all of ``window``: bool."""
+    before = num_keys - length
+    seen = torch.ones(length, num_keys, dtype=torch.bool, device=device).tril(before)
+    return seen.triu(before + 1 - window) if window else seen
 
 
 def _grouped_by_length(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], key_lengths: tuple[int, ...],
+    window: int,
+) -> Tensor:  # fmt: skip
     """One call for every distinct length; split and cat move each value once, both ways."""
-    parts = [x.split(lengths) for x in (q, k, v)]
+    pairs = list(zip(lengths, key_lengths, strict=True))
+    parts = [x.split(n) for x, n in ((q, lengths), (k, key_lengths), (v, key_lengths))]
     found: dict[int, Tensor] = {}
-    for length in set(lengths) - {0}:
-        indices = [i for i, other in enumerate(lengths) if other == length]
+    for pair in dict.fromkeys(pairs):
+        if pair[0] == 0:
+            continue
+        indices = [i for i, other in enumerate(pairs) if other == pair]
         together = [
             part[indices[0]] if len(indices) == 1 else torch.cat([part[i] for i in indices])
             for part in parts
         ]
         out = _equal_lengths(together[0], together[1], together[2], len(indices), window)
-        found.update(zip(indices, out.split(length), strict=True))
+        found.update(zip(indices, out.split(pair[0]), strict=True))
     return torch.cat([found[i] for i in sorted(found)])
 
 
@@ -191,23 +204,19 @@ def _torch_varlen() -> tuple[Any, bool] | None:
     return varlen_attn, "window_size" in inspect.signature(varlen_attn).parameters
 
 
-def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths, window: int) -> Tensor:
-    """The first of flash-attn, torch's packed kernel and SDPA by segments that can run this."""
+def _cuda_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths, keys: PackedLengths, window: int
+) -> Tensor:
+    """The first of flash-attn, torch's packed kernel and SDPA by segments that can run this.
+
+    Both kernels take a sequence's queries for the last of its tokens (flash-attn since 2.1).
+    """
     if q.dtype in (torch.bfloat16, torch.float16):
-        ends, longest = packed.cu_seqlens, packed.max_length
+        ends, longest = (packed.cu_seqlens, keys.cu_seqlens), (packed.max_length, keys.max_length)
         left = window - 1 if window else -1  # tokens to the left that are seen
         if (flash := _flash_attention()) is not None:
-            return flash(
-                q,
-                k,
-                v,
-                ends,
-                ends,
-                longest,
-                longest,
-                causal=True,
-                window_size=(left, 0 if window else -1),
-            )
+            seen = (left, 0 if window else -1)
+            return flash(q, k, v, *ends, *longest, causal=True, window_size=seen)
         varlen, windowed = _torch_varlen() or (None, False)
         if varlen is not None and (windowed or not window):
             causal: dict[str, Any] = {"window_size": (left, 0)} if windowed else {"is_causal": True}
@@ -215,5 +224,5 @@ def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, packed: PackedLengths, wind
             group = q.shape[1] // k.shape[1]
             if group > 1:
                 k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            return varlen(q, k, v, ends, ends, longest, longest, **causal)
-    return _by_segments(q, k, v, packed.lengths, window)
+            return varlen(q, k, v, *ends, *longest, **causal)
+    return _by_segments(q, k, v, packed.lengths, keys.lengths, window)

@@ -48,6 +48,23 @@ def test_packed_attention_is_the_written_out_sum(lengths, heads):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 7)).map(sorted), min_size=1, max_size=7
+    ),
+    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+)
+def test_queries_may_be_the_last_tokens_of_a_sequence(lengths, heads):
+    own, whole = zip(*lengths)
+    q, k, v = random_qkv(sum(whole), *heads)
+    mine = [torch.arange(end - n, end) for n, end in zip(own, torch.tensor(whole).cumsum(0))]
+    out = packed_attention(q[torch.cat(mine)], k, v, pack(own), keys=pack(whole))
+    parts = zip(own, q.split(whole), k.split(whole), v.split(whole))
+    expected = torch.cat([written_out(*part)[len(part[0]) - n :] for n, *part in parts])
+    torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("lengths", [(6,), (4, 4, 4), (3, 7, 3, 1, 5)])
 def test_gradients_of_packed_attention(lengths):
     q, k, v = (x.double().requires_grad_() for x in random_qkv(sum(lengths), 4, 2))
@@ -163,3 +180,17 @@ def test_packed_attention_on_cuda(dtype):
     mine = torch.autograd.grad(out.float().sum(), (q, k, v))
     for got, want in zip(mine, torch.autograd.grad(expected.sum(), (q, k, v))):
         torch.testing.assert_close(got, want, atol=5 * tolerance, rtol=5 * tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_queries_may_be_the_last_tokens_of_a_sequence_on_cuda(dtype):
+    own, whole = (3, 1, 40), (3, 70, 129)
+    q, k, v = (x.to("cuda", dtype) for x in random_qkv(sum(whole), 4, 2))
+    last = torch.cat([torch.arange(end - n, end) for n, end in zip(own, (3, 73, 202))])
+    out = packed_attention(q[last], k, v, pack(own, "cuda"), keys=pack(whole, "cuda"))
+    parts = zip(own, q.split(whole), k.split(whole), v.split(whole))
+    expected = torch.cat([written_out(*part)[len(part[0]) - n :] for n, *part in parts])
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)

@@ -15,6 +15,7 @@ from executor.batch import SequenceBatch
 from executor.context import build_contexts
 from executor.generate import engine
 from executor.generate.engine import generate
+from executor.generate.prefixes import LEAST_SHARED
 from executor.generate.sampling import SamplingParams
 from executor.model.attention import pack
 from executor.model.transformer import DecoderStage
@@ -22,7 +23,13 @@ from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from profiles.errors import ConfigError
 from profiles.models import ModelSpec
-from tests.executor.small_models import hf_twin, random_buffer, single_stage, small_spec
+from tests.executor.small_models import (
+    FAMILY_SPECS,
+    hf_twin,
+    random_buffer,
+    single_stage,
+    small_spec,
+)
 from tests.spawn import spawn
 
 PROMPT_LENGTHS = (5, 9, 1, 5, 14, 2, 7)
@@ -291,7 +298,7 @@ def test_answers_to_one_prompt_share_its_pass(monkeypatch, options, most_prompts
     forward = stage.forward
 
     def counting(inputs, packed, cache):
-        brought.extend(cache.prompts.lengths if cache.prompts else ())
+        brought.extend(cache.prompts.own.lengths if cache.prompts else ())
         return forward(inputs, packed, cache)
 
     monkeypatch.setattr(stage, "forward", counting)
@@ -300,6 +307,69 @@ def test_answers_to_one_prompt_share_its_pass(monkeypatch, options, most_prompts
     torch.testing.assert_close(together.get("log_probs"), torch.cat(log_probs), atol=1e-5, rtol=0)
     assert 4 <= len(brought) < len(prompts)
     assert most_prompts is None or len(brought) == most_prompts
+
+
+SYSTEM = tuple(range(30, 30 + LEAST_SHARED + 3))  # what prompts have in common
+
+
+def sharing_prompts(spec: ModelSpec) -> list[Tensor]:
+    """SYSTEM and a tail: one is the beginning of another, one is there twice, one has another."""
+    tails = [(), (1, 2), (1, 2, 5), (9,), (1, 2), (1, 2, 7, 7)]
+    prompts = [torch.tensor([*SYSTEM, *tail]) for tail in tails]
+    return [*prompts[:4], torch.tensor([8, 8]), *prompts[4:]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_rows": 3}, {"max_rows": 1}, {"num_groups": 2}, {"max_prompt_tokens": 22}],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "spec", [small_spec(), small_spec(sliding_window=7), FAMILY_SPECS["gpt2"]],
+    ids=["grouped", "window", "learned positions"],
+)  # fmt: skip
+def test_prompts_that_begin_alike_share_what_they_have_in_common(monkeypatch, options, spec):
+    """Each answer as if it were alone; where all enter at once no token is computed twice."""
+    stage = single_stage(spec)
+    prompts = sharing_prompts(stage.spec)
+    setting = params(min_new_tokens=5)
+    samples = range(20, 20 + len(prompts))
+    alone = [
+        run(stage, setting, prompts=[prompt], samples=[sample])
+        for sample, prompt in zip(samples, prompts)
+    ]
+    brought = 0
+    forward = stage.forward
+
+    def counting(inputs, packed, cache):
+        nonlocal brought
+        brought += sum(cache.prompts.own.lengths) if cache.prompts else 0
+        return forward(inputs, packed, cache)
+
+    monkeypatch.setattr(stage, "forward", counting)
+    together = run(stage, setting, prompts=prompts, samples=samples, **options)
+    expected = {sample: tokens for one in alone for sample, tokens in sequences_of(one).items()}
+    assert sequences_of(together) == expected
+    log_probs = torch.cat([one.get("log_probs") for one in alone])
+    torch.testing.assert_close(together.get("log_probs"), log_probs, atol=1e-5, rtol=0)
+    different = {tuple(p[:n].tolist()) for p in prompts for n in range(1, len(p) + 1)}
+    assert brought < sum(map(len, prompts)) or options == {"max_rows": 1}
+    assert brought == len(different) or options
+
+
+def test_stages_share_what_prompts_have_in_common():
+    """Stages and shards keep the same books of it."""
+    layout = Layout(spec=small_spec(), mesh=DeviceMesh(0, 4), pp=2, tp=2)
+    expected = sequences_of(
+        run(single_stage(layout.spec), params(), prompts=sharing_prompts(layout.spec))
+    )
+    assert spawn(4, answers_that_share, layout) == [expected] * 4
+
+
+def answers_that_share(rank: int, world_size: int, layout: Layout) -> dict[int, list[int]]:
+    context = build_contexts([layout], rank=rank, device=torch.device("cpu"))[layout]
+    stage = DecoderStage(context, random_buffer(layout, rank))
+    options = {"num_groups": 2, "max_rows": 5}
+    return sequences_of(run(stage, params(), prompts=sharing_prompts(layout.spec), **options))
 
 
 def test_stages_of_a_pipeline_work_at_once():

@@ -9,29 +9,32 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from executor.generate.kv_cache import COLUMN_STEP, KVCache, compaction
+from executor.generate.prefixes import Alike
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 2, 8, 2
 
 
-def make_cache(max_rows: int = 5, max_columns: int = 200) -> KVCache:
+def make_cache(max_rows: int = 5, max_columns: int = 200, window: int = 0) -> KVCache:
     return KVCache(
         num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_rows=max_rows,
-        max_columns=max_columns, dtype=torch.float32, device="cpu",
+        max_columns=max_columns, dtype=torch.float32, device="cpu", window=window,
     )  # fmt: skip
 
 
-def whole_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def whole_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """Oracle: causal attention of one sequence, heads repeated; [length, heads, head_dim]."""
     k, v = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     scores = q @ k.transpose(1, 2) / HEAD_DIM**0.5
-    future = torch.ones(scores.shape[-2:]).triu(1).bool()
-    return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    unseen = torch.ones(scores.shape[-2:]).triu(1).bool()
+    if window:
+        unseen |= torch.ones(scores.shape[-2:]).tril(-window).bool()
+    return (scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
 class Story:
@@ -41,6 +44,7 @@ class Story:
         generator = torch.Generator().manual_seed(seed)
         shapes = [(LAYERS, total, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         self.q, self.k, self.v = (torch.randn(shape, generator=generator) for shape in shapes)
+        self.tensors = self.q, self.k, self.v
         self.prompt, self.total, self.length = prompt, total, 0
         self.outputs: list[Tensor] = []  # [layers, tokens, heads, head_dim] of each turn
 
@@ -96,6 +100,69 @@ def test_attention_through_the_cache_is_attention_over_whole_sequences(seed):
         for layer in range(LAYERS):
             expected = whole_attention(story.q[layer], story.k[layer], story.v[layer])
             torch.testing.assert_close(got[layer], expected, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    starts=st.lists(
+        st.tuples(st.integers(0, 9), st.integers(0, 12), st.integers(0, 6), st.integers(0, 4)),
+        min_size=2, max_size=9,
+    ),
+    window=st.sampled_from((0, 3)),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_rows_that_begin_as_others_attend_as_if_they_had_brought_all(starts, window, seed):
+    """Rows in use and rows of the same turn, also in a chain, lend their beginning."""
+    rng = random.Random(seed)
+    stories: list[Story] = []
+    owners: list[tuple[int, int]] = []  # of each story: whose beginning it has, and how much of it
+    for place, (owner, shared, own, answer) in enumerate(starts):
+        owner = owner % place if place else 0
+        shared = min(shared, stories[owner].prompt) if place else 0
+        prompt = max(1, shared + own)
+        story = Story(prompt, prompt + answer, place)
+        if shared:
+            for mine, theirs in zip((story.q, story.k, story.v), stories[owner].tensors):
+                mine[:, :shared] = theirs[:, :shared]
+        stories.append(story)
+        owners.append((owner, shared))
+    cache = make_cache(max_rows=len(stories), window=window)
+    waiting, rows = list(range(len(stories))), list[int]()
+    while waiting or any(stories[s].length < stories[s].total for s in rows):
+        order = cache.compact(
+            [r for r, s in enumerate(rows) if stories[s].length < stories[s].total]
+        )
+        rows = [rows[row] for row in order]
+        new = [waiting.pop(0) for _ in range(rng.randint(0 if rows else 1, len(waiting)))
+               ] if waiting else []  # fmt: skip
+        rows += new
+        alike = [
+            Alike(row=rows.index(owners[s][0]), num_tokens=owners[s][1])
+            if owners[s][0] in rows[: rows.index(s)] else Alike()
+            for s in new
+        ]  # fmt: skip
+        turn = cache.turn([stories[s].prompt for s in new], alike)
+        places = [stories[s].next_tokens() for s in rows]
+        brought = [slice(p.stop - n, p.stop) for p, n in zip(places, turn.packed.lengths)]
+        assert turn.packed.positions.tolist() == [
+            i for p in brought for i in range(p.start, p.stop)
+        ]
+        for layer in range(LAYERS):
+            q, k, v = (
+                torch.cat([stories[s].tensors[i][layer, place] for s, place in zip(rows, brought)])
+                for i in range(3)
+            )
+            out = turn.attend(layer, q, k, v, turn.packed)
+            ends = turn.last_tokens
+            last = out if ends is None else out[ends]
+            for s, place, got in zip(rows, places, last):
+                whole = [x[layer, : place.stop] for x in stories[s].tensors]
+                expected = whole_attention(*whole, window=window)[-1]
+                torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+            for s, place, part in zip(rows, brought, out.split(list(turn.packed.lengths))):
+                whole = [x[layer, : place.stop] for x in stories[s].tensors]
+                expected = whole_attention(*whole, window=window)[place.start :]
+                torch.testing.assert_close(part, expected, atol=1e-5, rtol=0)
 
 
 def test_oracle_is_torchs_attention():
