@@ -12,6 +12,7 @@ from executor.model.linear import (
     linear_of,
     overwrite_gradient,
     packable,
+    packed_rows,
     packed_weights,
 )
 
@@ -121,6 +122,15 @@ def test_copies_end_with_their_block_and_gradients_never_use_them() -> None:
         assert torch.equal(linear(x, weight), F.linear(x, weight))
     with torch.no_grad():
         assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "rows"), [("GenuineIntel", {4, 63}), ("AuthenticAMD", {1, 4, 63, 64, 2048})]
+)
+def test_which_rows_take_the_copy_is_the_makers(vendor, rows, monkeypatch, tmp_path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr("executor.model.linear.CPU_INFO", tmp_path / "cpuinfo")
+    assert {n for n in (0, 1, 4, 63, 64, 2048) if n in packed_rows.__wrapped__()} == rows
 
 
 def test_what_is_not_fp32_on_a_cpu_stays_as_it_is() -> None:
