@@ -52,7 +52,7 @@ ROW = np.dtype(
         ("average_s", "f8"),  # of the average in its layout, where its role is one
         ("axes", "i8"),  # index of (group, pp, tp, dp, ep)
         ("stages", "i8"),  # pp
-        ("split", "i8"),  # equal where equal dp means equal samples on equal ranks
+        ("samples", "i8"),  # equal where on one mesh every rank has the same samples
         ("copies", "i8"),  # index of pp * tp: of every sample so many ranks need one
         ("segment_start", "i8"),  # into segment_end: runs of stages with equal bytes
         ("segment_stop", "i8"),

@@ -36,6 +36,7 @@ from planner.search.records import (
     Tables,
 )  # fmt: skip
 from planner.simulate import StepPrices, num_splits, sample_bytes
+from planner.strategy import ParallelStrategy
 from planner.transfers import readers_of
 from profiles.hardware import Cluster
 from profiles.models import ModelSpec
@@ -183,9 +184,16 @@ def _rows(index: Index, segments: Sequence[Sequence[object]], copies: Sequence[i
     place = {axes: n for n, axes in enumerate(index.axes)}
     spans = _spans([len(found) for found in segments])
     calls = index.space.calls
+    dealt: dict[tuple[int, ...], int] = {}
+
+    def samples(i: int, s: ParallelStrategy) -> int:
+        # As ``simulate._placement``: where experts lie (ep) does not matter.
+        key = (s.pp, s.tp, s.dp, num_splits(calls[i], s))
+        return dealt.setdefault(key, len(dealt))
+
     return _records(ROW, [
         (c.seconds, c.reload_s, c.average_s, place[(kind.group, *c.axes)], c.strategy.pp,
-         num_splits(calls[i], c.strategy), copies.index(c.strategy.pp * c.strategy.tp), *span)
+         samples(i, c.strategy), copies.index(c.strategy.pp * c.strategy.tp), *span)
         for (i, kind, c), span in zip(index.rows, spans, strict=True)
     ])  # fmt: skip
 

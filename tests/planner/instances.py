@@ -22,7 +22,7 @@ SEEDS = range(48)
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Any graph, unlike models, one to four devices of one to four nodes, any memory and links;
+    """Any graph, unlike models, some with experts, one to four devices of one to four nodes, any memory and links;
 
     on some of them offload is worth trying.
     """
@@ -31,6 +31,8 @@ def draw_problem(rng: random.Random) -> Problem:
         SPEC, num_layers=rng.choice([1, 2, 3, 5]), ffn=rng.choice([32, 128]),
         num_kv_heads=rng.choice([1, 2, 4]), tied_embedding=rng.random() < 0.3,
     )  # fmt: skip
+    if rng.random() < 0.2:
+        spec = replace(spec, num_experts=rng.choice([2, 4]), experts_per_token=rng.choice([1, 2]))
     memory_bytes = RESERVE_BYTES["cpu"] + rng.choice([300, 500, 900, 2000, 9000]) * 1024
     shape = rng.choice([(1, 1), (1, 2), (2, 1), (1, 3), (1, 4), (2, 2), (4, 1)])
     cluster = make_test_cluster(*shape, memory_bytes=memory_bytes)

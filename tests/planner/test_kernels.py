@@ -36,6 +36,8 @@ def problem_of(algorithm: str, rng: random.Random) -> Problem:
     name, *overrides = algorithm.split()
     cluster = make_test_cluster(*rng.choice([(1, 1), (1, 4), (2, 2), (2, 4), (3, 2), (4, 1)]))
     spec = replace(SPEC, num_kv_heads=rng.choice([1, 2, 4]), num_layers=rng.choice([2, 3, 5]))
+    if rng.random() < 0.5:  # calls may work on the same samples and split their experts unlike
+        spec = replace(spec, num_experts=4, experts_per_token=2)
     found = find_algorithm(name)
     overrides += [f"batch_size={rng.choice([12, 24])}", "prompt_len=16", "response_len=16"]
     config = make_config(found.config_class, overrides)
