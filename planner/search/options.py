@@ -22,6 +22,7 @@ from planner.memory import (
 from planner.mesh import DeviceMesh, MeshKind, kind_of
 from planner.plan import Allocation, Problem, offload_problem
 from planner.search.choices import Choice, Costing
+from planner.search.locked import check_lock
 from planner.search.variants import considered_meshes, variants
 from planner.simulate import StepPrices
 from profiles.errors import ConfigError, InfeasibleError
@@ -78,7 +79,7 @@ class OptionSpace:
 
     Raises:
         InfeasibleError: a call fits on no mesh even alone.
-        ConfigError: no option of a call is as its lock says.
+        ConfigError: no option of a call can be as its lock says.
     """
 
     def __init__(
@@ -95,6 +96,10 @@ class OptionSpace:
         self.meshes_by_kind: dict[MeshKind, list[DeviceMesh]] = {}
         for mesh in considered_meshes(problem.cluster):
             self.meshes_by_kind.setdefault(kind_of(mesh, problem.cluster), []).append(mesh)
+        tried = {mesh: None for like in self.meshes_by_kind.values() for mesh in like}
+        for call in self.calls:
+            if call.name in self.locks:
+                check_lock(problem, call, self.locks[call.name], tried, offload=self.offload)
         self._costing = Costing(problem, prices)
         self._options: dict[tuple[str, DeviceMesh, int], Option] = {}
         self._known: dict[tuple[object, ...], Mapping[MeshKind, tuple[Choice, ...]]] = {}
@@ -173,7 +178,7 @@ class OptionSpace:
             if kept:
                 found[kind] = kept
         if not found:
-            raise self._locked_out(call) if call.name in self.locks else self._infeasible(call)
+            raise self._infeasible(call)
         self._known[key] = found
         return found
 
@@ -188,20 +193,19 @@ class OptionSpace:
         lock = self.locks.get(call.name, Lock())
         return self._costing.choices(call, meshes[0], lock, offload=self.offload)
 
-    def _locked_out(self, call: ModelFunctionCall) -> ConfigError:
-        return ConfigError(
-            "no option of this call that fits a device's memory is as it is locked",
-            where=f"lock.{call.name}",
-            remedy="fix less of it: mesh, strategy or num_micro_batches",
-        )
-
     def _infeasible(self, call: ModelFunctionCall) -> InfeasibleError:
-        """What the smallest way to run a call lacks."""
+        """What the smallest way to run a call lacks, of those that its lock allows."""
         best: tuple[int, Allocation, MemoryBreakdown] | None = None
-        cluster = self.problem.cluster
-        for meshes in self.meshes_by_kind.values():
+        cluster, lock = self.problem.cluster, self.locks.get(call.name, Lock())
+        for kind in self.meshes_by_kind:
+            meshes = self.meshes_of(call.name, kind)
+            if not meshes:
+                continue
             had = cluster.group_of(meshes[0].first).device.memory_bytes
-            for allocation in variants(self.problem, call, meshes[0]):
+            ways = variants(self.problem, call, meshes[0], offload=self.offload)
+            for allocation in [lock.allocation] if lock.allocation else ways:
+                if not lock.allows(allocation):
+                    continue
                 need = call_memory(self.problem, call.name, allocation)
                 if best is None or need.total - had < best[0]:
                     best = (need.total - had, allocation, need)
@@ -209,13 +213,14 @@ class OptionSpace:
         lacks, allocation, need = best
         device = cluster.group_of(allocation.mesh.first).device
         item, num_bytes = need.biggest
+        locked = " as it is locked" if call.name in self.locks else ""
         return InfeasibleError(
-            f"role {call.role} does not fit: at its smallest ({allocation}) each "
+            f"role {call.role} does not fit{locked}: at its smallest ({allocation}) each "
             f"{device.name} needs {format_bytes(need.total)} and has "
             f"{format_bytes(device.memory_bytes)}, {format_bytes(lacks)} too little; most is "
             f"{item} with {format_bytes(num_bytes)}",
             where=call.name,
-            remedy=more_memory(problem=self.problem, item=item),
+            remedy=("lock less of it, " if locked else "") + more_memory(self.problem, item),
         )
 
 

@@ -127,7 +127,7 @@ def test_a_lock_is_kept_and_one_that_nothing_meets_is_refused() -> None:
         found = search(problem, model_of(problem), engine=engine, locks={"critic_inf": lock})
         assert lock.allows(found.plan.allocations["critic_inf"])
     bad = Lock(strategy=ParallelStrategy(dp=64))
-    with pytest.raises(ConfigError, match=r"lock\.actor_gen.*no option of this call"):
+    with pytest.raises(ConfigError, match=r"lock\.actor_gen.*dp 64 exceeds the"):
         search(problem, model_of(problem), locks={"actor_gen": bad})
 
 
