@@ -8,6 +8,7 @@ at most, ``baselines.py`` is what people do without a search.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from planner.lock import Lock
 from planner.plan import Estimate, ExecutionPlan, Problem
 from planner.plan_memory import check_memory, plan_memory
 from planner.program import compile_plan
-from planner.search.baselines import baselines
+from planner.search.baselines import Baseline, baselines
 from planner.search.bounds import lower_bound_s
 from planner.search.brute import brute
 from planner.search.descent import descent, fastest
@@ -44,6 +45,7 @@ class SearchResult:
     the plan. ``evaluations``: assignments looked at. ``wall_s``: seconds from pricing the options
     to the end.
     ``cut_by_time``: the time limit ended it, so that the same ``seed`` may give another plan.
+    ``interrupted``: Ctrl-C did.
     """
 
     plan: ExecutionPlan
@@ -55,6 +57,7 @@ class SearchResult:
     engine: str
     wall_s: float = field(compare=False)
     cut_by_time: bool = False
+    interrupted: bool = False
 
     @property
     def estimate(self) -> Estimate:
@@ -159,6 +162,20 @@ def search(
     record = ENGINES[engine](evaluator, starts, budget, seed)
     if record.best is None:
         raise _nothing_fits(evaluator, record)
+    finish = partial(_result, evaluator, record, found, engine, seed, began_s)
+    try:
+        return finish()
+    except KeyboardInterrupt:  # the plan is found: one Ctrl-C does not lose it
+        return replace(finish(), interrupted=True)
+
+
+def _result(
+    evaluator: Evaluator, record: Record, found: Mapping[str, Baseline], engine: str, seed: int,
+    began_s: float,
+) -> SearchResult:  # fmt: skip
+    """What ``record`` holds, with its estimate and that of the baselines."""
+    assert record.best is not None
+    space = evaluator.space
     seconds = {name: b.score.step_s for name, b in found.items()}
     plan = evaluator.plan(resident_again(evaluator, record.best), seed=seed)
     plan, timeline = estimate_plan(
@@ -169,6 +186,7 @@ def search(
         baseline_plans={name: evaluator.plan(b.assignment) for name, b in found.items()},
         timeline=timeline, evaluations=record.evaluations, seed=seed,
         engine=engine, wall_s=time.monotonic() - began_s, cut_by_time=record.cut_by_time,
+        interrupted=record.interrupted,
     )  # fmt: skip
 
 
@@ -201,10 +219,18 @@ def _better_of(
             )
 
     for space in spaces:
+        # After Ctrl-C the rest is bounded only: the bound is for all.
+        limit = {"time_limit_s": 0.0} if any(result.interrupted for result in found) else {}
         try:
-            found.append(again(space.problem, space=space, progress=tell))
+            found.append(again(space.problem, space=space, progress=tell, **limit))
         except InfeasibleError as error:
             errors.append(error)
+        except KeyboardInterrupt:  # before it had a plan; that of the other is not lost
+            if not found:
+                raise
+            best = replace(found[0], interrupted=True)
+            estimate = replace(best.estimate, lower_bound_s=0.0)
+            return replace(best, plan=replace(best.plan, estimate=estimate))
     if not found:
         raise errors[0]
     best = found[0]  # on a tie the newest weights
@@ -216,6 +242,7 @@ def _better_of(
         best, plan=plan, evaluations=sum(result.evaluations for result in found),
         wall_s=sum(result.wall_s for result in found),
         cut_by_time=any(result.cut_by_time for result in found),
+        interrupted=any(result.interrupted for result in found),
     )  # fmt: skip
 
 
@@ -252,7 +279,9 @@ def _nothing_fits(evaluator: Evaluator, record: Record) -> InfeasibleError:
     try:
         check_memory(plan)
     except InfeasibleError as error:
-        problem = f"no plan fits; in the one that lacks least {error.problem}"
+        # inf: it was proven; else another plan may fit.
+        none = "no plan fits" if record.lower_bound_s == math.inf else "found no plan that fits"
+        problem = f"{none}; in the one that lacks least {error.problem}"
         return InfeasibleError(problem, where=error.where, remedy=remedy)
     return InfeasibleError("no plan that fits was found in the budget", remedy=remedy)
 

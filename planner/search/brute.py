@@ -41,7 +41,7 @@ def brute(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: 
             record.look_at_clock()
         if not record.cut_by_time:
             record.evaluations = int(space.num_plans)
-            record.raise_bound(record.best_score.step_s if record.best is not None else 0.0)
+            record.raise_bound(record.best_score.step_s)  # inf where nothing fits
     except KeyboardInterrupt:
         merge(record, found)
         record.interrupt()

@@ -23,18 +23,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from planner.search.bounds import Proof
 from planner.search.chain import DONE, Chain, run_chain
 from planner.search.descent import Place, descend, fastest, make_found, merge, place_of
 from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator
 from planner.search.options import Assignment
 from planner.search.records import Scratch
+from planner.search.relaxation import Relaxation
 
 NUM_CHAINS = 4
 ROUND = 8_192  # proposals of a chain between two looks at the clock: a twentieth of a second
 FIRST_CYCLE = 4  # rounds of the first cycle
 HOT, COLD = 0.4, 0.004  # shares of proposals that are accepted
 STALE_CYCLES = 2  # without a better plan before the walk ends
+# Where nothing fits so many boxes are halved before so many are followed down, as in ``exact``.
+FIRST_BOXES, DIVES, DEEPEST = 1_000, 40, 100
 
 
 @dataclass(kw_only=True)
@@ -125,7 +129,8 @@ def walk(
     """The record of a walk from ``starts``.
 
     Ends when the budget is spent, or after ``STALE_CYCLES`` cycles that found nothing better; an
-    interrupt (Ctrl-C) ends it with what it has.
+    interrupt (Ctrl-C) ends it with what it has. Where a cycle met nothing that fits, the walk goes
+    on from what ``_first_fit`` finds.
     """
     record = Record(evaluator=evaluator, budget=budget)
     chains: Walk | None = None
@@ -133,9 +138,36 @@ def walk(
         chains = Walk(record, starts, seed)
         while chains.stale < STALE_CYCLES and not record.spent:
             chains.cycle()
+            if record.best is None and not record.spent:
+                _first_fit(record, chains.rng)
+                if record.best is None:
+                    break
+                chains.ends, chains.stale = [place_of(evaluator, record.best)] * NUM_CHAINS, 0
     except KeyboardInterrupt:
         chains.interrupt() if chains is not None else record.interrupt()
     return record
+
+
+def _first_fit(record: Record, rng: random.Random) -> None:
+    """Let branch and bound, whose boxes know memory, find something that fits, or prove that
+
+    nothing does. The walk may not: where what fits is slow, all that lacks a little is better.
+    """
+    proof = Proof(
+        Relaxation(record.evaluator), best_s=lambda: record.best_score.step_s, visit=record.score
+    )
+    boxes = FIRST_BOXES
+
+    def stop(proof: Proof) -> bool:
+        return record.best is not None or record.spent or proof.boxes >= boxes
+
+    while record.best is None and not record.spent and not proof.closed:
+        proof.run(stop)
+        for assignment in proof.dives(rng, DIVES, most=DEEPEST):
+            record.score(assignment)
+        boxes *= 2
+    if record.best is None and proof.closed:
+        record.raise_bound(proof.lower_bound_s)
 
 
 def _cycle(

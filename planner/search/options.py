@@ -25,7 +25,7 @@ from planner.search.choices import Choice, Costing
 from planner.search.locked import check_lock
 from planner.search.variants import considered_meshes, variants
 from planner.simulate import StepPrices
-from profiles.errors import ConfigError, InfeasibleError
+from profiles.errors import InfeasibleError
 from profiles.units import format_bytes
 
 

@@ -22,9 +22,9 @@ SEEDS = range(48)
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Any graph, unlike models, some with experts, one to four devices of one to four nodes, any memory and links;
+    """Any graph, unlike models, some with experts, one to four devices of one to four nodes, any
 
-    on some of them offload is worth trying.
+    memory and links; on some of them offload is worth trying.
     """
     name, *overrides = rng.choice(sorted(CALLS)).split()
     spec = replace(

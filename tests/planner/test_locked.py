@@ -1,4 +1,4 @@
-"""Protects what a user is told of a lock that cannot be: which part of it, why, and what could be."""
+"""Protects what is told of a lock that cannot be: which part of it, why, and what could be."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def lock_on(cluster: ClusterSpec, call: str, lock: Lock, *, batch_size: int = 24
         ("actor_gen", Lock(strategy=ParallelStrategy(dp=4, ep=2)), r"ep 2, but x has no experts"),
         ("actor_train", Lock(strategy=ParallelStrategy(dp=8)), r"dp 8 exceeds the 6 groups of a"),
         ("ref_inf", Lock(mesh=EIGHT, strategy=HALF), r"= 4 devices, but mesh \[0-7\] has 8"),
-        ("ref_inf", Lock(num_micro_batches=5), r"5 micro-batches are not tried; use 1, 2, .* or 16"),
+        ("ref_inf", Lock(num_micro_batches=5), r"5 micro-batches are not tried; use 1, .* or 16"),
         (
             "ref_inf", Lock(strategy=HALF, num_micro_batches=8),
             r"8 micro-batches are not tried; use 1, 2 or 4, or lock\.ref_inf=plan\.json",
@@ -77,8 +77,8 @@ def test_a_lock_that_memory_leaves_nothing_of_says_how_much_lacks() -> None:
     lock = Lock(strategy=ParallelStrategy())
     with pytest.raises(
         InfeasibleError,
-        match=r"actor_train: role actor does not fit as it is locked: at its smallest \(\[0\] d1p1m1 "
-        r".* too little; .*lock less of it",
+        match=r"actor_train: role actor does not fit as it is locked: at its smallest "
+        r"\(\[0\] d1p1m1 .* too little; .*lock less of it",
     ):
         lock_on(cluster, "actor_train", lock, batch_size=4)
 
@@ -98,12 +98,15 @@ def test_any_lock_gives_a_plan_as_it_says_or_one_sentence(seed: int) -> None:
             Lock(strategy=replace(fixed.strategy, zero=0, recompute="none",
                                   sequence_parallel=False)),
         ])  # fmt: skip
+        sentence = ""
         try:
             found = search(
                 problem, costs, engine="mcmc", locks={call.name: lock}, max_evaluations=500
             )
         except (ConfigError, InfeasibleError) as error:
-            assert re.fullmatch(r"[^\n]+", str(error))
+            sentence = str(error)
+        if sentence:
+            assert re.fullmatch(r"[^\n]+", sentence)
             continue
         validate_plan(found.plan)
         assert lock.allows(found.plan.allocations[call.name])

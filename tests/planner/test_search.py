@@ -5,19 +5,25 @@ below every plan, it finds the optimum where brute force can, and a seed fixes i
 from __future__ import annotations
 
 import random
+import sys
+import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from numba import njit
 
+from experiments.ppo.graph import ALGORITHM
+from planner.algorithm import make_config, make_problem
 from planner.cost import CostModel, Costs, MixedCosts
 from planner.memory import RESERVE_BYTES, call_memory
 from planner.mesh import DeviceMesh, MeshKind, enumerate_meshes
 from planner.plan import Problem, validate_plan
 from planner.plan_memory import check_memory, plan_memory
 from planner.program import compile_plan
-from planner.search import search
+from planner.search import estimate_plan, search
+from planner.search.baselines import baselines
 from planner.search.engine import News
 from planner.search.evaluate import Evaluator
 from planner.search.moves import MOVES, State, move
@@ -175,6 +181,92 @@ def test_an_interrupt_leaves_the_best_so_far() -> None:
     assert len(seen) == 2
     assert found.plan.estimate is not None
     assert found.plan.estimate.step_s == pytest.approx(min(seen), rel=1e-9)
+
+
+def test_an_interrupt_ends_both_searches_of_a_staleness() -> None:
+    """That of today's weights ends with its plan, the other with its bound: it went on for its
+
+    whole time.
+    """
+    problem, seen = ppo(make_test_cluster(2, 2), ["batch_size=8"]), 0
+    problem = replace(problem, graph=replace(problem.graph, max_staleness=1))
+
+    def interrupt(news: News) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            raise KeyboardInterrupt
+
+    began_s = time.monotonic()
+    found = search(problem, model_of(problem), progress=interrupt, gap=0.0, time_limit_s=600)
+    assert time.monotonic() - began_s < 120
+    assert found.interrupted
+    assert 0 < found.lower_bound_s <= found.step_s
+
+
+def test_an_interrupt_before_the_second_search_has_a_plan_keeps_that_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All was lost. Of a space that was not looked at no bound is claimed."""
+    problem, calls = ppo(make_test_cluster(1, 2), ["batch_size=8"]), 0
+    problem = replace(problem, graph=replace(problem.graph, max_staleness=1))
+
+    def interrupted(evaluator: Evaluator) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return baselines(evaluator)
+
+    monkeypatch.setattr(sys.modules["planner.search"], "baselines", interrupted)
+    found = search(problem, model_of(problem), max_evaluations=500)
+    assert (found.interrupted, found.lower_bound_s, found.gap) == (True, 0.0, 1.0)
+    assert found.plan.problem.graph.max_staleness == 0
+
+
+def test_an_interrupt_while_the_plan_is_estimated_does_not_lose_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = ppo(make_test_cluster(1, 2), ["batch_size=8"])
+    calls = 0
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+        return estimate_plan(*args, **options)
+
+    monkeypatch.setattr(sys.modules["planner.search"], "estimate_plan", interrupted)
+    found = search(problem, model_of(problem), max_evaluations=500)
+    assert (found.interrupted, calls) == (True, 2)
+
+
+def test_the_walk_finds_what_fits_where_all_that_lacks_a_little_is_faster() -> None:
+    """It ended at plans that lack 0.01% of the memory, and said that no plan fits.
+
+    With a budget of 20,000 of 172,800; ``exact`` is the oracle.
+    """
+    memory_bytes = RESERVE_BYTES["cuda"] + 700 * 1024
+    cluster = make_test_cluster(2, 1, memory_bytes=memory_bytes)
+    network = replace(cluster.intra_link, bytes_per_s=1e8)
+    cluster = replace(
+        cluster, device=replace(cluster.device, kind="cuda"), intra_link=network,
+        inter_link=network, host_link=replace(cluster.host_link, bytes_per_s=1e7),
+    )  # fmt: skip
+    spec = replace(SPEC, num_layers=3, ffn=128, num_kv_heads=2, vocab=1000, tied_embedding=True)
+    words = ["batch_size=2", "ppo.num_mini_batches=2", "data.response_mean=3",
+             "data.response_p95=4", "prompt_len=16", "response_len=16"]  # fmt: skip
+    config = make_config(ALGORITHM.config_class, words)
+    critic = replace(spec, num_layers=1)
+    problem = make_problem(ALGORITHM, config, model=spec, critic=critic, cluster=cluster)
+    best = search(problem, model_of(problem), engine="exact", gap=0.0, time_limit_s=600)
+    walked = search(
+        problem, model_of(problem), engine="mcmc", gap=0.0, max_evaluations=20_000,
+        time_limit_s=600,
+    )  # fmt: skip
+    assert best.gap <= 1e-9
+    assert best.step_s * (1 - 1e-9) <= walked.step_s <= best.step_s * 1.01
 
 
 def test_no_call_fits_alone() -> None:
