@@ -20,4 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except KeyboardInterrupt:  # torch takes seconds to load
+        print("realexec: interrupted", file=sys.stderr)
+        return 130
     return cli_main(argv)

@@ -260,6 +260,20 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", metavar="N", help="sequences per step: batch_size=N")
 
 
+class _Once(logging.Filter):
+    """Lets a message pass once: several costs of one table each warn of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        known = text in self._told
+        self._told.add(text)
+        return not known
+
+
 _VERBS = {
     "search": run_search, "baselines": run_baselines, "show": run_show, "estimate": run_estimate,
     "compare": run_compare, "explain": run_explain, "report": run_report, "export": run_export,
@@ -269,7 +283,9 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a mistake in the input, 1 a mistake of ours, 130 interrupted."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(_Once())
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[handler])
     try:
         args = parse_with_words(build_parser(), argv)
         return _VERBS[args.verb](args)

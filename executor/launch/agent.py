@@ -106,11 +106,14 @@ class Ranks:
 
 
 @contextmanager
-def stops_by_signal(job: Job, *, insist: bool = True) -> Iterator[None]:
-    """A signal asks the run to stop after its step.
+def stops_by_signal(job: Job, *, insist: bool = True) -> Iterator[Sequence[int]]:
+    """A signal asks the run to stop after its step; the numbers of those that came so far.
 
-    ``insist``: a second one ends it where it is, as people mean it and schedulers do not, who
-    tell every process more than once.
+    ``insist``: a second one raises ``Interrupted`` wherever this process is, as people mean it and
+    schedulers do not, who tell every process more than once. An agent looks at the numbers instead
+    (``run_node``): an exception that comes between any two instructions may leave a lock of
+    ``subprocess`` taken, and with it ``Ranks.kill`` waiting for ever, or a rank that was just
+    started unknown.
     """
     received: list[int] = []
 
@@ -123,17 +126,20 @@ def stops_by_signal(job: Job, *, insist: bool = True) -> Iterator[None]:
 
     old = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
-        yield
+        yield received
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
-def run_node(job: Job, node: int) -> None:
+def run_node(job: Job, node: int, *, signals: Sequence[int] = ()) -> None:
     """Run this node's ranks to their end; leave word of how they ended.
 
     Returns when all of them have ended, a rank of any node has failed, or the run has stopped.
-    Node 0 watches for hangs of all nodes.
+    Node 0 watches for hangs of all nodes. ``signals``: of ``stops_by_signal``.
+
+    Raises:
+        Interrupted: there were two.
     """
     watch = None
     if node == 0:
@@ -142,17 +148,21 @@ def run_node(job: Job, node: int) -> None:
         watch = Watch(files, run.plan, compile_plan(run.plan), timeout_s=job.hang_timeout_s)
     ranks = Ranks(job, job.ranks_of(node))
     try:
-        _oversee(job, node, ranks, watch)
+        _oversee(job, node, ranks, watch, signals)
     finally:
         ranks.kill()
         job.tell(f"node{node}", codes=ranks.codes)
 
 
-def _oversee(job: Job, node: int, ranks: Ranks, watch: Watch | None) -> None:
+def _oversee(
+    job: Job, node: int, ranks: Ranks, watch: Watch | None, signals: Sequence[int]
+) -> None:  # fmt: skip
     asked, looked_s = False, 0.0
     look_every_s = POLL_S if job.num_nodes == 1 else SHARED_POLL_S
     while ranks.running:
         time.sleep(POLL_S)
+        if len(signals) > 1:
+            raise Interrupted(signals[-1])
         failed = ranks.poll()
         if failed is not None:
             job.tell_first("failed", node=node, rank=failed, code=ranks.codes[failed])

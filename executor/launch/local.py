@@ -13,8 +13,8 @@ OPTIONS = ("bind",)
 
 def start(job: Job, run: Run, options: Mapping[str, str]) -> None:
     """Run all ranks here, on loopback unless ``bind`` says otherwise."""
-    with stops_by_signal(job):
-        run_node(job, 0)
+    with stops_by_signal(job, insist=False) as signals:
+        run_node(job, 0, signals=signals)
 
 
 def describe(job: Job, run: Run, options: Mapping[str, str]) -> str:

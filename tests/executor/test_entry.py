@@ -35,3 +35,19 @@ def test_another_missing_module_is_a_mistake_of_ours(monkeypatch: pytest.MonkeyP
     without(monkeypatch, "something_else")
     with pytest.raises(ModuleNotFoundError, match="something_else"):
         main([])
+
+
+def test_ctrl_c_while_torch_is_loaded_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real_import = builtins.__import__
+
+    def interrupt(name: str, *args: Any, **options: Any) -> Any:
+        if name == "executor.cli":
+            raise KeyboardInterrupt
+        return real_import(name, *args, **options)
+
+    monkeypatch.delitem(sys.modules, "executor.cli", raising=False)
+    monkeypatch.setattr(builtins, "__import__", interrupt)
+    assert main(["run", "plan.json"]) == 130
+    assert capsys.readouterr().err == "realexec: interrupted\n"

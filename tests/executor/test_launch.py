@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from executor.cli import main
+from executor.launch import local
+from executor.launch.job import Job
+from executor.run import Run
 from executor.run_checkpoint import Checkpoint, latest
 from executor.watchdog import read_position
 
@@ -129,12 +133,20 @@ def test_a_killed_launcher_leaves_no_worker(running: subprocess.Popen[str]) -> N
 
 
 def test_a_second_signal_does_not_wait_for_a_frozen_worker(
-    running: subprocess.Popen[str],
+    running: subprocess.Popen[str], tmp_path: Path
 ) -> None:
+    """The second after the first was seen: of two that wait for a busy machine the kernel keeps
+
+    one, and then it is the next that ends the run.
+    """
     children = descendants(running.pid)
     os.kill([pid for pid in children if is_worker(pid)][-1], signal.SIGSTOP)
     running.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    seen = tmp_path / "out" / "launch" / "stop.json"
+    deadline = time.monotonic() + 60
+    while not seen.exists():
+        assert time.monotonic() < deadline, "the first signal was not heeded"
+        time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     code, sentence = ends(running, children)
     assert code == 130
@@ -313,3 +325,44 @@ def test_an_output_that_cannot_be_written_is_told(
 def test_an_option_of_another_launcher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ARGUMENTS, "--set", "partition=gpu"]) == 2
     assert "local has no option 'partition'" in capsys.readouterr().err
+
+
+def test_an_agent_is_told_of_signals_without_an_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception of a handler within ``Popen.poll`` leaves its lock taken: the ``wait`` of the
+
+    kill that follows never ended. Here signals come as soon as the lock is taken.
+    """
+    (tmp_path / "launch").mkdir()
+    job = Job(
+        output=str(tmp_path), token="t", secret="", launcher="local", num_ranks=1, ranks_per_node=1,
+        num_threads=1, hang_timeout_s=10.0, bind="", resume_from="", folder=str(tmp_path),
+        python_path=(), config={},
+    )  # fmt: skip
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    lock = child._waitpid_lock  # type: ignore[attr-defined]
+    seen: list[int] = []
+
+    def strike(frame: object, event: str, function: object) -> None:
+        if event == "c_return" and getattr(function, "__name__", "") == "acquire" and lock.locked():
+            signal.raise_signal(signal.SIGINT)
+
+    def node(job: Job, number: int, *, signals: Sequence[int]) -> None:
+        sys.setprofile(strike)
+        try:
+            child.poll()
+            child.poll()
+        finally:
+            sys.setprofile(None)
+        seen.extend(signals)
+
+    monkeypatch.setattr(local, "run_node", node)
+    try:
+        local.start(job, cast(Run, None), {})
+        assert len(seen) >= 2
+        assert job.told("stop") is not None
+        assert not lock.locked()
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)

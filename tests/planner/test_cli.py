@@ -5,6 +5,7 @@ those that were decided, and a user's mistake is one sentence and exit code 2.
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import signal
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from planner.cli import build_parser, main
+from planner.cli import _Once, build_parser, main
 from planner.plan_schema import load_plan
 from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
@@ -457,3 +458,13 @@ def test_a_report_searches_other_clusters_where_it_is_asked_to(
     text = page.read_text()
     for heading in ("The search: ", "Seconds of a step against dollars", "What matters most"):
         assert f"<h2>{heading}" in text
+
+
+def test_a_warning_is_told_once() -> None:
+    """``explain`` prices a plan under many costs of one table, each of which warns of it."""
+    once, text = _Once(), "%s is outside what was measured"
+    records = [
+        logging.LogRecord("profiles", logging.WARNING, "", 0, text, (kernel,), None)
+        for kernel in ("gemm", "attention", "gemm")
+    ]
+    assert [once.filter(record) for record in records] == [True, True, False]
