@@ -44,9 +44,25 @@ _PARTS: Mapping[str, type] = {
 }  # fmt: skip
 
 
+class _OneOfEach(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """YAML in which a field that stands twice is a mistake, where else the last one wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                where = f"line {key.start_mark.line + 1}"
+                raise ConfigError(
+                    f"the field '{key.value}' stands twice", where=where, remedy="delete one"
+                )
+            seen.add(str(key.value))
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def is_cluster_file(name: str) -> bool:
     """Does ``--cluster`` name a file, not a device?"""
-    return name.endswith((".yaml", ".yml")) or Path(name).is_file()
+    return name.endswith((".yaml", ".yml")) or "/" in name or Path(name).is_file()
 
 
 def load_cluster(path: str | Path, *, num_devices: int | None = None) -> Cluster:
@@ -57,12 +73,15 @@ def load_cluster(path: str | Path, *, num_devices: int | None = None) -> Cluster
     """
     file = Path(path)
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_OneOfEach)
     except OSError as error:
         raise ConfigError(
             f"cannot be read ({error.strerror})", where=str(file),
             remedy="give a file, a name of realplan devices, or local",
         ) from None  # fmt: skip
+    except ConfigError as error:
+        where = f"{file}: {error.where}"
+        raise ConfigError(error.problem, where=where, remedy=error.remedy) from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

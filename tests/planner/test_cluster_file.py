@@ -41,6 +41,19 @@ def test_a_base_with_changes(tmp_path: Path) -> None:
     assert cluster.intra_link == make_cluster("a100", 8).intra_link
 
 
+def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """YAML would take the last of them without a word."""
+    file = tmp_path / "ours.yaml"
+    file.write_text("base: p4d\ndevice:\n  memory_bytes: 40GiB\n  memory_bytes: 80GiB\n")
+    with pytest.raises(ConfigError, match=r"ours\.yaml: line 4: the field 'memory_bytes' stands"):
+        load_cluster(file)
+
+
+def test_a_folder_is_no_device(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\); give a file"):
+        resolve_cluster(str(tmp_path), None, None, None)
+
+
 def test_a_price_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "ours.yaml"
     file.write_text("base: p4d\ndevice: {dollars_per_hour: 1.2}\n")
