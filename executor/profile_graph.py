@@ -1,7 +1,7 @@
-"""An action as a CUDA graph: its kernels without what starting them costs the host.
+"""A measured action as a CUDA graph.
 
 ``realexec profile --device cuda`` times decode steps both ways (``decode`` and ``decode_graph``):
-the difference is what a generation engine with graphs would save.
+generation runs them as graphs where it can (``generate/static_step.py``), and eagerly elsewhere.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import torch
 
+from executor.cuda_graph import graph_capture
 from executor.profile_measure import Action
 
 logger = logging.getLogger(__name__)
 
 # From an action to its replay, or None where it cannot be captured.
-Capture = Callable[[Action], Action | None]
+TryCapture = Callable[[Action], Action | None]
 
 _WARM_UPS = 3
 
@@ -24,20 +25,13 @@ _WARM_UPS = 3
 def capture(action: Action) -> Action | None:
     """``action``, whose tensors keep their places, as one replay on the current CUDA device.
 
-    Warmed up on a stream of its own, as capturing asks for (PyTorch's notes on CUDA graphs). None
-    where something in it waits for the device or allocates out of turn, which is said.
+    None where something in it waits for the device or allocates out of turn, which is said.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UPS):
-            action()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    for _ in range(_WARM_UPS):
+        action()
+    device = torch.device("cuda", torch.cuda.current_device())
     try:
-        with torch.cuda.graph(graph):
-            action()
+        return graph_capture(device)(action)
     except RuntimeError as error:
         logger.warning("decode steps are measured without CUDA graphs: %s", error)
         return None
-    return graph.replay

@@ -24,7 +24,7 @@ from executor.model.linear import pack_weight, packable
 from executor.model.transformer import DecoderStage, normalize
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.tensor import vocab_parallel_log_probs
-from executor.profile_graph import Capture
+from executor.profile_graph import TryCapture
 from executor.profile_measure import Action, Probe
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
@@ -67,7 +67,7 @@ class LayerBench:
         device: torch.device,
         dtype: torch.dtype,
         seed: int = 0,
-        capture: Capture | None = None,
+        capture: TryCapture | None = None,
     ) -> None:
         self.capture = capture
         self.spec = spec

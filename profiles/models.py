@@ -246,6 +246,14 @@ class ModelSpec:
         """Columns of the head's output: the vocabulary, or one."""
         return self.vocab if self.head == "lm" else 1
 
+    @property
+    def decode_is_static(self) -> bool:
+        """No shape inside a decode step depends on values, so that it can be a CUDA graph.
+
+        How many rows an expert gets does, and its ranks send each other as many.
+        """
+        return self.num_experts == 0
+
     def held_kv_heads(self, tp: int) -> int:
         """Kv heads whose weights a shard holds: kv heads / gcd(kv heads, tp)."""
         return self.num_kv_heads // gcd(self.num_kv_heads, tp)

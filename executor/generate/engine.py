@@ -17,7 +17,8 @@ turns move one stage on and the last stage tells everybody its tokens. For pp 2 
 Replicas whose experts lie on one another's ranks tick together, to the last tick of the slowest: in
 a tick in which a stage holds no turn, its experts compute for the others' tokens.
 
-Which token is chosen is ``sampling.py``'s, where keys and values lie ``kv_cache.py``'s.
+Which token is chosen is ``sampling.py``'s, where keys and values lie ``kv_cache.py``'s, and turns
+without prompts as CUDA graphs ``static_step.py``'s.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from executor.batch import SequenceBatch
+from executor.cuda_graph import Capture
 from executor.generate.answers import Answer, batch_of, begun
 from executor.generate.kv_cache import KVCache, Turn
 from executor.generate.prefixes import Alike, Prefixes
 from executor.generate.sampling import SamplingParams, sample, uniform
+from executor.generate.static_step import StaticDecode
 from executor.model.linear import packed_weights
 from executor.model.transformer import DecoderStage
 from executor.parallel.experts import anyone
@@ -54,6 +57,7 @@ def generate(
     num_groups: int = 1,
     max_rows: int | None = None,
     max_prompt_tokens: int = MAX_PROMPT_TOKENS,
+    capture: Capture | None = None,
 ) -> SequenceBatch:
     """Answers to ``prompts`` (int64 token ids [length] each), in their order.
 
@@ -66,6 +70,8 @@ def generate(
         num_groups: groups under way at once; the number of pipeline stages keeps all busy.
         max_rows: sequences under way at once over all groups; None: all.
         max_prompt_tokens: prompt tokens of one turn, unless a single prompt has more.
+        capture: what makes a graph of a turn without prompts, where the model has no experts;
+            None: none is made. All ranks of a tensor-parallel group have one or none.
 
     Returns:
         per token: ``sequences`` (prompt and answer with its stop token) and ``log_probs`` fp32
@@ -87,6 +93,9 @@ def generate(
         _Group(cache=_cache(stage, sequences, capacity))
         for capacity in _shares(num_rows, min(num_groups, num_rows))
     ]
+    if capture is not None and stage.spec.decode_is_static:
+        for group in groups:
+            group.static = StaticDecode(stage, group.cache, params, (seed, step), capture)
     waiting = deque(sequences)
     with torch.no_grad(), packed_weights(stage.linear_weights()):
         _Ticks(stage, groups, waiting, params, (seed, step), max_prompt_tokens).run()
@@ -95,18 +104,26 @@ def generate(
 
 @dataclass(slots=True, kw_only=True)
 class _Group:
-    """Sequences that take their turns together, in the rows of one cache."""
+    """Sequences that take their turns together, in the rows of one cache.
+
+    ``static``: runs the turns without prompts, or None: they run as the others do.
+    """
 
     cache: KVCache
+    static: StaticDecode | None = None
     sequences: list[Answer] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Flight:
-    """A group's turn on its way through the stages; ``inputs`` [tokens] on the first, or None."""
+    """A group's turn on its way through the stages; ``inputs`` [tokens] on the first, or None.
+
+    ``turn`` None: ``group.static`` runs it, with one token of every row.
+    """
 
     group: _Group
-    turn: Turn
+    num_tokens: int
+    turn: Turn | None
     inputs: Tensor | None
 
 
@@ -165,11 +182,15 @@ class _Ticks:
             new, alike = self._admit(group)
             if old or new:
                 group.sequences = [*old, *new]
+                if group.static is not None and not new:
+                    group.cache.lengthen()
+                    return _Flight(group=group, num_tokens=len(old), turn=None, inputs=None)
                 turn = group.cache.turn([len(one.prompt) for one in new], alike)
                 inputs = None
                 if self._is_first:
                     inputs = _input_ids(old, new, turn.packed.lengths).to(self.ctx.device)
-                return _Flight(group=group, turn=turn, inputs=inputs)
+                num_tokens = turn.packed.num_tokens
+                return _Flight(group=group, num_tokens=num_tokens, turn=turn, inputs=inputs)
             # Without rows and with nobody waiting, the group has nothing to do ever again.
         return None
 
@@ -217,7 +238,10 @@ class _Ticks:
 
     def _compute(self, flight: _Flight, hidden: Tensor | None) -> Tensor:
         """Hidden states [tokens, hidden] for the next stage; what was chosen on the last."""
-        turn = flight.turn
+        turn, static = flight.turn, flight.group.static
+        if turn is None:
+            assert static is not None
+            return static.run(flight.group.sequences, hidden)
         inputs = flight.inputs if self._is_first else hidden
         assert inputs is not None
         hidden = self.stage.forward(inputs, turn.packed, turn)
@@ -259,7 +283,7 @@ class _Ticks:
         if result is not None and stage < last:
             sends.append(dist.P2POp(dist.isend, result.contiguous(), ctx.stage_rank(stage + 1)))
         if stage > 0 and (coming := flights[stage - 1]) is not None:
-            shape = (coming.turn.packed.num_tokens, self.stage.spec.hidden)
+            shape = (coming.num_tokens, self.stage.spec.hidden)
             hidden = torch.empty(shape, dtype=self.stage.buffer.flat.dtype, device=ctx.device)
             receives.append(dist.P2POp(dist.irecv, hidden, ctx.stage_rank(stage - 1)))
         if (ending := flights[last]) is not None:

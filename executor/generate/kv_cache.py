@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from executor.generate.prefixes import Alike
-from executor.model.attention import PackedLengths, decode_attention, pack, packed_attention
+from executor.model.attention import (
+    PackedLengths,
+    decode_attention,
+    decode_mask,
+    pack,
+    packed_attention,
+)
 
 # Columns (tokens of a row) are added in multiples of this, and at least by GROWTH of what is
 # there: few copies while sequences grow, and no memory for lengths that nobody reaches.
@@ -92,13 +98,16 @@ class KVCache:
         shared = any(own < n for own, n in zip(own_lengths, prompt_lengths))
         stored = torch.cat([torch.arange(num_old), *(entry.tokens for entry in entries)])
         ends = torch.tensor([*range(num_old), *(int(entry.tokens[-1]) for entry in entries)])
+        old_lengths = torch.tensor(self.lengths[:num_old], device=device)
+        longest = max(self.lengths[:num_old], default=0)
         return Turn(
             cache=self,
             packed=pack(packed_lengths, device, positions=positions),
             slots=torch.cat(slots).to(device),
             stored=stored.to(device) if shared else None,
-            old_lengths=torch.tensor(self.lengths[:num_old], device=device),
-            max_old_length=max(self.lengths[:num_old], default=0),
+            old_lengths=old_lengths,
+            max_old_length=longest,
+            old_mask=self.mask(old_lengths, longest) if num_old else None,
             prompts=_prompts(starts[num_old:].tolist(), prompt_lengths, own_lengths, device),
             last_tokens=ends.to(device) if prompt_lengths else None,
         )
@@ -112,6 +121,18 @@ class KVCache:
         columns = max(count for _, _, count in moves)  # more than its own a row writes over
         for x in (*self.keys, *self.values):
             x[new, :columns] = x[old, :columns]
+
+    def lengthen(self) -> None:
+        """Every row in use has one more token, which who calls this stores."""
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def mask(self, lengths: Tensor, num_columns: int) -> Tensor | None:
+        """As ``decode_mask`` makes it, for rows of ``lengths`` tokens, at most ``num_columns``."""
+        return decode_mask(lengths, num_columns, self.keys[0].dtype, window=self.window)
+
+    def hold_all(self) -> None:
+        """Have all columns, whose memory from now on stays where it is."""
+        self._hold(self.max_columns)
 
     def compact(self, kept: Sequence[int]) -> list[int]:
         """Give up all rows but ``kept``; returns the old row of each new one.
@@ -218,8 +239,9 @@ class Turn:
     ``packed``: one token of each old row, then what new rows bring of their prompts. ``slots``
     [stored]: row * columns + position of every key that is stored, of the packed token ``stored``
     [stored]; None: each token's once. ``old_lengths`` [old rows]: tokens of the old rows, the new
-    one included, at most ``max_old_length``. ``prompts``: the new rows', or None. ``last_tokens``
-    [rows]: index of every row's last token in the packed batch; None: all of them.
+    one included, at most ``max_old_length``; ``old_mask``: what hides the rest. ``prompts``: the
+    new rows', or None. ``last_tokens`` [rows]: index of every row's last token in the packed batch;
+    None: all of them.
     """
 
     cache: KVCache
@@ -228,6 +250,7 @@ class Turn:
     stored: Tensor | None
     old_lengths: Tensor
     max_old_length: int
+    old_mask: Tensor | None
     prompts: _Prompts | None
     last_tokens: Tensor | None
 
@@ -244,7 +267,7 @@ class Turn:
         if num_old:
             old = decode_attention(
                 q[:num_old], keys[:num_old], values[:num_old], self.old_lengths,
-                max_length=self.max_old_length, window=self.cache.window,
+                max_length=self.max_old_length, window=self.cache.window, mask=self.old_mask,
             )  # fmt: skip
             parts.append(old)
         if (prompts := self.prompts) is not None:

@@ -129,8 +129,9 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def sample(
-    logits: Tensor, u: Tensor, params: SamplingParams, allow_stop: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, u: Tensor, params: SamplingParams, allow_stop: Tensor | None = None, *,
+    static: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A token for every row, and its log-probability.
 
     1. logits / temperature; rows whose ``allow_stop`` is False lose their stop tokens.
@@ -145,7 +146,8 @@ def sample(
     its own forward pass, where nothing is truncated.
 
     Shapes: logits [n, vocab], u [n] float64, allow_stop [n] bool or None (all True) ->
-    tokens [n] int64, log-probabilities [n] float32. ``logits`` is left as it was.
+    tokens [n] int64, log-probabilities [n] float32. ``logits`` is left as it was. ``static``: what
+    is done does not depend on values, and nothing waits for the device; so it is on CUDA always.
     """
     scaled = logits.float()
     if params.temperature != 1:
@@ -156,7 +158,7 @@ def sample(
         tokens = allowed.argmax(-1)
         log_total = scaled.logsumexp(-1).double()
     else:
-        tokens, log_total = _draw(allowed, u, params)
+        tokens, log_total = _draw(allowed, u, params, static=static)
         if forbidden is not None:
             log_total = scaled.logsumexp(-1).double()
     chosen = scaled.gather(1, tokens[:, None])[:, 0]
@@ -165,12 +167,15 @@ def sample(
 
 def _without_stops(logits: Tensor, forbidden: Tensor, params: SamplingParams) -> Tensor:
     """A copy with -inf at the stop tokens of the rows where ``forbidden`` [n]."""
-    stops = torch.tensor(sorted(set(params.stop_token_ids)), device=logits.device)
-    fill = torch.zeros_like(logits[:, 0]).masked_fill_(forbidden, -math.inf)
-    return logits.index_add(1, stops, fill[:, None].expand(-1, len(stops)))
+    copy = logits.clone()
+    for token in set(params.stop_token_ids):  # few, and nothing crosses to the device
+        copy[:, token].masked_fill_(forbidden, -math.inf)
+    return copy
 
 
-def _draw(logits: Tensor, u: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def _draw(
+    logits: Tensor, u: Tensor, params: SamplingParams, *, static: bool
+) -> tuple[Tensor, Tensor]:
     """(tokens [n], log of the untruncated sum of exp(logits) [n] float64); logits [n, vocab]."""
     num_rows, vocab = logits.shape
     largest = logits.amax(-1, keepdim=True)
@@ -178,13 +183,13 @@ def _draw(logits: Tensor, u: Tensor, params: SamplingParams) -> tuple[Tensor, Te
     num_blocks = -(-vocab // block)
     # exp(logit - largest); zeros fill the last block.
     weights = logits.new_empty(num_rows, num_blocks * block)
-    weights[:, vocab:] = 0
+    weights[:, vocab:].zero_()
     torch.sub(logits, largest, out=weights[:, :vocab]).exp_()
     blocks = weights.view(num_rows, num_blocks, block)
     sums = blocks.sum(-1).double()
     log_total = sums.sum(-1).log() + largest[:, 0]
     if params.truncates:
-        least = _least_weight(weights[:, :vocab], sums.sum(-1), params)
+        least = _least_weight(weights[:, :vocab], sums.sum(-1), params, static=static)
         weights.masked_fill_(weights < least[:, None], 0)
         sums = blocks.sum(-1).double()
     return _inverse_cdf(blocks, sums, u), log_total
@@ -219,11 +224,13 @@ def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
 TOP_P_CANDIDATES = 256
 
 
-def _least_weight(weights: Tensor, total: Tensor, params: SamplingParams) -> Tensor:
+def _least_weight(
+    weights: Tensor, total: Tensor, params: SamplingParams, *, static: bool
+) -> Tensor:
     """Smallest weight that top-k and then top-p keep.
 
     weights [n, vocab], their sums ``total`` [n] float64 -> [n]. Sorts no more than it needs: the
-    k largest, or without top-k a growing number of candidates.
+    k largest, or without top-k a growing number of candidates; all, where it may not ask.
     """
     vocab = weights.shape[1]
     if 0 < params.top_k < vocab:
@@ -235,7 +242,7 @@ def _least_weight(weights: Tensor, total: Tensor, params: SamplingParams) -> Ten
         return _nucleus(top, kept.sum(-1).double(), params.top_p)
     if params.top_p == 1:
         return weights.new_zeros(weights.shape[0])
-    count = vocab if weights.is_cuda else min(TOP_P_CANDIDATES, vocab)
+    count = vocab if static or weights.is_cuda else min(TOP_P_CANDIDATES, vocab)
     while True:
         top = weights.topk(count, dim=-1).values
         if count == vocab or bool((top.sum(-1) > params.top_p * total).all()):

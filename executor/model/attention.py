@@ -9,6 +9,7 @@ Where keys and values are kept while generating is ``executor.generate.kv_cache`
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -94,32 +95,61 @@ def packed_attention(
 
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, max_length: int | None = None,
-    window: int = 0,
+    window: int = 0, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of one new token of each of n sequences over the tokens it may see.
 
     q [n, heads, head_dim]; caches [n, max_len, kv_heads, head_dim], the new token's key and value
     included; ``lengths`` [n] counts the valid tokens of each row, the new one included. Returns
     [n, heads, head_dim]. ``max_length``: a bound of ``lengths`` known without asking the device,
-    so that the rest of the cache is not read. ``window`` as in ``packed_attention``.
+    so that the rest of the cache is not read. ``window`` as in ``packed_attention``. ``mask``:
+    what ``decode_mask`` makes of lengths, bound and window, which no layer changes; None: made here.
 
-    The heads that share a kv head become rows of one small matrix: no copy of keys or values.
+    flash-attn, where it is installed, splits long rows among the device's processors; elsewhere
+    the heads that share a kv head become rows of one small matrix. Neither copies keys or values.
     """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[2]
     if max_length is not None:
         k_cache, v_cache = k_cache[:, :max_length], v_cache[:, :max_length]
-    places = torch.arange(k_cache.shape[1], device=q.device)
-    mask = places < lengths[:, None]  # [n, max_length]
-    if window:
-        mask &= places >= lengths[:, None] - window
+    if (flash := _flash_decode(q.device, q.dtype)) is not None:
+        left = (window - 1, 0) if window else (-1, -1)  # tokens to the left that are seen
+        out: Tensor = flash(
+            q[:, None], k_cache, v_cache, cache_seqlens=lengths.int(), causal=True,
+            window_size=left,
+        )  # fmt: skip
+        return out[:, 0]
+    if mask is None:
+        mask = decode_mask(lengths, k_cache.shape[1], q.dtype, window=window)
     out = F.scaled_dot_product_attention(
         q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim),
         k_cache.transpose(1, 2),  # [n, kv_heads, max_length, head_dim]
         v_cache.transpose(1, 2),
-        attn_mask=mask[:, None, None, :],
+        attn_mask=mask,
     )
     return out.reshape(num_rows, num_heads, head_dim)
+
+
+# Rows of a mask begin at multiples of so many values: what SDPA's kernels read without a copy.
+_MASK_ALIGNMENT = 16
+
+
+def decode_mask(
+    lengths: Tensor, num_columns: int, dtype: torch.dtype, *, window: int = 0
+) -> Tensor | None:
+    """What is added to the scores of ``decode_attention``: [n, 1, 1, num_columns], 0 or -inf.
+
+    None where the kernel that is used takes ``lengths`` as they are.
+    """
+    if _flash_decode(lengths.device, dtype) is not None:
+        return None
+    width = -(-num_columns // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+    places = torch.arange(width, device=lengths.device)
+    unseen = places >= lengths[:, None]  # [n, width]
+    if window:
+        unseen |= places < lengths[:, None] - window
+    zeros = torch.zeros(unseen.shape, dtype=dtype, device=lengths.device)
+    return zeros.masked_fill_(unseen, -math.inf)[:, None, None, :num_columns]
 
 
 # ---- CPU, and anything else without a variable-length kernel ----------------------------------
@@ -192,6 +222,18 @@ def _flash_attention() -> Any | None:
     except ImportError:
         return None
     return flash_attn_varlen_func
+
+
+@cache
+def _flash_decode(device: torch.device, dtype: torch.dtype) -> Any | None:
+    """flash-attn's kernel for one token of each row of a cache, where it can run."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:
+        return None
+    return flash_attn_with_kvcache
 
 
 @cache

@@ -176,6 +176,8 @@ class DecoderStage:
         first, last, spec = ctx.is_first_stage, ctx.is_last_stage, self.spec
         tied = spec.tied_embedding
         self.embedding = self._weight("embedding.weight") if first or (last and tied) else None
+        # Rounded to the weights' type first, as the family was trained.
+        self.embedding_scale = torch.tensor(spec.hidden**0.5, dtype=buffer.flat.dtype).item()
         learned = first and spec.positions == "learned"
         self.positions = self._outer("position.weight") if learned else None
         self.layers = [self._block(index) for index in ctx.layout.layers(ctx.pp_rank)]
@@ -369,8 +371,7 @@ class DecoderStage:
         assert self.embedding is not None, "the embedding is on the first stage"
         hidden = vocab_parallel_embedding(token_ids, self.embedding, region)
         if self.spec.scaled_embedding:
-            # Rounded to the weights' type first, as the family was trained.
-            hidden = hidden * torch.tensor(self.spec.hidden**0.5, dtype=hidden.dtype).item()
+            hidden = hidden * self.embedding_scale
         if self.positions is not None:
             hidden = hidden + F.embedding(region.own(positions), self.positions)
         return hidden

@@ -1,0 +1,175 @@
+"""Decode turns that are always the same kernels on the same addresses: what a CUDA graph can be of.
+
+Read ``StaticDecode.run``. Starting some twenty kernels a block costs the host more than a GPU needs
+to run them, so that a decode turn is captured once and replayed. What changes from turn to turn lies
+in one tensor of inputs, written before the turn in one copy from pinned memory; what comes out lies
+in one tensor of results, read once; in between nothing asks the device for a value. A turn is so for a
+number of rows and of columns, to which real ones are rounded up:
+
+    live rows     1  2  3-4  5-8  9-16  17-24  ...  57-64  65-80  ...  129-160  ...  at most the cache's
+    columns       up to 64, 128, ... 256, 320, ... 512, 640, ... 1024, 1280, ...      at most the cache's
+
+Rounded rows stand in rows of the cache that are not in use, and write and read their own first column
+only. They cost no more than a quarter of what live rows cost, and weights, most of what a turn reads,
+are read once for all of them.
+
+A graph lasts for one ``generate``: it holds the addresses of a cache that is free memory between calls,
+by the planner's books. Capturing one takes the host about as long as a few turns without it, so that
+a turn of one shape is captured when it comes for the ``TURNS_BEFORE`` + 1st time: neither is
+a graph made for turns that hardly come, nor are more than twice the best possible seconds lost
+(Karlin et al. 1988, renting or buying skis).
+
+Not here: turns that bring prompts, and experts, whose rows are numbers that the device must be asked for
+(``ModelSpec.decode_is_static``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from executor.cuda_graph import Action, Capture
+from executor.generate.answers import Answer
+from executor.generate.kv_cache import KVCache, Turn
+from executor.generate.sampling import SamplingParams, sample, uniform
+from executor.model.attention import PackedLengths
+from executor.model.transformer import DecoderStage
+from executor.parallel.tensor import gather_vocab
+
+# A capture with what instantiates the graph takes about three turns' host time (both start every
+# kernel once), and a replay saves most of one.
+TURNS_BEFORE = 3
+COLUMN_STEP, ROW_STEP = 64, 8
+
+
+def rounded_up(count: int, step: int, most: int) -> int:
+    """At least ``count``, in steps of ``step`` or of a quarter of the power of two below; capped.
+
+    >>> [rounded_up(n, 8, 1000) for n in (7, 9, 33, 65, 129, 999)]
+    [8, 16, 40, 80, 160, 1000]
+    """
+    assert 0 < count <= most, (count, most)
+    step = max(step, (1 << (count - 1).bit_length()) // 8)
+    return min(-(-count // step) * step, most)
+
+
+def rounded_rows(live: int, most: int) -> int:
+    """Rows of a turn with ``live`` rows; powers of two below ``ROW_STEP``.
+
+    >>> [rounded_rows(n, 30) for n in (1, 2, 3, 5, 9, 17, 25)]
+    [1, 2, 4, 8, 16, 24, 30]
+    """
+    if live <= ROW_STEP:
+        return min(1 << (live - 1).bit_length(), most)
+    return rounded_up(live, ROW_STEP, most)
+
+
+class StaticDecode:
+    """The decode turns of the sequences in the rows of ``cache``, on one stage.
+
+    ``cache`` gets all of its columns. ``noise_key`` (seed, step); ``captured``: turns as graphs so far.
+    """
+
+    def __init__(
+        self,
+        stage: DecoderStage,
+        cache: KVCache,
+        params: SamplingParams,
+        noise_key: tuple[int, int],
+        capture: Capture,
+    ) -> None:
+        self.stage, self.cache, self.params = stage, cache, params
+        self.noise_key, self.capture = noise_key, capture
+        cache.hold_all()
+        device, rows = stage.ctx.device, cache.max_rows
+        dtype, width = stage.buffer.flat.dtype, stage.spec.hidden
+        # Of every row: its newest token, that token's position, its sample, may it stop.
+        self.inputs = torch.zeros(4, rows, dtype=torch.long, device=device)
+        self.staging = torch.zeros(4, rows, dtype=torch.long, pin_memory=device.type == "cuda")
+        self.first_slots = torch.arange(rows, device=device) * cache.max_columns
+        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        first, last = stage.ctx.is_first_stage, stage.ctx.is_last_stage
+        self.hidden = None if first else torch.zeros(rows, width, dtype=dtype, device=device)
+        self.result = (
+            torch.zeros(2, rows, dtype=torch.float64, device=device)
+            if last
+            else torch.zeros(rows, width, dtype=dtype, device=device)
+        )
+        self.turns: Counter[tuple[int, int]] = Counter()
+        self.captured: dict[tuple[int, int], Action] = {}
+
+    def run(self, sequences: Sequence[Answer], hidden: Tensor | None) -> Tensor:
+        """One more token of each of ``sequences``, which are those of the cache's rows.
+
+        ``hidden`` [sequences, hidden] of the stage before, or None on the first. Returns what the
+        engine's turns do: hidden states [sequences, hidden] for the next stage; on the last,
+        [2, sequences] float64, tokens and log-probabilities. Written over in the next turn.
+        """
+        live = len(sequences)
+        rows = rounded_rows(live, self.cache.max_rows)
+        longest = max(sequence.length for sequence in sequences)
+        columns = rounded_up(longest, COLUMN_STEP, self.cache.max_columns)
+        self._write_inputs(sequences)
+        if self.hidden is not None:
+            assert hidden is not None
+            self.hidden[:live].copy_(hidden)
+        self._turn(rows, columns)
+        return self.result[:, :live] if self.stage.ctx.is_last_stage else self.result[:live]
+
+    def _write_inputs(self, sequences: Sequence[Answer]) -> None:
+        """Rows without a sequence get zeros: their first column, which nobody reads, is written."""
+        least = self.params.min_new_tokens
+        rows = [
+            (s.answer[-1], s.length - 1, s.sample, int(len(s.answer) >= least)) for s in sequences
+        ]
+        self.staging.zero_()
+        self.staging[:, : len(rows)] = torch.tensor(rows, dtype=torch.long).T
+        self.inputs.copy_(self.staging, non_blocking=True)
+
+    def _turn(self, rows: int, columns: int) -> None:
+        key = (rows, columns)
+        if key not in self.captured:
+            step = partial(self.step, rows, columns)
+            self.turns[key] += 1
+            if self.turns[key] <= TURNS_BEFORE:
+                step()
+                return
+            self.captured[key] = self.capture(step)
+        self.captured[key]()
+
+    def step(self, rows: int, columns: int) -> None:
+        """From ``inputs`` and ``hidden`` to ``result``, for ``rows`` rows of at most ``columns``
+
+        tokens. May be run any number of times for one turn.
+        """
+        tokens, positions, samples, may_stop = self.inputs[:, :rows].unbind()
+        lengths = positions + 1  # with the newest token
+        turn = Turn(
+            cache=self.cache,
+            packed=PackedLengths(
+                lengths=(1,) * rows, positions=positions, cu_seqlens=self.starts[: rows + 1],
+                max_length=1,
+            ),
+            slots=self.first_slots[:rows] + positions,
+            stored=None,
+            old_lengths=lengths.int(),
+            max_old_length=columns,
+            old_mask=self.cache.mask(lengths, columns),
+            prompts=None,
+            last_tokens=None,
+        )  # fmt: skip
+        inputs = tokens if self.hidden is None else self.hidden[:rows]
+        hidden = self.stage.forward(inputs, turn.packed, turn)
+        if not self.stage.ctx.is_last_stage:
+            self.result[:rows].copy_(hidden)
+            return
+        logits = gather_vocab(self.stage.head(hidden), self.stage.ctx)  # [rows, vocab]
+        u = uniform(*self.noise_key, samples, lengths)
+        allow_stop = may_stop.bool() if self.params.min_new_tokens else None
+        chosen = sample(logits, u, self.params, allow_stop, static=True)
+        for row, values in zip(self.result, chosen, strict=True):
+            row[:rows].copy_(values)
