@@ -18,14 +18,14 @@ Capture = Callable[[Action], Action]
 
 
 def graph_capture(device: torch.device) -> Capture:
-    """A ``Capture`` on ``device`` whose graphs share their memory, so that only one may run at once.
+    """A ``Capture`` on ``device``; its graphs share their memory, so that only one may run at once.
 
     What an action returns is the pool's, and another replay writes over it: results go into
     tensors from outside. The memory is free again when all graphs and this function are gone. An
     action must have run before, so that its kernels are loaded and their libraries set up; while
-    it is captured it does not run. With tensor parallelism all ranks capture and replay alike: whether
-    a collective is in a graph must be the same on all of them (NVIDIA, "Using NCCL with CUDA
-    Graphs"). Errors of this thread only end a capture: NCCL's watchdog calls CUDA at all times.
+    it is captured it does not run. Shards capture and replay alike, for whether a collective is
+    in a graph must be the same on all its ranks (NVIDIA, "Using NCCL with CUDA Graphs"). Errors of
+    this thread only end a capture: NCCL's watchdog calls CUDA at all times.
 
     Raises (the capture):
         RuntimeError: something in the action waits for the device, or no memory is left.

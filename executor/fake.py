@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.buffers import ParameterBuffer
 from executor.coming import made_by
+from executor.cuda_graph import Action, Capture
 from executor.dataset import Item
 from executor.generate.kv_cache import Turn
 from executor.model.attention import PackedLengths
@@ -166,6 +167,15 @@ class StorageCount(TorchDispatchMode):
         self.label = label
         self.peaks[label] = max(self.held, self.peaks.get(label, 0))
 
+    def most_during(self, action: Action) -> int:
+        """Bytes that are held at most while ``action`` runs, beyond those held before it."""
+        label, held = self.label, self.held
+        self.begin("apart")
+        action()
+        most = self.peaks.pop("apart")
+        self.begin(label)
+        return most - held
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -281,8 +291,13 @@ class _FakeWorker(Worker):
             staging_bytes=STAGING_BYTES[kind], most_rounds=SAMPLED_ROUNDS, watch=watch,
         )  # fmt: skip
         self.watch = watch
+        self.captures = kind == "cuda"
         self.exchange = _Unanswered(self)
         self.versions = _Untold(self.store, rank)
+
+    def _capture(self, stage: DecoderStage) -> Capture | None:
+        assert isinstance(stage, _FewTurns), stage
+        return _FakeCapture(self.watch, stage) if self.captures else None
 
     def _carry_out(self, instruction: Instruction) -> None:
         self.watch.begin(label_of(instruction))
@@ -364,6 +379,39 @@ class _FirstMiniBatch(Passes):
 
     def mini_batches(self, epoch: int, dp: int) -> list[list[list[int]]]:
         return super().mini_batches(0, dp)[:1] if epoch == 0 else []
+
+
+class _FakeCapture:
+    """A ``Capture`` whose graphs do nothing, and hold what the largest of them needs: the first,
+
+    as no answer ends before its limit.
+    """
+
+    def __init__(self, watch: _Watch, stage: _FewTurns) -> None:
+        self.watch, self.stage, self.pool = watch, stage, _Pool(watch)
+
+    def __call__(self, action: Action) -> Action:
+        if not self.pool.num_bytes:
+            self.stage.turns = 0  # this one is carried out
+        self.pool.hold(self.watch.most_during(action))
+        pool = self.pool
+        return lambda: pool  # as a graph keeps its memory
+
+
+class _Pool:
+    """Memory that graphs share, as long as one of them is there."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+        self.num_bytes = 0
+
+    def hold(self, num_bytes: int) -> None:
+        """At least so many bytes."""
+        self.watch.hold(max(0, num_bytes - self.num_bytes))
+        self.num_bytes = max(num_bytes, self.num_bytes)
+
+    def __del__(self) -> None:
+        self.watch.hold(-self.num_bytes)
 
 
 class _FewTurns(DecoderStage):

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from executor.batch import SequenceBatch, balanced_groups
 from executor.context import RankContext, build_contexts
+from executor.cuda_graph import Capture, graph_capture
 from executor.dataset import Prompts
 from executor.generate.engine import generate
 from executor.generate.vllm import VLLM, one_tp
 from executor.metrics import REWARDS, evaluation_moment, post, post_samples, shows_samples
 from executor.model.hf_save import save
+from executor.model.transformer import DecoderStage
 from executor.out_of_memory import is_out_of_memory, out_of_memory
 from executor.parallel.pipeline import forward_only
 from executor.results import (
@@ -108,7 +110,7 @@ class Worker:
             run, self.contexts, rank=rank, device=device,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         )  # fmt: skip
-        self.generate: Callable[..., SequenceBatch] = generate
+        self.generate: Callable[..., SequenceBatch] = self._generate_own
         if run.config.generation_backend == "vllm":
             longest = run.config.prompt_len + run.config.response_len
             vllm = VLLM(tp=one_tp(run.plan), longest_tokens=longest, device=device)
@@ -295,6 +297,14 @@ class Worker:
         if self._tells(call):
             statistics["staleness"] = float(step - self.versions.of(call.role, layout))
             post(self.store, str(step), call.name, statistics)
+
+    def _generate_own(self, stage: DecoderStage, *args: Any, **options: Any) -> SequenceBatch:
+        """With this package's engine."""
+        return generate(stage, *args, capture=self._capture(stage), **options)
+
+    def _capture(self, stage: DecoderStage) -> Capture | None:
+        """For one generation by ``stage``: its graphs leave no memory behind."""
+        return graph_capture(self.device) if self.device.type == "cuda" else None
 
     def _infer(self, instruction: Infer, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)

@@ -21,6 +21,7 @@ from planner.cost.stage import (
     MAX_PROMPT_TOKENS,
     VALUE_BYTES,
     StageShape,
+    decodes_as_graph,
     own_values,
     packed_values,
     stage_shapes,
@@ -275,7 +276,8 @@ def _running_generate(
     """Keys and values of all sequences under way at their longest, one turn's activations
 
     (at most ``MAX_PROMPT_TOKENS`` or one prompt), and a group's logits: parts, whole, and three
-    fp32 copies while a token is chosen.
+    fp32 copies while a token is chosen. Where decode turns are CUDA graphs, activations and logits
+    of one stay, in the memory that the graphs share, while prompts enter.
     """
     s, workload = allocation.strategy, problem.workload_of(call.name)
     value_bytes = VALUE_BYTES[problem.cluster.kind]
@@ -290,12 +292,13 @@ def _running_generate(
     prompts = min(group, ceil(group / workload.group_size) + (group % workload.group_size > 0))
     tokens = min(prompts * workload.prompt_tokens, limit) + group
     logits = group * spec.vocab * (2 * value_bytes + 3 * 4) if shape.last else 0
+    graphs = decodes_as_graph(spec, problem.cluster.kind)
     return MemoryBreakdown(
         kv_cache=shape.num_layers * rows_bytes,
-        activations=tokens * working_values(spec, s) * value_bytes,
-        logits=logits,
-        # A block's keys or values are there twice while they grow.
-        buffers=rows_bytes // 2
+        activations=(tokens + group * graphs) * working_values(spec, s) * value_bytes,
+        logits=logits * (1 + graphs),
+        # Without graphs, a block's keys or values are there twice while they grow.
+        buffers=(0 if graphs else rows_bytes // 2)
         + packed_values(spec, shape, s.tp, problem.cluster.kind) * value_bytes
         + (2 * tokens * spec.hidden * value_bytes if s.pp > 1 else 0),
     )  # fmt: skip

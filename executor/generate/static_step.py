@@ -1,25 +1,26 @@
 """Decode turns that are always the same kernels on the same addresses: what a CUDA graph can be of.
 
 Read ``StaticDecode.run``. Starting some twenty kernels a block costs the host more than a GPU needs
-to run them, so that a decode turn is captured once and replayed. What changes from turn to turn lies
-in one tensor of inputs, written before the turn in one copy from pinned memory; what comes out lies
-in one tensor of results, read once; in between nothing asks the device for a value. A turn is so for a
-number of rows and of columns, to which real ones are rounded up:
+to run them, so a decode turn is captured and replayed. What changes from turn to turn lies in one
+tensor of inputs, written before the turn in one copy from pinned memory; what comes out lies in one
+tensor of results, read once; in between nothing asks the device for a value. A turn is for a number
+of rows and of columns, to which real ones are rounded up, at most to those of the cache:
 
-    live rows     1  2  3-4  5-8  9-16  17-24  ...  57-64  65-80  ...  129-160  ...  at most the cache's
-    columns       up to 64, 128, ... 256, 320, ... 512, 640, ... 1024, 1280, ...      at most the cache's
+    rows        1, 2, 4, 8, then by 8 to 64, by 16 to 128, by 32 to 256, ...
+    columns     by 64 to 512, by 128 to 1024, by 256 to 2048, ...
 
-Rounded rows stand in rows of the cache that are not in use, and write and read their own first column
-only. They cost no more than a quarter of what live rows cost, and weights, most of what a turn reads,
-are read once for all of them.
+A quarter more, at most, of what a row or a column costs, while the weights, most of what a turn
+reads, are read once for all; in return some ten shapes lie between a call's first decode turn and
+its last. Rows without a sequence are rows of the cache that are not in use; they write and read
+their own first column only.
 
-A graph lasts for one ``generate``: it holds the addresses of a cache that is free memory between calls,
-by the planner's books. Capturing one takes the host about as long as a few turns without it, so that
-a turn of one shape is captured when it comes for the ``TURNS_BEFORE`` + 1st time: neither is
-a graph made for turns that hardly come, nor are more than twice the best possible seconds lost
-(Karlin et al. 1988, renting or buying skis).
+Graphs last for one ``generate``: they hold the addresses of a cache that is free memory between
+calls, by the planner's books. Capturing costs the host about what some turns without a graph do, so
+a shape is captured when it comes for the ``TURNS_BEFORE`` + 1st time: no graph is made for shapes
+that hardly come, and no more is lost than twice what the best choice costs (renting or buying skis;
+Karlin et al. 1988).
 
-Not here: turns that bring prompts, and experts, whose rows are numbers that the device must be asked for
+Not here: turns that bring prompts, and experts, whose numbers of rows the device must be asked for
 (``ModelSpec.decode_is_static``).
 """
 
@@ -71,7 +72,8 @@ def rounded_rows(live: int, most: int) -> int:
 class StaticDecode:
     """The decode turns of the sequences in the rows of ``cache``, on one stage.
 
-    ``cache`` gets all of its columns. ``noise_key`` (seed, step); ``captured``: turns as graphs so far.
+    ``cache`` gets all of its columns. ``noise_key``: (seed, step). ``captured``: graphs by
+    (rows, columns).
     """
 
     def __init__(
@@ -118,7 +120,9 @@ class StaticDecode:
             assert hidden is not None
             self.hidden[:live].copy_(hidden)
         self._turn(rows, columns)
-        return self.result[:, :live] if self.stage.ctx.is_last_stage else self.result[:live]
+        if self.stage.ctx.is_last_stage:
+            return self.result[:, :live].contiguous()
+        return self.result[:live]
 
     def _write_inputs(self, sequences: Sequence[Answer]) -> None:
         """Rows without a sequence get zeros: their first column, which nobody reads, is written."""

@@ -103,7 +103,7 @@ def decode_attention(
     included; ``lengths`` [n] counts the valid tokens of each row, the new one included. Returns
     [n, heads, head_dim]. ``max_length``: a bound of ``lengths`` known without asking the device,
     so that the rest of the cache is not read. ``window`` as in ``packed_attention``. ``mask``:
-    what ``decode_mask`` makes of lengths, bound and window, which no layer changes; None: made here.
+    what ``decode_mask`` makes of all this, the same in every layer; None: it is made here.
 
     flash-attn, where it is installed, splits long rows among the device's processors; elsewhere
     the heads that share a kv head become rows of one small matrix. Neither copies keys or values.

@@ -346,6 +346,11 @@ def packed_values(spec: ModelSpec, stage: StageShape, tp: int, kind: DeviceKind)
     return values + (ceil(spec.vocab / tp) * spec.hidden if stage.last else 0)
 
 
+def decodes_as_graph(spec: ModelSpec, kind: DeviceKind) -> bool:
+    """Does the engine replay decode turns as CUDA graphs (``executor.generate.static_step``)?"""
+    return kind == "cuda" and spec.decode_is_static
+
+
 def expert_values(spec: ModelSpec, stage: StageShape, tp: int, ep: int) -> int:
     """Of ``stage_values`` those of experts."""
     return stage.num_layers * shard_values(spec, 0, tp, ep, only_experts=True)
