@@ -55,8 +55,8 @@ def stage_of(spec: ModelSpec, place: Place, *, tp: int, num_layers: int) -> Layo
 class LayerBench:
     """One tensor-parallel shard of ``spec``'s layers on ``device``, and probes of its costs.
 
-    Weights are random: time does not depend on them. With ``capture`` decode steps of blocks are
-    measured as graphs as well; once it fails, no more.
+    Weights are random: time does not depend on them. With ``capture`` decode steps of blocks and
+    the head are measured as graphs as well; once it fails, no more.
     """
 
     def __init__(
@@ -108,14 +108,18 @@ class LayerBench:
         def step() -> Tensor:
             return stage.forward(hidden, turn.packed, turn)
 
+        return self._decode(step, count=depth)
+
+    def _decode(self, step: Action, *, count: int = 1) -> Probe:
+        """``step``, and as a graph where it can be one."""
         replay = self.capture(step) if self.capture is not None else None
         if replay is None:
             self.capture = None
-            return Probe(actions=(step,), readings={"decode": (1,)}, count=depth)
+            return Probe(actions=(step,), readings={"decode": (1,)}, count=count)
         return Probe(
             actions=(step, replay),
             readings={"decode": (1, 0), "decode_graph": (0, 1)},
-            count=depth,
+            count=count,
         )
 
     def embedding_train(self, tokens: int, length: int) -> Probe:
@@ -184,7 +188,7 @@ class LayerBench:
             logits = stage.head(_final_norm(stage, hidden)).repeat(1, self.tp)
             sample(logits, uniform(0, 0, places, places), params)
 
-        return Probe(actions=(step,), readings={"decode": (1,)})
+        return self._decode(step)
 
     def optimizer_step(self, num_blocks: int, length: int = 0) -> Probe:
         """Norm, clipping and Adam's update over ``num_blocks`` blocks, and cleared gradients."""

@@ -247,7 +247,7 @@ def summary(table: CostTable, output: Path) -> str:
     if saved is not None:
         lines.append(
             f"a decode step of blocks as a CUDA graph takes {saved:.0%} of one without, in the "
-            "median; runs do not use graphs, so plans count without"
+            "median; runs use graphs, and plans count with them"
         )
     if noisy:
         lines.append(
@@ -258,11 +258,12 @@ def summary(table: CostTable, output: Path) -> str:
 
 
 def graph_share(rows: Sequence[CostRow]) -> float | None:
-    """Seconds of decode steps as CUDA graphs over those without; None where none was measured."""
+    """Seconds of blocks' decode steps as CUDA graphs over those without, or None: not measured."""
 
     def at(row: CostRow) -> tuple[str, int, int, int]:
         return row.shape, row.tp, row.size, row.length
 
+    rows = [row for row in rows if row.component == "block"]
     plain = {at(row): row.seconds for row in rows if row.operation == "decode"}
     graphs = [row for row in rows if row.operation == "decode_graph" and at(row) in plain]
     return median(row.seconds / plain[at(row)] for row in graphs) if graphs else None

@@ -4,12 +4,14 @@ Forward: the products of ``roofline.block_products`` and attention from shipped 
 element-wise kernels, experts' grouped products, embedding and optimizer from the roofline, which
 is said in the answer's shares. Backward is modelled from shapes: of each product the gradient of
 its input [m, n] x [n, k] and of its weight [k, m] x [m, n], looked up in the same table, and
-attention times ``attention_backward``.
+attention times ``attention_backward``. Decode steps that are CUDA graphs are sums of the kernels
+alone, without what starting each costs the host; others' kernels are at least as long as that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 
 from profiles.costs import Component, Cost, Operation, Provenance
 from profiles.kernels import KernelSurfaces
@@ -43,12 +45,20 @@ class KernelCosts:
         self._launch_s = roofline.device.launch_s
         self._answers: dict[tuple[object, ...], Cost] = {}
         self._products: dict[tuple[object, ...], Cost] = {}
+        self.in_graph: KernelCosts | None = None  # the same of kernels in a CUDA graph
+        if roofline.in_graph is not None:
+            self.in_graph = copy(self)
+            self.in_graph.roofline = roofline.in_graph
+            self.in_graph._launch_s = 0.0  # measured kernels are as short as they can be
+            self.in_graph._answers, self.in_graph._products = {}, {}
 
     def layer(
         self, spec: ModelSpec, component: Component, operation: Operation, *, tp: int, size: int,
         length: int,
     ) -> Cost:  # fmt: skip
         """See ``costs.LayerCosts``."""
+        if operation == "decode" and spec.decode_is_static and self.in_graph is not None:
+            return self.in_graph.layer(spec, component, operation, tp=tp, size=size, length=length)
         question = (spec, component, operation, tp, size, length)
         answer = self._answers.get(question)
         if answer is None:

@@ -27,10 +27,10 @@ VERSION = 1
 
 _LAYER_OPERATIONS = frozenset({"forward", "backward", "decode"})
 OPERATIONS: Mapping[str, frozenset[str]] = {
-    # A decode step of blocks also as a CUDA graph, where it was measured so.
+    # A decode step also as a CUDA graph, where it was measured so.
     "block": _LAYER_OPERATIONS | {"decode_graph", "decode_alone"},
     "embedding": _LAYER_OPERATIONS,
-    "head": _LAYER_OPERATIONS | {"decode_alone"},
+    "head": _LAYER_OPERATIONS | {"decode_graph", "decode_alone"},
     "optimizer": frozenset({"step"}),
     "collective": frozenset({"all_reduce", "all_gather", "reduce_scatter", "p2p"}),
 }

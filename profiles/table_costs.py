@@ -23,6 +23,7 @@ _Key = tuple[str, str, tuple[int | str, ...], int]  # component, operation, dime
 class TableCosts:
     """``LayerCosts`` from a table's rows, and from ``fallback`` where there are none.
 
+    A decode step is one as a CUDA graph where these were measured and the engine runs it so.
     A missing tp or model width takes the fallback's seconds, times measured / fallback at the
     nearest width and tp that were measured (its form, this machine's level).
     """
@@ -64,7 +65,8 @@ class TableCosts:
         self, spec: ModelSpec, component: Component, operation: Operation, tp: int, size: int,
         length: int,
     ) -> Cost:  # fmt: skip
-        key = (component, operation, component_shape(spec, component), tp)
+        measured = self._as_run(spec, component, operation)
+        key = (component, measured, component_shape(spec, component), tp)
         if operation == "decode_alone" and key not in self.surfaces:
             return self.layer(spec, component, "decode", tp=tp, size=size, length=length)
         surface = self.surfaces.get(key)
@@ -80,6 +82,13 @@ class TableCosts:
             )  # fmt: skip
         return self._from_table(cost)
 
+    def _as_run(self, spec: ModelSpec, component: Component, operation: Operation) -> str:
+        """The operation of the rows that hold for what runs."""
+        graph = f"{operation}_graph"
+        if spec.decode_is_static and any(key[:2] == (component, graph) for key in self.surfaces):
+            return graph
+        return operation
+
     def _from_table(self, cost: Cost) -> Cost:
         return Cost(cost.seconds, cost.provenance, source=self.table.label)
 
@@ -88,7 +97,7 @@ class TableCosts:
         length: int,
     ) -> Cost:  # fmt: skip
         guess = self.fallback.layer(spec, component, operation, tp=tp, size=size, length=length)
-        key = self._nearest(spec, component, operation, tp)
+        key = self._nearest(spec, component, self._as_run(spec, component, operation), tp)
         if key is None:
             return guess
         near, near_tp = self._specs[key], key[3]
@@ -102,9 +111,9 @@ class TableCosts:
         )  # fmt: skip
 
     def _nearest(
-        self, spec: ModelSpec, component: Component, operation: Operation, tp: int
+        self, spec: ModelSpec, component: Component, operation: str, tp: int
     ) -> _Key | None:
-        """The measured surface of this operation at the most alike width and tp."""
+        """The measured surface of these rows' operation at the most alike width and tp."""
 
         def distance(key: _Key) -> tuple[float, int]:
             near = self._specs[key]

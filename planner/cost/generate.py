@@ -5,6 +5,10 @@ stages have work at once. The first token comes out of prefill. A decode step's 
 one token a step; its seconds are summed by the trapezoid rule over a few contexts, which is exact
 where they are linear in the context. Where ``generation_batch`` does not hold all sequences they go
 in waves; where answers differ in length ``decode.py`` says which rows are live when.
+
+On GPUs a dense model's decode steps are CUDA graphs, and priced so by ``profiles``
+(``decode_graph`` rows of a profile). Rows that the engine adds to round them (at most a quarter)
+and the graphs' captures, some ten a call, are not counted.
 """
 
 from __future__ import annotations

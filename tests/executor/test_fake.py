@@ -16,6 +16,7 @@ import torch
 
 from executor.fake import check_rank, rank_kinds
 from executor.run import configure
+from experiments.generation.graph import ALGORITHM as GENERATION
 from experiments.grpo.graph import ALGORITHM as GRPO
 from experiments.ppo.graph import ALGORITHM as PPO
 from planner.algorithm import Algorithm, make_config, make_problem
@@ -97,6 +98,12 @@ PLANS = {
     "grpo": plan_of(
         DENSE, 2, allocate(dp=2, m=2), algorithm=GRPO, actor_train=allocate(tp=2, m=1),
         sizes=["batch_size=4", "samples_per_prompt=8", "prompt_len=384", "response_len=64"],
+    ),
+    # Nothing but weights, the cache and graphs; more rows than enter at once.
+    "generation": plan_of(
+        replace(GROUPED, num_layers=1), 1, allocate(), algorithm=GENERATION,
+        actor_gen=allocate(m=2, rows=48),
+        sizes=["batch_size=64", "prompt_len=384", "response_len=96"],
     ),
     "ahead": ahead(
         plan_of(GROUPED, 4, allocate(dp=2, m=2), actor_gen=allocate(tp=2, first=2),

@@ -14,7 +14,8 @@ from profiles.collectives import Collectives
 from profiles.costs import Component, Operation
 from profiles.devices import DEVICES
 from profiles.hardware import DeviceSpec
-from profiles.roofline import RooflineCosts, block_products
+from profiles.models import ModelSpec
+from profiles.roofline import GRAPH_KERNEL_S, RooflineCosts, block_products
 
 # Milliseconds at tp 1, 2, 4, 8, with collectives, from the kernels that NVIDIA's aiconfigurator
 # publishes: forward of one block, one sequence of 2048 tokens.
@@ -81,9 +82,19 @@ def test_decode_of_one_sequence_costs_its_weights_and_context() -> None:
 
 
 def test_no_kernel_is_faster_than_its_launch() -> None:
-    costs = RooflineCosts(DEVICES["h100"])
-    found = costs.layer(MODELS["tiny"], "block", "decode", tp=1, size=1, length=1)
-    assert found.seconds == pytest.approx(12 * DEVICES["h100"].launch_s)
+    """In a graph than the shortest there; a CPU has none, and experts' steps are none."""
+    device, tiny = DEVICES["h100"], MODELS["tiny"]
+    experts = replace(tiny, family="mixtral", num_experts=4, experts_per_token=2)
+    cases: list[tuple[DeviceSpec, ModelSpec, Operation, float]] = [
+        (device, tiny, "forward", 12 * device.launch_s),
+        (device, tiny, "decode", 12 * GRAPH_KERNEL_S),
+        (device, experts, "decode", 16 * device.launch_s),
+        (replace(device, kind="cpu"), tiny, "decode", 12 * device.launch_s),
+        (replace(device, launch_s=1e-6), tiny, "decode", 12e-6),
+    ]
+    for of, spec, operation, seconds in cases:
+        found = RooflineCosts(of).layer(spec, "block", operation, tp=1, size=1, length=1)
+        assert found.seconds == pytest.approx(seconds), (of, spec, operation)
 
 
 def test_the_optimizer_moves_its_states() -> None:

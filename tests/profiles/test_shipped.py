@@ -48,6 +48,24 @@ def test_a_chip_with_slower_memory_has_its_chips_efficiencies() -> None:
     assert 1.1 < ratio < 2039 / 1555 + 0.01, "as much slower as its memory, but for launches"
 
 
+def test_a_graphs_kernels_do_not_wait_for_the_host() -> None:
+    """With a host that needs a second for each kernel: only decode steps of dense models are fast,
+
+    on few devices as on many, where every kernel is short.
+    """
+    cluster = make_cluster("h100", 8)
+    usual, _ = shipped_costs(cluster)
+    costs, _ = shipped_costs(replace(cluster, device=replace(cluster.device, launch_s=1.0)))
+    experts = MODELS["mixtral-8x7b"]
+    for tp in (1, 8):
+        ask = {"tp": tp, "size": 16, "length": 512}
+        for component in ("block", "head"):
+            found = costs.layer(SPEC, component, "decode", **ask)
+            assert found == usual.layer(SPEC, component, "decode", **ask)
+            assert costs.layer(SPEC, component, "forward", **ask).seconds > 1.0
+        assert costs.layer(experts, "block", "decode", **ask).seconds > 10.0
+
+
 def test_what_a_measured_gpu_lacks_is_from_its_makers_rates() -> None:
     """Its own rates are achieved ones: efficiencies would count twice."""
     catalogue = make_cluster("h100", 8)

@@ -271,6 +271,23 @@ def test_decoding_alone_is_decoding_where_nobody_measured_it() -> None:
     )
 
 
+def test_a_decode_step_is_a_graph_where_one_was_measured_and_runs() -> None:
+    """Also where its tp was not measured: at the graphs' level. Experts' steps are no graphs."""
+    row = replace(ROWS[0], operation="decode", size=4, length=64, seconds=4e-4)
+    graph = replace(row, operation="decode_graph", seconds=1e-4)
+    table, plain = costs((row, graph)), costs((row,))
+    experts = replace(SPEC, family="mixtral", num_experts=4, experts_per_token=2)
+    for tp in (1, 2):
+        question = {"tp": tp, "size": 4, "length": 64}
+        eager = plain.layer(SPEC, "block", "decode", **question)
+        found = table.layer(SPEC, "block", "decode", **question)
+        assert found.seconds == pytest.approx(eager.seconds / 4)
+        assert found.provenance is eager.provenance
+        assert table.layer(experts, "block", "decode", **question) == plain.layer(
+            experts, "block", "decode", **question
+        )
+
+
 def test_the_optimizer_is_interpolated_over_parameters() -> None:
     table = costs()
     assert table.optimizer_step(10**6).provenance is Provenance.MEASURED
