@@ -1,6 +1,6 @@
 """An action as a CUDA graph: its kernels without what starting them costs the host.
 
-Read ``graph_capture``. A graph is the kernels with the addresses that they had: what is to change
+Read ``GraphCapture``. A graph is the kernels with the addresses that they had: what is to change
 from replay to replay must lie in tensors that stay, and nothing in it may ask the device for a
 value. Decode turns are run so (``generate/static_step.py``), and measured (``profile_graph.py``).
 """
@@ -17,29 +17,39 @@ Action = Callable[[], object]
 Capture = Callable[[Action], Action]
 
 
-def graph_capture(device: torch.device) -> Capture:
+class GraphCapture:
     """A ``Capture`` on ``device``; its graphs share their memory, so that only one may run at once.
 
-    What an action returns is the pool's, and another replay writes over it: results go into
-    tensors from outside. The memory is free again when all graphs and this function are gone. An
-    action must have run before, so that its kernels are loaded and their libraries set up; while
-    it is captured it does not run. Shards capture and replay alike, for whether a collective is
-    in a graph must be the same on all its ranks (NVIDIA, "Using NCCL with CUDA Graphs"). Errors of
-    this thread only end a capture: NCCL's watchdog calls CUDA at all times.
-
-    Raises (the capture):
-        RuntimeError: something in the action waits for the device, or no memory is left.
+    What an action returns is that memory's, and another replay writes over it: results go into
+    tensors from outside. It is free again when all graphs are gone. An action must have run before,
+    so that its kernels are loaded and their libraries set up; while it is captured it does not run.
+    Shards capture and replay alike, for whether a collective is in a graph must be the same on all
+    its ranks (NVIDIA, "Using NCCL with CUDA Graphs"). Only this thread's errors end a capture:
+    NCCL's watchdog calls CUDA at all times.
     """
-    pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(device)
 
-    def capture(action: Action) -> Action:
-        # Not ``torch.cuda.graph``, which collects garbage and empties the allocator's cache first:
-        # some tenths of a second for every graph.
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.is_first = True
+
+    def __call__(self, action: Action) -> Action:
+        """The replay of ``action``.
+
+        Raises:
+            RuntimeError: something in the action waits for the device, or no memory is left.
+        """
+        # Not ``torch.cuda.graph``, which collects garbage and gives back the allocator's unused
+        # memory before every graph: some tenths of a second. Once is needed: all that the device
+        # has may be the allocator's, for tensors that are gone, and a capture gives nothing back.
+        if self.is_first:
+            torch.cuda.empty_cache()
+            self.is_first = False
         graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 action()
             except BaseException:
@@ -47,7 +57,5 @@ def graph_capture(device: torch.device) -> Capture:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return graph.replay
-
-    return capture

@@ -5,7 +5,7 @@ do nothing, and given weights without values (fake tensors): shapes, types and s
 run, so every instruction is really carried out, and what it holds is counted. What decides
 control flow (token ids, lengths) is real and at its longest, as the memory model takes it; a
 number that would come out of a model reads as 1, so no answer ends before its limit, and experts
-get equal shares of the tokens.
+get equal shares of the tokens. A GPU's decode graphs hold their memory and do nothing.
 
 A 70B plan for 128 GPUs runs here in one process, rank kind by rank kind: ranks whose instructions
 differ in their place in tp and dp only are one kind.

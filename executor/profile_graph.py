@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from executor.cuda_graph import graph_capture
+from executor.cuda_graph import GraphCapture
 from executor.profile_measure import Action
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def capture(action: Action) -> Action | None:
         action()
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        return graph_capture(device)(action)
+        return GraphCapture(device)(action)
     except RuntimeError as error:
         logger.warning("decode steps are measured without CUDA graphs: %s", error)
         return None

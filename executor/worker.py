@@ -18,7 +18,7 @@ from torch import Tensor
 
 from executor.batch import SequenceBatch, balanced_groups
 from executor.context import RankContext, build_contexts
-from executor.cuda_graph import Capture, graph_capture
+from executor.cuda_graph import Capture, GraphCapture
 from executor.dataset import Prompts
 from executor.generate.engine import generate
 from executor.generate.vllm import VLLM, one_tp
@@ -304,7 +304,7 @@ class Worker:
 
     def _capture(self, stage: DecoderStage) -> Capture | None:
         """For one generation by ``stage``: its graphs leave no memory behind."""
-        return graph_capture(self.device) if self.device.type == "cuda" else None
+        return GraphCapture(self.device) if self.device.type == "cuda" else None
 
     def _infer(self, instruction: Infer, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)

@@ -21,7 +21,7 @@ from torch import Tensor
 from executor.batch import SequenceBatch
 from executor.buffers import ParameterBuffer
 from executor.context import build_contexts, single_process
-from executor.cuda_graph import graph_capture
+from executor.cuda_graph import GraphCapture
 from executor.generate.answers import begun
 from executor.generate.engine import generate
 from executor.generate.kv_cache import KVCache
@@ -286,7 +286,7 @@ def test_graphs_on_cuda_choose_what_eager_turns_choose(name: str) -> None:
             generate(
                 stage, prompts, samples=SAMPLES, params=setting, seed=1, step=2, capture=capture
             )
-            for capture in (graph_capture(stage.ctx.device), lambda action: action)
+            for capture in (GraphCapture(stage.ctx.device), lambda action: action)
         ]
         graphed, eager = answers
         assert sequences_of(graphed) == sequences_of(eager)
@@ -302,7 +302,7 @@ def test_memory_of_graphs_is_free_after_a_generation() -> None:
     for step in range(4):
         generate(
             stage, prompts, samples=SAMPLES, params=params(), seed=1, step=step,
-            capture=graph_capture(stage.ctx.device),
+            capture=GraphCapture(stage.ctx.device),
         )  # fmt: skip
         held.append(torch.cuda.memory_allocated())
     assert held[1] == held[2] == held[3]  # the first sets up workspaces
