@@ -25,13 +25,13 @@ class GraphCapture:
     so that its kernels are loaded and their libraries set up; while it is captured it does not run.
     Shards capture and replay alike, for whether a collective is in a graph must be the same on all
     its ranks (NVIDIA, "Using NCCL with CUDA Graphs"). Only this thread's errors end a capture:
-    NCCL's watchdog calls CUDA at all times.
+    NCCL's watchdog calls CUDA at all times. ``stream``: where kernels are captured, not run; each
+    has workspaces of cuBLAS's for good, so that one should do for all.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self.device, self.stream = device, stream
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
         self.is_first = True
 
     def __call__(self, action: Action) -> Action:

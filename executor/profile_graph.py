@@ -31,7 +31,7 @@ def capture(action: Action) -> Action | None:
         action()
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        return GraphCapture(device)(action)
+        return GraphCapture(device, torch.cuda.Stream(device))(action)
     except RuntimeError as error:
         logger.warning("decode steps are measured without CUDA graphs: %s", error)
         return None

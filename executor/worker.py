@@ -110,6 +110,8 @@ class Worker:
             run, self.contexts, rank=rank, device=device,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         )  # fmt: skip
+        cuda = device.type == "cuda"
+        self.capture_stream = torch.cuda.Stream(device) if cuda else None
         self.generate: Callable[..., SequenceBatch] = self._generate_own
         if run.config.generation_backend == "vllm":
             longest = run.config.prompt_len + run.config.response_len
@@ -304,7 +306,9 @@ class Worker:
 
     def _capture(self, stage: DecoderStage) -> Capture | None:
         """For one generation by ``stage``: its graphs leave no memory behind."""
-        return GraphCapture(self.device) if self.device.type == "cuda" else None
+        if self.capture_stream is None:
+            return None
+        return GraphCapture(self.device, self.capture_stream)
 
     def _infer(self, instruction: Infer, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)
