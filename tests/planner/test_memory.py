@@ -186,8 +186,13 @@ def test_the_largest_gradient_is_there_once_more() -> None:
 
 
 def test_a_groups_logits_while_tokens_are_chosen() -> None:
-    # 64 sequences in 4 groups: parts and whole in bf16, three copies in fp32.
+    """64 sequences in 4 groups: parts and whole in bf16, three copies in fp32. Graphs of decode
+
+    turns, which experts have none of, keep theirs while prompts enter.
+    """
     need = call_memory(ppo(), "actor_gen", allocate(m=4))
+    assert need.logits == 2 * 16 * 32000 * (2 * 2 + 3 * 4)
+    need = call_memory(ppo(model="mixtral-8x7b"), "actor_gen", allocate(m=4))
     assert need.logits == 16 * 32000 * (2 * 2 + 3 * 4)
 
 
