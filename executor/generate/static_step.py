@@ -41,8 +41,8 @@ from executor.model.attention import PackedLengths
 from executor.model.transformer import DecoderStage
 from executor.parallel.tensor import gather_vocab
 
-# A capture with what instantiates the graph takes about three turns' host time (both start every
-# kernel once), and a replay saves most of one.
+# Estimated, not measured: a capture, which goes through the turn's Python once, and instantiating
+# the graph take about three turns' host time; a replay saves most of one.
 TURNS_BEFORE = 3
 COLUMN_STEP, ROW_STEP = 64, 8
 
