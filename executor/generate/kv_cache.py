@@ -239,9 +239,9 @@ class Turn:
     ``packed``: one token of each old row, then what new rows bring of their prompts. ``slots``
     [stored]: row * columns + position of every key that is stored, of the packed token ``stored``
     [stored]; None: each token's once. ``old_lengths`` [old rows]: tokens of the old rows, the new
-    one included, at most ``max_old_length``; ``old_mask``: what hides other columns, or None: nothing
-    does, or ``decode_attention`` sees to it. ``prompts``: the new rows', or None. ``last_tokens``
-    [rows]: index of every row's last token in the packed batch; None: all of them.
+    one included, at most ``max_old_length``; ``old_mask``: what hides other columns, or None:
+    nothing does, or ``decode_attention`` sees to it. ``prompts``: the new rows', or None.
+    ``last_tokens`` [rows]: index of every row's last token in the packed batch; None: all of them.
     """
 
     cache: KVCache
