@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from planner.layout import Layout, ParameterSlice
-from planner.reallocation import lent
+from planner.lending import lent
 
 Range = tuple[int, int]
 

@@ -25,7 +25,7 @@ from planner.memory import (
     running_memory,
 )
 from planner.plan import ExecutionPlan
-from planner.reallocation import stored_values
+from planner.lending import stored_values
 from planner.strategy import ParallelStrategy
 from profiles.errors import InfeasibleError
 from profiles.hardware import DeviceKind

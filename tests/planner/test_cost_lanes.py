@@ -11,7 +11,9 @@ import pytest
 from planner.cost.lanes import IN_INTER, IN_INTRA, OUT_INTER, OUT_INTRA, lane_loads
 from planner.layout import Layout, ParameterSlice
 from planner.mesh import DeviceMesh
-from planner.reallocation import lent, reallocate, route_values, routes
+from planner.lending import lent
+from planner.reallocation import reallocate
+from planner.routes import route_values, routes
 from profiles.models import ModelSpec
 from tests.planner.plans import SPEC
 

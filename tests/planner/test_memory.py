@@ -35,7 +35,7 @@ from planner.plan_memory import (
 )
 from planner.program import Reserve, compile_plan, home_layouts
 from planner.program_check import check_program
-from planner.reallocation import stored_values
+from planner.lending import stored_values
 from planner.strategy import ParallelStrategy
 from profiles.catalogue import MODELS, resolve_model
 from profiles.clusters import make_cluster

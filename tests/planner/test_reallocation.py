@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from planner.layout import Layout, ParameterSlice, parameters
 from planner.mesh import DeviceMesh
-from planner.reallocation import Message, reallocate, route_values, routes
+from planner.reallocation import Message, reallocate
+from planner.routes import route_values, routes
 from profiles.models import ModelSpec
 from tests.planner.plans import SPEC
 
