@@ -63,10 +63,12 @@ class NodeGrid(NamedTuple):
 
 
 def node_grid(a: DeviceMesh, b: DeviceMesh, cluster: Cluster) -> NodeGrid:
-    """Nodes as what goes from ``a`` to ``b`` sees them; between groups no two devices share one."""
-    group = cluster.group_index(a.first)
-    if cluster.group_index(b.first) != group:
-        return NodeGrid(0, 1)
+    """Nodes as what goes from ``a`` to ``b`` sees them: those of ``b``'s group.
+
+    Where ``a`` is in another one, its devices are in none of these: their numbers are below 0, or
+    above all of the group's.
+    """
+    group = cluster.group_index(b.first)
     return NodeGrid(cluster.starts[group], cluster.groups[group].devices_per_node)
 
 

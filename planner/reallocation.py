@@ -43,12 +43,18 @@ class Reallocation:
     copies: tuple[Message, ...]
 
 
-def _expand(spec: ModelSpec, route: Route) -> Iterator[Message]:
+_Slices = dict[tuple[object, ...], list[ParameterSlice]]
+
+
+def _expand(spec: ModelSpec, route: Route, known: _Slices) -> Iterator[Message]:
+    """``known``: slices by layer and part; many routes move the same between other devices."""
     for layer in route.layers:
-        for parameter in layer_parameters(spec, layer):
-            box = part_of(parameter, route)
-            if box is not None:
-                yield Message(src=route.src, dst=route.dst, slice=box, phase=route.phase)
+        key = (layer, route.lo, route.hi, route.units, route.cut, route.experts)
+        if key not in known:
+            boxes = [part_of(parameter, route) for parameter in layer_parameters(spec, layer)]
+            known[key] = [box for box in boxes if box is not None]
+        for box in known[key]:
+            yield Message(src=route.src, dst=route.dst, slice=box, phase=route.phase)
 
 
 @lru_cache(maxsize=32)
@@ -70,9 +76,10 @@ def reallocate(
     """
     messages: list[Message] = []
     copies: list[Message] = []
+    known: _Slices = {}
     for route in routes(
         src, dst, devices_per_node=devices_per_node, first_device=first_device,
         least_share=least_share,
     ):  # fmt: skip
-        (copies if route.src == route.dst else messages).extend(_expand(src.spec, route))
+        (copies if route.src == route.dst else messages).extend(_expand(src.spec, route, known))
     return Reallocation(src=src, dst=dst, messages=tuple(messages), copies=tuple(copies))

@@ -245,7 +245,11 @@ def _shares(spec: ModelSpec, piece: Route, count: int) -> list[_Share]:
     for i in range(count):
         whole = replace(piece, layers=tuple(blocks[i * each : (i + 1) * each]))
         rows = replace(
-            piece, layers=rest, lo=lo + width * i, hi=lo + width * (i + 1), units=piece.units * count
+            piece,
+            layers=rest,
+            lo=lo + width * i,
+            hi=lo + width * (i + 1),
+            units=piece.units * count,
         )
         found.append(_share(spec, (whole, rows)))
     return found

@@ -24,7 +24,7 @@ from planner.routes import LEAST_SHARE, Cut, cut_dim, cuts, groups_of_layers, nu
 from profiles.models import ModelSpec
 
 Ints = npt.NDArray[np.int64]
-OUT_INTRA, IN_INTRA, OUT_INTER, IN_INTER, OUT_RELAY, IN_RELAY, PASSES = range(7)
+OUT_INTRA, IN_INTRA, OUT_INTER, IN_INTER, OUT_RELAY, IN_RELAY, PASSES, MESSAGES = range(8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,24 +47,18 @@ def lane_loads(
     """Values and messages of a reallocation, device by device of ``[0, last of both meshes]``."""
     assert src.spec == dst.spec, (src.spec.name, dst.spec.name)
     last = max(src.mesh.devices[-1], dst.mesh.devices[-1])
-    values = np.zeros((7, last + 1), dtype=np.int64)
-    messages = np.zeros((6, last + 1), dtype=np.int64)
+    loads = np.zeros((13, last + 1), dtype=np.int64)
+    room = np.zeros((8, last + 1), dtype=np.int64)
     shape = np.array(
-        [
-            src.mesh.first, src.dp, src.tp, src.ep, dst.mesh.first, dst.dp, dst.tp, dst.ep,
-            devices_per_node, least_share,
-        ],
+        (
+            src.mesh.first, src.dp, src.tp, dst.mesh.first, dst.dp, dst.tp, devices_per_node,
+            least_share,
+        ),
         dtype=np.int64,
     )  # fmt: skip
-    room = Room(
-        sent=np.zeros(last + 1, dtype=np.int64), gave=np.zeros(last + 1, dtype=np.int64),
-        near=np.zeros(last + 1, dtype=np.int64), holders=np.zeros(last + 1, dtype=np.int64),
-        wanting=np.zeros(last + 1, dtype=np.int64),
-        shares=np.zeros((4, last + 1), dtype=np.int64),
-    )  # fmt: skip
     ends = (src.pp, src.tp, src.ep), (dst.pp, dst.tp, dst.ep)
-    _cross_all(shape, _crossings(src.spec, *ends), room, values, messages)
-    return LaneLoads(values=values[:PASSES], messages=messages, passes=values[PASSES])
+    _cross_all(shape, _crossings(src.spec, *ends), room, loads)
+    return LaneLoads(values=loads[:PASSES], messages=loads[MESSAGES:], passes=loads[PASSES])
 
 
 # ---- what does not depend on the meshes, nor on dp ----------------------------------------------
@@ -164,109 +158,97 @@ def _weights(spec: ModelSpec, layers: tuple[int, ...], cut: Cut) -> dict[int, In
 # ---- what does: in machine code -----------------------------------------------------------------
 
 
-class Room(NamedTuple):
-    """Arrays to work in [devices]: values that each has been given to send, who gave a device
-
-    something of the layers at hand, and lists of devices. ``shares`` [4, devices]: ``Share``s.
-    """
-
-    sent: Ints
-    gave: Ints
-    near: Ints
-    holders: Ints
-    wanting: Ints
-    shares: Ints
-
+# Rows of the room to work in [8, devices]: values that each has been given to send; who gave it
+# something of the layers at hand, or -1; lists of devices; and by taker a ``Share`` of a piece.
+SENT, GAVE, HOLDERS, WANTING, SHARES = range(5)
 
 # Of ``shape``: source, destination, and what both share.
-FIRST, DP, TP, EP = range(4)
-AT_DST, PER_NODE, LEAST = 4, 8, 9
+FIRST, DP, TP, AT_DST = range(4)
+PER_NODE, LEAST = 6, 7
 
 
 @compiled
 def _who(
     shape: Ints, end: int, stages: Ints, ep_parts: int, tp_parts: int, ep_part: int, tp_part: int,
-    start: int, stop: int, found: Ints,
+    found: Ints,
 ) -> int:  # fmt: skip
-    """Writes the devices in [start, stop) that hold a part to ``found``; returns how many.
+    """Writes the devices that hold a part to ``found``, in ascending order; returns how many.
 
     ``end``: 0 under the source, ``AT_DST`` under the destination.
     """
     first, dp, tp = shape[end + FIRST], shape[end + DP], shape[end + TP]
     repeats, count = tp // tp_parts, 0
     for stage in stages:
-        base = first + stage * dp * tp
-        if base >= stop or base + dp * tp <= start:
-            continue
-        low = max(0, (start - base) // tp) if start > base else 0
-        high = min(dp, (stop - 1 - base) // tp + 1)
-        low += (ep_part - low) % ep_parts
-        for dp_rank in range(low, high, ep_parts):
-            device = base + dp_rank * tp + tp_part * repeats
-            for holder in range(max(device, start), min(device + repeats, stop)):
-                found[count] = holder
+        for dp_rank in range(ep_part, dp, ep_parts):
+            device = first + (stage * dp + dp_rank) * tp + tp_part * repeats
+            for repeat in range(repeats):
+                found[count] = device + repeat
                 count += 1
     return count
 
 
 @inlined
-def _least(devices: Ints, count: int, values: Ints) -> int:
-    """The one of least values, of equals the first."""
-    best = devices[0]
-    for i in range(1, count):
+def _least(devices: Ints, first: int, last: int, values: Ints) -> int:
+    """Of devices ``first`` to ``last`` of a list that of least values, of equals the first."""
+    best = devices[first]
+    for i in range(first + 1, last):
         if values[devices[i]] < values[best]:
             best = devices[i]
     return best  # type: ignore[no-any-return]
 
 
-@compiled
-def _is_at(
-    shape: Ints, end: int, stages: Ints, ep_parts: int, tp_parts: int, ep_part: int, tp_part: int,
-    device: int,
-) -> bool:  # fmt: skip
-    """Does a device hold a part?"""
-    dp, tp = shape[end + DP], shape[end + TP]
-    rank = device - shape[end + FIRST]
-    if rank < 0 or rank % tp * tp_parts // tp != tp_part or rank // tp % dp % ep_parts != ep_part:
-        return False
-    stage = rank // (dp * tp)
-    for own in stages:
-        if own == stage:
-            return True
-    return False
+@inlined
+def _is_at(shape: Ints, row: Ints, src_stages: Ints, src_ep: int, src_tp: int, device: int) -> bool:
+    """Does a device hold a part under the source?"""
+    dp, tp = shape[DP], shape[TP]
+    rank, found = device - shape[FIRST], False
+    if rank % tp * row[SRC_TP] // tp == src_tp and rank // tp % dp % row[SRC_EP] == src_ep:
+        stage = rank // (dp * tp)
+        for own in src_stages:
+            found |= own == stage
+    return found
 
 
 @compiled
 def _weigh(
-    sizes: Ints, weights: Ints, row: Ints, which: int, blocks: int, ends: int, lo: int, hi: int,
-    units: int, experts: int,
-) -> int:  # fmt: skip
-    """Values in [lo, hi) of units of so many blocks, and of the ends ``ends`` times."""
-    total = 0
+    sizes: Ints, weights: Ints, row: Ints, blocks: int, ends: int, lo: int, hi: int, units: int,
+    experts: int,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Values in [lo, hi) of units of so many blocks, and of the ends ``ends`` times, by which."""
+    every, unlendable, inner = 0, 0, 0
     for j in range(row[NUM_SIZES]):
         length = sizes[j] * hi // units - sizes[j] * lo // units
-        total += length * (blocks * weights[0, which, j] + ends * weights[1, which, j])
-    return total * experts // row[EP_UNITS]  # type: ignore[no-any-return]
+        every += length * (blocks * weights[0, ALL, j] + ends * weights[1, ALL, j])
+        unlendable += length * (
+            blocks * weights[0, UNLENDABLE, j] + ends * weights[1, UNLENDABLE, j]
+        )
+        inner += length * (blocks * weights[0, INNER, j] + ends * weights[1, INNER, j])
+    if row[EP_UNITS] > 1:
+        every = every * experts // row[EP_UNITS]
+        unlendable = unlendable * experts // row[EP_UNITS]
+        inner = inner * experts // row[EP_UNITS]
+    return every, unlendable, inner
 
 
 @compiled
-def _give(room: Room, givers: Ints, count: int, again: bool, taker: int, num_values: int) -> int:
-    """As ``routes._Burden.give``; ``again``: who gave the taker something is one of ``givers``."""
-    giver = room.gave[taker] if again else _least(givers, count, room.sent)
-    if room.gave[taker] < 0:
-        room.gave[taker] = giver
-    room.sent[giver] += num_values
+def _give(room: Ints, first: int, last: int, again: bool, taker: int, num_values: int) -> int:
+    """As ``routes._Burden.give``, from holders ``first`` to ``last``.
+
+    ``again``: who gave the taker something is one of them.
+    """
+    giver = room[GAVE, taker] if again else _least(room[HOLDERS], first, last, room[SENT])
+    if room[GAVE, taker] < 0:
+        room[GAVE, taker] = giver
+    room[SENT, giver] += num_values
     return giver  # type: ignore[no-any-return]
 
 
 @inlined
-def _add(
-    values: Ints, messages: Ints, lane: int, giver: int, taker: int, moved: int, count: int
-) -> None:
-    values[lane, giver] += moved
-    values[lane + 1, taker] += moved
-    messages[lane, giver] += count
-    messages[lane + 1, taker] += count
+def _add(loads: Ints, lane: int, giver: int, taker: int, moved: int, count: int) -> None:
+    loads[lane, giver] += moved
+    loads[lane + 1, taker] += moved
+    loads[MESSAGES + lane, giver] += count
+    loads[MESSAGES + lane + 1, taker] += count
 
 
 class Piece(NamedTuple):
@@ -274,8 +256,6 @@ class Piece(NamedTuple):
 
     src_ep: int
     src_tp: int
-    dst_ep: int
-    dst_tp: int
     lo: int
     hi: int
     experts: int  # how many of ``EP_UNITS``
@@ -291,155 +271,150 @@ class Share(NamedTuple):
 
 
 @compiled
-def _whole(row: Ints, sizes: Ints, weights: Ints, piece: Piece) -> Share:
+def _whole(row: Ints, piece: Piece, every: int, inner: int) -> Share:
     """All of a piece. Parts of rows are packed, or unpacked, once read and once written."""
-    of = row[BLOCKS], 1, piece.lo, piece.hi, row[UNITS], piece.experts
-    inner = 2 * _weigh(sizes, weights, row, INNER, *of)
     width = piece.hi - piece.lo
     return Share(
-        _weigh(sizes, weights, row, ALL, *of), 1, inner * (width * row[SRC_TP] != row[UNITS]),
-        inner * (width * row[DST_TP] != row[UNITS]),
+        every, 1, 2 * inner * (width * row[SRC_TP] != row[UNITS]),
+        2 * inner * (width * row[DST_TP] != row[UNITS]),
     )  # fmt: skip
 
 
 @compiled
-def _share(row: Ints, sizes: Ints, weights: Ints, piece: Piece, count: int, shares: Ints) -> None:
-    """As ``routes._shares``: fills ``shares`` for so many takers."""
+def _share(row: Ints, sizes: Ints, weights: Ints, piece: Piece, count: int, room: Ints) -> None:
+    """As ``routes._shares``: fills ``room`` for so many takers."""
     width, units = piece.hi - piece.lo, row[UNITS] * count
     each = row[BLOCKS] // count
     left = row[BLOCKS] - each * count
-    of = each, 0, piece.lo, piece.hi, row[UNITS], piece.experts
-    blocks = _weigh(sizes, weights, row, ALL, *of)
-    inner = 2 * _weigh(sizes, weights, row, INNER, *of)
-    packed = inner * (width * row[SRC_TP] != row[UNITS])
-    unpacked = inner * (width * row[DST_TP] != row[UNITS])
+    of_blocks = _weigh(sizes, weights, row, each, 0, piece.lo, piece.hi, row[UNITS], piece.experts)
+    blocks = _whole(row, piece, of_blocks[ALL], of_blocks[INNER])
     for i in range(count):
         lo = piece.lo * count + width * i
-        some = left, 1, lo, lo + width, units, piece.experts
-        rows = _weigh(sizes, weights, row, ALL, *some)
-        inner = 2 * _weigh(sizes, weights, row, INNER, *some)
-        shares[0, i] = blocks + rows
-        shares[1, i] = (blocks > 0) + (rows > 0)
-        shares[2, i] = packed + inner
-        shares[3, i] = unpacked + inner
+        rows = _weigh(sizes, weights, row, left, 1, lo, lo + width, units, piece.experts)
+        room[SHARES, i] = blocks.values + rows[ALL]
+        room[SHARES + 1, i] = (blocks.values > 0) + (rows[ALL] > 0)
+        room[SHARES + 2, i] = blocks.packed + 2 * rows[INNER]
+        room[SHARES + 3, i] = blocks.unpacked + 2 * rows[INNER]
 
 
 @compiled
 def _enter(
     shape: Ints, row: Ints, src_stages: Ints, piece: Piece, whole: Share, num_holders: int,
-    count: int, room: Room, values: Ints, messages: Ints,
+    first: int, last: int, room: Ints, loads: Ints,
 ) -> None:  # fmt: skip
-    """A piece into a node without holders, of which ``room.wanting`` are the takers."""
+    """A piece into a node without holders, of which wanting ``first`` to ``last`` are takers."""
+    count = last - first
     split = count > 1 and whole.values >= shape[LEAST] * count
-    sole = _least(room.wanting, count, values[IN_INTER])
+    sole = _least(room[WANTING], first, last, loads[IN_INTER])
     moved, routes, passes = 0, 0, 0
     for i in range(count):
-        taker, share = room.wanting[i], whole
+        taker, share = room[WANTING, first + i], whole
         if split:
-            of = room.shares
-            share = Share(of[0, i], of[1, i], of[2, i], of[3, i])
+            share = Share(
+                room[SHARES, i], room[SHARES + 1, i], room[SHARES + 2, i], room[SHARES + 3, i]
+            )
         elif taker != sole:
             continue
-        again = room.gave[taker] >= 0 and _is_at(shape, 0, src_stages, row[SRC_EP], row[SRC_TP],
-                                                 piece.src_ep, piece.src_tp, room.gave[taker])
-        giver = _give(room, room.holders, num_holders, again, taker, share.values)
-        _add(values, messages, OUT_INTER, giver, taker, share.values, share.routes)
-        values[PASSES, giver] += share.packed
+        again = room[GAVE, taker] >= 0 and not row[NEW_GROUP]
+        if again:
+            again = _is_at(shape, row, src_stages, piece.src_ep, piece.src_tp, room[GAVE, taker])
+        giver = _give(room, 0, num_holders, again, taker, share.values)
+        _add(loads, OUT_INTER, giver, taker, share.values, share.routes)
+        loads[PASSES, giver] += share.packed
         # It unpacks its share, and packs it for each of the others.
-        values[PASSES, taker] += count * share.unpacked
-        values[OUT_RELAY, taker] += (count - 1) * share.values
-        messages[OUT_RELAY, taker] += (count - 1) * share.routes
+        loads[PASSES, taker] += count * share.unpacked
+        if count == 1:
+            return
+        loads[OUT_RELAY, taker] += (count - 1) * share.values
+        loads[MESSAGES + OUT_RELAY, taker] += (count - 1) * share.routes
         moved, routes, passes = moved + share.values, routes + share.routes, passes + share.unpacked
-        values[IN_RELAY, taker] -= share.values
-        messages[IN_RELAY, taker] -= share.routes
-        values[PASSES, taker] -= share.unpacked
-    for i in range(count):
-        values[IN_RELAY, room.wanting[i]] += moved
-        messages[IN_RELAY, room.wanting[i]] += routes
-        values[PASSES, room.wanting[i]] += passes
+        loads[IN_RELAY, taker] -= share.values
+        loads[MESSAGES + IN_RELAY, taker] -= share.routes
+        loads[PASSES, taker] -= share.unpacked
+    for i in range(first, last):
+        loads[IN_RELAY, room[WANTING, i]] += moved
+        loads[MESSAGES + IN_RELAY, room[WANTING, i]] += routes
+        loads[PASSES, room[WANTING, i]] += passes
 
 
 @compiled
-def _copied(
-    shape: Ints, row: Ints, sizes: Ints, weights: Ints, piece: Piece, num_values: int
-) -> int:
-    """Values of a piece, of so many, that a device copies which holds it."""
+def _copied(shape: Ints, row: Ints, piece: Piece, num_values: int, unlendable: int) -> int:
+    """Values of a piece that a device copies which holds it."""
     tp, shift = shape[TP], shape[FIRST] - shape[AT_DST + FIRST]
     if tp == shape[AT_DST + TP] and shift % tp == 0 and row[SRC_EP] == row[DST_EP]:
         return 0  # it holds all alike
     width = piece.hi - piece.lo
     if width * row[DST_TP] != row[UNITS] or piece.experts * row[DST_EP] != row[EP_UNITS]:
         return num_values  # what is wanted is joined from several pieces
-    return _weigh(  # type: ignore[no-any-return]
-        sizes, weights, row, UNLENDABLE, row[BLOCKS], 1, piece.lo, piece.hi, row[UNITS],
-        piece.experts,
-    )  # fmt: skip
+    return unlendable
 
 
 @compiled
 def _cross(
-    shape: Ints, row: Ints, stages: Ints, sizes: Ints, weights: Ints, piece: Piece, room: Room,
-    values: Ints, messages: Ints,
+    shape: Ints, row: Ints, stages: Ints, sizes: Ints, weights: Ints, piece: Piece, num_wanting: int,
+    room: Ints, loads: Ints,
 ) -> None:  # fmt: skip
-    """Add one piece of one group of layers on its way to all nodes."""
-    whole = _whole(row, sizes, weights, piece)
-    if whole.values == 0:
+    """Add one piece of one group of layers, on its way to devices ``room[WANTING]``."""
+    every, unlendable, inner = _weigh(
+        sizes, weights, row, row[BLOCKS], 1, piece.lo, piece.hi, row[UNITS], piece.experts
+    )
+    if every == 0:
         return
+    whole = _whole(row, piece, every, inner)
+    copied = _copied(shape, row, piece, every, unlendable)
     src_stages = stages[row[FIRST_SRC] : row[LAST_SRC]]
-    dst_stages = stages[row[FIRST_DST] : row[LAST_DST]]
-    copied = _copied(shape, row, sizes, weights, piece, whole.values)
     num_holders = _who(shape, 0, src_stages, row[SRC_EP], row[SRC_TP], piece.src_ep, piece.src_tp,
-                       0, len(room.holders), room.holders)  # fmt: skip
-    per_node = shape[PER_NODE]
-    first, per_stage = shape[AT_DST + FIRST], shape[AT_DST + DP] * shape[AT_DST + TP]
-    shared_by = 0
-    for node in range(
-        (first + dst_stages[0] * per_stage) // per_node,
-        (first + (dst_stages[-1] + 1) * per_stage - 1) // per_node + 1,
-    ):
-        start, stop = node * per_node, (node + 1) * per_node
-        count = _who(shape, AT_DST, dst_stages, row[DST_EP], row[DST_TP], piece.dst_ep,
-                     piece.dst_tp, start, stop, room.wanting)  # fmt: skip
-        if count == 0:
+                       room[HOLDERS])  # fmt: skip
+    per_node, shared_by = shape[PER_NODE], 0
+    last, near_last = 0, 0
+    while last < num_wanting:  # node after node
+        node = room[WANTING, last] // per_node
+        first, near = last, near_last
+        while last < num_wanting and room[WANTING, last] < (node + 1) * per_node:
+            last += 1
+        while near < num_holders and room[HOLDERS, near] < node * per_node:
+            near += 1
+        near_last = near
+        while near_last < num_holders and room[HOLDERS, near_last] < (node + 1) * per_node:
+            near_last += 1
+        if near == near_last:
+            if last - first > 1 and last - first != shared_by:
+                shared_by = last - first
+                _share(row, sizes, weights, piece, shared_by, room)
+            _enter(shape, row, src_stages, piece, whole, num_holders, first, last, room, loads)  # fmt: skip
             continue
-        num_near = _who(shape, 0, src_stages, row[SRC_EP], row[SRC_TP], piece.src_ep,
-                        piece.src_tp, start, stop, room.near)  # fmt: skip
-        if num_near == 0:
-            if count > 1 and count != shared_by:
-                _share(row, sizes, weights, piece, count, room.shares)
-                shared_by = count
-            _enter(shape, row, src_stages, piece, whole, num_holders, count, room, values,
-                   messages)  # fmt: skip
-            continue
-        for i in range(count):
-            taker = room.wanting[i]
-            if _is_at(shape, 0, src_stages, row[SRC_EP], row[SRC_TP], piece.src_ep, piece.src_tp,
-                      taker):  # fmt: skip
-                values[PASSES, taker] += 2 * copied
+        own = near
+        for i in range(first, last):
+            taker = room[WANTING, i]
+            while own < near_last and room[HOLDERS, own] < taker:
+                own += 1
+            if own < near_last and room[HOLDERS, own] == taker:
+                loads[PASSES, taker] += 2 * copied
                 continue
-            giver = room.gave[taker]
-            again = start <= giver < stop and _is_at(
-                shape, 0, src_stages, row[SRC_EP], row[SRC_TP], piece.src_ep, piece.src_tp, giver
-            )
-            giver = _give(room, room.near, num_near, again, taker, whole.values)
-            _add(values, messages, OUT_INTRA, giver, taker, whole.values, 1)
-            values[PASSES, giver] += whole.packed
-            values[PASSES, taker] += whole.unpacked
+            giver = room[GAVE, taker]
+            again = room[HOLDERS, near] <= giver <= room[HOLDERS, near_last - 1]
+            if again:
+                again = _is_at(shape, row, src_stages, piece.src_ep, piece.src_tp, giver)
+            giver = _give(room, near, near_last, again, taker, whole.values)
+            _add(loads, OUT_INTRA, giver, taker, whole.values, 1)
+            loads[PASSES, giver] += whole.packed
+            loads[PASSES, taker] += whole.unpacked
 
 
 @brief
-def _cross_all(
-    shape: Ints, crossings: Crossings, room: Room, values: Ints, messages: Ints
-) -> None:
+def _cross_all(shape: Ints, crossings: Crossings, room: Ints, loads: Ints) -> None:
     """Add all pieces, in order: who has sent much is asked less."""
     for index in range(len(crossings.rows)):
         row = crossings.rows[index]
         if row[NEW_GROUP]:
-            room.gave[:] = -1
+            room[GAVE, :] = -1
+        dst_stages = crossings.stages[row[FIRST_DST] : row[LAST_DST]]
         ep_steps = row[EP_UNITS] // row[SRC_EP], row[EP_UNITS] // row[DST_EP]
         steps = row[UNITS] // row[SRC_TP], row[UNITS] // row[DST_TP]
         for dst_ep in range(row[DST_EP]):
             for dst_tp in range(row[DST_TP]):
+                count = _who(shape, AT_DST, dst_stages, row[DST_EP], row[DST_TP], dst_ep, dst_tp,
+                             room[WANTING])  # fmt: skip
                 first, start = dst_ep * ep_steps[1], dst_tp * steps[1]
                 last, stop = first + ep_steps[1], start + steps[1]
                 for src_ep in range(first // ep_steps[0], -(-last // ep_steps[0])):
@@ -448,10 +423,10 @@ def _cross_all(
                     )
                     for src_tp in range(start // steps[0], -(-stop // steps[0])):
                         piece = Piece(
-                            src_ep, src_tp, dst_ep, dst_tp, max(start, src_tp * steps[0]),
+                            src_ep, src_tp, max(start, src_tp * steps[0]),
                             min(stop, (src_tp + 1) * steps[0]), experts,
                         )  # fmt: skip
                         _cross(
                             shape, row, crossings.stages, crossings.sizes[index],
-                            crossings.weights[index], piece, room, values, messages,
+                            crossings.weights[index], piece, count, room, loads,
                         )  # fmt: skip

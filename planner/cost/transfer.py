@@ -3,9 +3,11 @@
 Between groups of unlike nodes each device sends or takes at the rate of its own network
 (``model.Bridge``).
 
-All messages of a reallocation run together; a device is done when its own bytes have passed, so
-the slowest device counts. Bytes within a node and between nodes take different links and overlap;
-out and in are both directions of one link. Contention: all messages of a device share its link, and
+A reallocation has two phases, one after the other (``planner.routes``): what devices lack comes from
+who holds it, then what came over the network goes on inside each node. All messages of a phase run
+together; a device is done when its own bytes have passed, so the slowest device counts. Bytes
+within a node and between nodes take different links and overlap; out and in are both directions of
+one link. Contention: all messages of a device share its link, and
 ``ClusterSpec.inter_link`` is a device's share of its node's network, so that all devices of a node
 at once get what its adapters carry. One that sends while the others of its node are idle gets no
 more than its share, which is too slow where several devices have one adapter.
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.cost.lanes import IN_INTER, OUT_INTER, Ints, lane_loads
+from planner.cost.lanes import IN_INTER, OUT_INTER, Ints, LaneLoads, lane_loads
 from planner.cost.model import Bridge, CostModel, Costs, MixedCosts
 from planner.cost.pipeline import LinkClass
 from planner.cost.stage import stage_shapes, stage_values
@@ -26,15 +28,16 @@ from planner.mesh import DeviceMesh
 from profiles.collectives import Collectives
 from profiles.hardware import ClusterSpec
 
-# Rows of ``LaneLoads`` by the link that they take.
+# Rows of ``LaneLoads`` by the link that they take, of the first phase and of the second.
 LANES: Sequence[tuple[LinkClass, slice]] = (("intra", slice(0, 2)), ("inter", slice(2, 4)))
+RELAY: tuple[LinkClass, slice] = ("intra", slice(4, 6))
 
 
 def reallocation_seconds(src: Layout, dst: Layout, *, bytes_per_value: int, model: Costs) -> float:
     """Seconds until every device of ``dst`` holds its layout.
 
-    max over devices, directions and link classes of bytes / bandwidth + one latency for each
-    message, plus max over devices of the passes over memory: what is sent is packed, what comes
+    In each phase max over devices, directions and link classes of bytes / bandwidth + one latency
+    for each message; the sum of both phases; plus max over devices of the passes over memory: what is sent is packed, what comes
     is unpacked and what stays is copied, one read and one write each; but blocks that a device
     holds alike are lent, not copied. The executor does these on the device that also sends, so
     they add up.
@@ -64,14 +67,17 @@ def _apart(a: DeviceMesh, b: DeviceMesh, costs: MixedCosts) -> bool:
 def _crossing_seconds(src: Layout, dst: Layout, bytes_per_value: int, bridge: Bridge) -> float:
     """As ``reallocation_seconds`` from one group to another, wherever in them both layouts are.
 
-    No device is in both, so givers pass over their own memory while takers do over theirs.
+    Devices of the source share no node with those of the destination, whose nodes are as in their
+    group. No device is in both, so givers pass over their own memory while takers do over theirs.
     """
-    count = src.mesh.num_devices
-    src = replace(src, mesh=DeviceMesh(0, count))
-    dst = replace(dst, mesh=DeviceMesh(count, dst.mesh.num_devices))
+    count, per_node = dst.mesh.num_devices, bridge.target.cluster.devices_per_node
+    # A mesh is whole nodes or a part of one, so that it spans as many nodes from the first on.
+    dst = replace(dst, mesh=DeviceMesh(0, count))
+    start = -(-count // per_node) * per_node
+    src = replace(src, mesh=DeviceMesh(start, src.mesh.num_devices))
     question = (src, dst, bytes_per_value)
     if question not in bridge.known_reallocations:
-        loads = lane_loads(src, dst, devices_per_node=1)
+        loads = lane_loads(src, dst, devices_per_node=per_node)
         lanes_s = max(
             _slowest_lane_s(
                 loads.values[lane], loads.messages[lane], bytes_per_value, (0, 1),
@@ -79,7 +85,8 @@ def _crossing_seconds(src: Layout, dst: Layout, bytes_per_value: int, bridge: Br
             )
             for lane, end in zip((OUT_INTER, IN_INTER), bridge.ends, strict=True)
         )  # fmt: skip
-        ends = ((loads.passes[:count], bridge.source), (loads.passes[count:], bridge.target))
+        lanes_s += _lanes_s(*RELAY, loads, bytes_per_value, bridge.target)
+        ends = ((loads.passes[start:], bridge.source), (loads.passes[:count], bridge.target))
         passes_s = max(
             int(passes.max()) * bytes_per_value / model.cluster.device.memory_bytes_per_s
             for passes, model in ends
@@ -103,17 +110,24 @@ def _at_the_start(src: Layout, dst: Layout, cluster: ClusterSpec) -> tuple[Layou
 
 def _reallocation_s(src: Layout, dst: Layout, bytes_per_value: int, model: CostModel) -> float:
     loads = lane_loads(src, dst, devices_per_node=model.cluster.devices_per_node)
-    slowest_s = 0.0
-    for link, lanes in LANES:
-        peers = model.two_devices(link)
-        latency_s = model.cluster.link_between(*peers).latency_s
-        lane_s = _slowest_lane_s(
-            loads.values[lanes], loads.messages[lanes], bytes_per_value, peers, latency_s,
-            model.collectives,
-        )  # fmt: skip
-        slowest_s = max(slowest_s, lane_s)
+    seconds = max(_lanes_s(*lanes, loads, bytes_per_value, model) for lanes in LANES)
+    seconds += _lanes_s(*RELAY, loads, bytes_per_value, model)
     passes_bytes = int(loads.passes.max()) * bytes_per_value
-    return slowest_s + passes_bytes / model.cluster.device.memory_bytes_per_s
+    return seconds + passes_bytes / model.cluster.device.memory_bytes_per_s
+
+
+def _lanes_s(
+    link: LinkClass, lanes: slice, loads: LaneLoads, bytes_per_value: int, model: CostModel
+) -> float:
+    """Of lanes of one link between any two devices that it joins."""
+    if not loads.messages[lanes].any():
+        return 0.0
+    peers = model.two_devices(link)
+    latency_s = model.cluster.link_between(*peers).latency_s
+    return _slowest_lane_s(
+        loads.values[lanes], loads.messages[lanes], bytes_per_value, peers, latency_s,
+        model.collectives,
+    )  # fmt: skip
 
 
 def average_seconds(layout: Layout, *, model: Costs) -> float:
