@@ -4,8 +4,15 @@ Read ``execute`` first. What crosses in which round is ``reallocation_rounds.py`
 through a staging buffer, unless they are side by side at this end. While a round is under way the
 previous one is unpacked, the next one packed, and a share of what stays in this rank copied.
 
-No deadlock: a rank posts all sends and receives of a round at once and waits for them before it
-posts the round after the next; both ends cut a stream alike, so every round's operations match.
+What came over the network goes on inside a node in a second phase, out of the destination's buffer:
+a rank begins it when all that it receives in the first is in its place.
+
+No deadlock: a rank posts all sends and receives of a round at once, waits for them before it posts
+the round after the next, and for all of one phase before it posts any of the other. Both ends cut a
+stream alike, so every round's operations match, in order, between the two ranks of a pair. And each
+waits for operations of the same phase and round only, whose ranks wait for earlier ones before they
+post them: nobody waits for a later phase, nor in one phase for a later round, so no wait is
+circular, also where a rank's operations run in the order in which they were posted (NCCL).
 """
 
 from __future__ import annotations
@@ -18,7 +25,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from executor.buffers import ParameterBuffer, Range
-from executor.reallocation_rounds import Chunk, Pair, Schedule, chunk_values, make_schedule
+from executor.reallocation_rounds import (
+    Chunk,
+    Pair,
+    Schedule,
+    Streams,
+    chunk_values,
+    make_schedule,
+    num_rounds,
+)
 from planner.layout import ParameterSlice
 from planner.memory import STAGING_BYTES
 from planner.reallocation import Reallocation
@@ -38,7 +53,7 @@ def execute(
     Every rank of the two meshes calls it, with the buffer of each layout that it belongs to and
     None for the other. Slices that the destination's buffer was lent are there already. All
     values cross as ``wire_dtype`` and are converted at the ends, so that the two layouts may have
-    unlike types; None: the type that the buffers share. Copies inside this rank are not counted.
+    unlike types, of which what goes on inside a node has been through the destination's; None: the type that the buffers share. Copies inside this rank are not counted.
     Memory beyond the buffers: at most ``staging_bytes`` (but at least two values for each
     partner); None: ``STAGING_BYTES`` of the device.
 
@@ -70,17 +85,27 @@ def carry_out(
     """``execute`` with a schedule that was made before, and can be run again and again.
 
     ``staging``: memory to go through, flat and as much as the schedule was made for; None: new.
-    ``most_rounds``: leave out all later ones, where only memory matters (``fake.py``).
+    ``most_rounds``: leave out all later ones of each phase, where only memory matters
+    (``fake.py``).
     """
     one = destination if source is None else source
     assert one is not None, schedule.rank
     assert source is None or source.lender is None, "rows run on over what is lent"
     dtype = wire_dtype or one.flat.dtype
     like = torch.empty(0, dtype=dtype, device=one.flat.device)
-    num_rounds = min(schedule.num_rounds, most_rounds or schedule.num_rounds)
+    if staging is not None:
+        like = staging
+    copies = _Copies(schedule, source, destination)
+    received = 0
     with torch.no_grad():
-        work = _Exchange(schedule, source, destination, like if staging is None else staging)
-        return work.run(num_rounds) * dtype.itemsize
+        for streams, sends_from in zip(schedule.phases, (source, destination), strict=True):
+            rounds = min(num_rounds(streams), most_rounds or num_rounds(streams))
+            # No name keeps its staging while the next phase takes its own.
+            received += _Exchange(streams, schedule.rank, sends_from, destination, like).run(
+                rounds, copies
+            )
+        copies.finish()
+    return received * dtype.itemsize
 
 
 # ---- carrying it out ----------------------------------------------------------------------------
@@ -97,27 +122,59 @@ class _Round:
     incoming: Sequence[tuple[Chunk, Tensor]]
 
 
-class _Exchange:
-    """The rounds of one rank over a staging buffer of two halves, one segment a pair in each."""
+class _Copies:
+    """What goes from a rank to itself, a share of it beside each round."""
 
     def __init__(
         self, schedule: Schedule, source: ParameterBuffer | None,
+        destination: ParameterBuffer | None,
+    ) -> None:  # fmt: skip
+        self.left: list[tuple[Tensor, Tensor]] = []  # from and to, the last first
+        if source is not None and destination is not None:
+            self.left = [
+                (source.box(piece), destination.box(piece))
+                for piece in reversed(schedule.copies)
+                if piece.name not in destination.lent
+            ]
+        self.total = sum(theirs.numel() for theirs, _ in self.left)
+        self.copied = 0
+
+    def share(self, index: int, num_rounds: int) -> None:
+        """What is to be there after round ``index``."""
+        while self.left and self.copied * num_rounds <= index * self.total:
+            self._copy()
+
+    def finish(self) -> None:
+        while self.left:
+            self._copy()
+
+    def _copy(self) -> None:
+        theirs, mine = self.left.pop()
+        mine.copy_(theirs)
+        self.copied += theirs.numel()
+
+
+class _Exchange:
+    """A phase's rounds of one rank over a staging buffer of two halves, each one segment a pair."""
+
+    def __init__(
+        self, streams: Streams, rank: int, source: ParameterBuffer | None,
         destination: ParameterBuffer | None, like: Tensor,
     ) -> None:  # fmt: skip
-        self.schedule, self.rank, self.dtype = schedule, schedule.rank, like.dtype
+        self.streams, self.rank, self.dtype = streams, rank, like.dtype
         self.source, self.destination = source, destination
         self.in_place = {
             pair: [self._in_place(pair, part.chunk) for part in parts]
-            for pair, parts in schedule.streams.items()
+            for pair, parts in streams.items()
         }
         self.sizes = {
             pair: max(
                 chunk_values(part.chunk) if place is None else 0
                 for part, place in zip(parts, self.in_place[pair], strict=True)
             )
-            for pair, parts in schedule.streams.items()
+            for pair, parts in streams.items()
         }
-        halves, width = min(2, schedule.num_rounds), sum(self.sizes.values())
+        halves, width = min(2, num_rounds(streams)), sum(self.sizes.values())
         if like.numel() < halves * width:
             like = like.new_empty(halves * width)
         self.staging = like[: halves * width].view(halves, width)
@@ -136,42 +193,24 @@ class _Exchange:
             return None
         return buffer.row(chunk[0])
 
-    def run(self, num_rounds: int) -> int:
+    def run(self, num_rounds: int, copies: _Copies) -> int:
         """All rounds; returns the values received."""
-        received, copied = 0, 0
-        copies = self._copies()
-        total = sum(theirs.numel() for theirs, _ in copies)
+        received = 0
         if num_rounds:
             self.start(0)
         for index in range(num_rounds):
             if index + 1 < num_rounds:
                 self.start(index + 1)
-            while copies and copied * num_rounds <= index * total:
-                theirs, mine = copies.pop()
-                mine.copy_(theirs)
-                copied += theirs.numel()
+            copies.share(index, num_rounds)
             received += self.finish(index)
-        for theirs, mine in reversed(copies):
-            mine.copy_(theirs)
         return received
-
-    def _copies(self) -> list[tuple[Tensor, Tensor]]:
-        """What goes from this rank to itself, from and to, the last first."""
-        source, destination = self.source, self.destination
-        if source is None or destination is None:
-            return []
-        return [
-            (source.box(piece), destination.box(piece))
-            for piece in reversed(self.schedule.copies)
-            if piece.name not in destination.lent
-        ]
 
     def start(self, index: int) -> None:
         """Packs and posts round ``index``."""
         operations: list[dist.P2POp] = []
         incoming: list[tuple[Chunk, Tensor]] = []
         segments = self.staging[index % 2].split(list(self.sizes.values()))
-        for (pair, parts), segment in zip(self.schedule.streams.items(), segments, strict=True):
+        for (pair, parts), segment in zip(self.streams.items(), segments, strict=True):
             if index >= len(parts):
                 continue
             part, place, buffer = parts[index], self.in_place[pair][index], self._own(pair)

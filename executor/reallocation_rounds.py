@@ -1,6 +1,6 @@
 """What crosses in which round of a reallocation, and how: the same at both ends of every pair.
 
-Read ``make_schedule``. Who sends what is the planner's. Values that lie side by side in the flat
+Read ``make_schedule``. Who sends what, and in which of the two phases, is the planner's. Values that lie side by side in the flat
 buffers of both ends cross from the one straight into the other, as a ``Row``. All else crosses in
 chunks, of which one pair has one in a round: large slices by rows, small ones laid end to end.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 from executor.buffers import row_in
@@ -36,17 +37,23 @@ class Part:
     rows: tuple[Row, ...]
 
 
+Streams = Mapping[Pair, tuple[Part, ...]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """One rank's share of a reallocation: by pair the rounds, and what it copies from itself."""
+    """One rank's share of a reallocation: by pair its rounds in each of two phases, and what it
+
+    copies from itself. In phase 0 it sends from what it had, in phase 1 from what came in phase 0.
+    """
 
     rank: int
-    streams: Mapping[Pair, tuple[Part, ...]]
+    phases: tuple[Streams, Streams]
     copies: tuple[ParameterSlice, ...]
 
-    @property
-    def num_rounds(self) -> int:
-        return max((len(parts) for parts in self.streams.values()), default=0)
+
+def num_rounds(streams: Streams) -> int:
+    return max((len(parts) for parts in streams.values()), default=0)
 
 
 def chunk_values(chunk: Chunk) -> int:
@@ -58,35 +65,33 @@ def make_schedule(
 ) -> Schedule:
     """What ``rank`` sends, receives and copies; of every pair both ends find the same.
 
-    A chunk holds at most ``staging_values / (2 * partners)`` values (at least one), where
-    ``partners`` are the pairs of the busiest rank: all of a rank's chunks of two rounds fit.
+    In each phase a chunk holds at most ``staging_values / (2 * partners)`` values (at least one),
+    where ``partners`` are the pairs of the busiest rank: all of a rank's chunks of two rounds fit.
     ``converted``: an end may have values of another type than those that cross, so that nothing
     goes straight.
     """
-    streams: dict[Pair, list[ParameterSlice]] = defaultdict(list)
-    for message in plan.messages:
-        streams[message.src, message.dst].append(message.slice)
-    partners: dict[int, int] = defaultdict(int)
-    for src, dst in streams:
-        partners[src] += 1
-        partners[dst] += 1
-    limit = max(1, staging_values // (2 * max(partners.values(), default=1)))
-    found: dict[Pair, tuple[Part, ...]] = {}
-    for (src, dst), boxes in streams.items():
-        if rank in (src, dst):
-            rows: list[Row] = []
-            if not converted:
-                ends = _starts(plan.src, src), _starts(plan.dst, dst)
-                rows, boxes = _straight(boxes, *ends, least=limit * _ALONE)
-            found[src, dst] = _rounds(list(_chunks(boxes, limit)), rows)
+    first, second = (
+        _streams(_boxes(plan, phase), ends, rank, staging_values, converted)
+        for phase, ends in enumerate(((plan.src, plan.dst), (plan.dst, plan.dst)))
+    )
     copies = tuple(copy.slice for copy in plan.copies if copy.dst == rank)
-    return Schedule(rank=rank, streams=found, copies=copies)
+    return Schedule(rank=rank, phases=(first, second), copies=copies)
 
 
-_Starts = Mapping[str, tuple[int, ParameterSlice]]  # where a slice begins, and what it is
+def _boxes(plan: Reallocation, phase: int) -> Mapping[Pair, list[ParameterSlice]]:
+    """What crosses between two ranks in a phase."""
+    found: dict[Pair, list[ParameterSlice]] = defaultdict(list)
+    for message in plan.messages:
+        if message.phase == phase:
+            found[message.src, message.dst].append(message.slice)
+    return found
 
 
-def _starts(layout: Layout, device: int) -> _Starts:
+_Places = Mapping[str, tuple[int, ParameterSlice]]  # where a slice begins, and what it is
+
+
+def _places(layout: Layout, device: int) -> _Places:
+    """In the device's buffer, as if nothing were lent to it."""
     found, start, gap = {}, 0, layout.ep > 1
     for piece in layout.slices(device):
         if gap and piece.is_expert:  # a buffer may have padding here, which this stands for
@@ -96,13 +101,38 @@ def _starts(layout: Layout, device: int) -> _Starts:
     return found
 
 
+def _streams(
+    boxes: Mapping[Pair, list[ParameterSlice]], ends: tuple[Layout, Layout], rank: int,
+    staging_values: int, converted: bool,
+) -> Streams:  # fmt: skip
+    """``ends``: the layouts of the buffers that senders and receivers have."""
+    partners: dict[int, int] = defaultdict(int)
+    for src, dst in boxes:
+        partners[src] += 1
+        partners[dst] += 1
+    limit = max(1, staging_values // (2 * max(partners.values(), default=1)))
+    places = cache(_places)
+    found: dict[Pair, tuple[Part, ...]] = {}
+    for (src, dst), own in boxes.items():
+        if rank not in (src, dst):
+            continue
+        rows: list[Row] = []
+        here, there = places(ends[0], src), places(ends[1], dst)
+        # Routes come cut by cut; what lies side by side may cross at once.
+        own = sorted(own, key=lambda box: (there[box.name][0], box.offset))
+        if not converted:
+            rows, own = _straight(own, here, there, least=limit * _ALONE)
+        found[src, dst] = _rounds(list(_chunks(own, limit)), rows)
+    return found
+
+
 def _straight(
-    boxes: Sequence[ParameterSlice], here: _Starts, there: _Starts, *, least: float
+    boxes: Sequence[ParameterSlice], here: _Places, there: _Places, *, least: float
 ) -> tuple[list[Row], list[ParameterSlice]]:
     """Rows of at least so many values that go straight, and the boxes that do not.
 
-    Boxes are joined that follow each other at both ends. What is lent is never received, so that
-    a buffer without it has the others no further apart than they are counted here.
+    Boxes are joined that follow each other at both ends. What is lent is never received, nor sent
+    on, so that a buffer without it has the others no further apart than they are counted here.
     """
     rows: list[Row] = []
     others: list[ParameterSlice] = []

@@ -23,12 +23,13 @@ from executor.reallocate import execute
 from executor.reallocation_rounds import Part, cut, make_schedule
 from planner.layout import Layout, ParameterSlice, parameters
 from planner.mesh import DeviceMesh
-from planner.reallocation import reallocate
+from planner.reallocation import Reallocation, reallocate
 from profiles.models import ModelSpec
 from tests.spawn import spawn
 
 WORLD = 8
 STAGING = (1000, 4096, 1 << 20)  # bytes; single pairs get 64
+NODES = (1 << 30, 4, 2, 3)  # devices of a node, which the machine does not know of
 
 
 def spec(**changes: Any) -> ModelSpec:
@@ -99,9 +100,14 @@ def lacking_bytes(src: Layout, dst: Layout, rank: int) -> int:
     return total
 
 
-def run_pairs(rank: int, world_size: int, pairs: list[tuple[Layout, Layout, int]]) -> int:
-    """Bytes received in all; every second pair's destination borrows what the rank holds alike."""
-    moved, lent = 0, 0
+def run_pairs(
+    rank: int, world_size: int, pairs: list[tuple[Layout, Layout, int]]
+) -> tuple[int, int]:
+    """Bytes received in all, and messages that were sent on.
+
+    Every second pair's destination borrows what the rank holds alike.
+    """
+    moved, lent, relayed = 0, 0, 0
     for number, (src, dst, staging_bytes) in enumerate(pairs):
         if rank not in src.mesh and rank not in dst.mesh:
             continue
@@ -112,10 +118,14 @@ def run_pairs(rank: int, world_size: int, pairs: list[tuple[Layout, Layout, int]
                 lender=source if number % 2 else None,
             )  # fmt: skip
             destination.flat[: destination.num_values] = float("nan")
-        received = execute(
-            reallocate(src, dst), source, destination, rank=rank, staging_bytes=staging_bytes
+        per_node = NODES[number // 2 % len(NODES)]
+        plan = reallocate(src, dst, devices_per_node=per_node, least_share=1 + number % 40)
+        received = execute(plan, source, destination, rank=rank, staging_bytes=staging_bytes)
+        relayed += sum(m.phase for m in plan.messages if m.src == rank)
+        label = (
+            f"{src.key} -> {dst.key}, nodes of {per_node}, {staging_bytes} bytes of staging, "
+            f"rank {rank}"
         )
-        label = f"{src.key} -> {dst.key}, {staging_bytes} bytes of staging, rank {rank}"
         assert received == lacking_bytes(src, dst, rank), label
         if destination is not None and expected is not None:
             for piece in destination.slices:
@@ -129,7 +139,7 @@ def run_pairs(rank: int, world_size: int, pairs: list[tuple[Layout, Layout, int]
             assert torch.equal(source.flat, again.flat), f"source changed: {label}"
         moved += received
     assert rank or lent, "no pair that could borrow"
-    return moved
+    return moved, relayed
 
 
 def lent_values(buffer: ParameterBuffer) -> int:
@@ -137,8 +147,10 @@ def lent_values(buffer: ParameterBuffer) -> int:
 
 
 def test_every_slice_arrives_exactly_and_no_byte_too_many() -> None:
-    pairs = random_pairs(60, seed=3)
-    assert sum(spawn(WORLD, run_pairs, pairs)) > 0
+    """Over nodes of 2, 3 and 4 too: what enters a node once is sent on out of the destination."""
+    found = spawn(WORLD, run_pairs, random_pairs(80, seed=3))
+    assert sum(moved for moved, _ in found) > 0
+    assert sum(relayed > 0 for _, relayed in found) == WORLD, "every rank relays something"
 
 
 def test_experts_that_are_split_over_replicas_arrive_beside_their_padding() -> None:
@@ -152,7 +164,61 @@ def test_experts_that_are_split_over_replicas_arrive_beside_their_padding() -> N
         (split, whole), (whole, split), (split, halves), (halves, split), (split, moved),
         (whole, moved),
     ]  # fmt: skip
-    assert sum(spawn(4, run_pairs, [(*case, 1 << 20) for case in cases for _ in range(2)])) > 0
+    found = spawn(4, run_pairs, [(*case, 1 << 20) for case in cases for _ in range(2)])
+    assert sum(moved for moved, _ in found) > 0
+
+
+def relay(rank: int, world_size: int, lends: bool) -> tuple[int, int]:
+    """Ranks 0 to 3 train, all generate: the second node gets each byte once and shares it out.
+
+    Returns the bytes received, and those from the other node.
+    """
+    model = spec(num_experts=4, experts_per_token=1, tied_embedding=True)
+    src = Layout(spec=model, mesh=DeviceMesh(0, 4), pp=2, tp=2)
+    dst = Layout(spec=model, mesh=DeviceMesh(0, 8), dp=8, ep=2)
+    source, expected = fill(src, rank), fill(dst, rank)
+    target = ParameterBuffer.for_rank(
+        dst, rank, dtype=torch.float32, device="cpu", lender=source if lends else None, multiple=16
+    )
+    assert expected is not None
+    plan = reallocate(src, dst, devices_per_node=4, least_share=100)
+    for _ in range(2):  # a schedule is for every step
+        target.flat[: target.num_values] = float("nan")
+        received = execute(plan, source, target, rank=rank, staging_bytes=3000)
+    for piece in target.slices:
+        assert torch.equal(target.view(piece.name), expected.view(piece.name)), piece.name
+    assert received == lacking_bytes(src, dst, rank)
+    far = [m for m in plan.messages if m.dst == rank and m.src // 4 != rank // 4]
+    return received, sum(4 * m.num_values for m in far)
+
+
+@pytest.mark.parametrize("lends", [False, True])
+def test_a_node_that_did_not_train_gets_each_byte_once(lends: bool) -> None:
+    found = spawn(WORLD, relay, lends)
+    model = spec(num_experts=4, experts_per_token=1, tied_embedding=True)
+    whole = 4 * Layout(spec=model, mesh=DeviceMesh(0, 1)).num_values(0)
+    assert [far for _, far in found[:4]] == [0] * 4
+    entered = [far for _, far in found[4:]]
+    assert sum(entered) == whole, "the four of the second node want all of the model"
+    assert max(entered) < 1.1 * min(entered), "each of its adapters takes about a quarter"
+
+
+def convert_twice(rank: int, world_size: int) -> None:
+    src = Layout(spec=spec(), mesh=DeviceMesh(0, 2), tp=2)
+    dst = Layout(spec=spec(), mesh=DeviceMesh(2, 2), dp=2)
+    source, expected = fill(src, rank), fill(dst, rank, torch.bfloat16)
+    target = None
+    if rank in dst.mesh:
+        target = ParameterBuffer.for_rank(dst, rank, dtype=torch.bfloat16, device="cpu")
+    plan = reallocate(src, dst, devices_per_node=2, least_share=10)
+    execute(plan, source, target, rank=rank, staging_bytes=300, wire_dtype=torch.float32)
+    assert any(message.phase for message in plan.messages)
+    if target is not None and expected is not None:
+        assert torch.equal(target.flat, expected.flat[: target.num_values])
+
+
+def test_what_is_sent_on_inside_a_node_is_converted_too() -> None:
+    spawn(4, convert_twice)
 
 
 def convert(rank: int, world_size: int) -> None:
@@ -197,11 +263,18 @@ def test_chunks_of_two_rounds_fit_the_staging_and_both_ends_agree(
     seed: int, staging_values: int
 ) -> None:
     ((src, dst, _),) = random_pairs(1, seed)
-    plan = reallocate(src, dst)
-    streams = [make_schedule(plan, rank, staging_values).streams for rank in range(WORLD)]
+    plan = reallocate(src, dst, devices_per_node=NODES[seed % len(NODES)], least_share=30)
+    for phase in (0, 1):
+        check_phase(plan, phase, staging_values)
+
+
+def check_phase(plan: Reallocation, phase: int, staging_values: int) -> None:
+    streams = [make_schedule(plan, rank, staging_values).phases[phase] for rank in range(WORLD)]
     crossing = Counter[tuple[int, int]]()
     for message in plan.messages:
-        crossing[message.src, message.dst] += message.num_values
+        if message.phase == phase:
+            crossing[message.src, message.dst] += message.num_values
+    assert sum(map(len, streams)) == 2 * len(crossing)
     for rank, mine in enumerate(streams):
         for pair, parts in mine.items():
             assert streams[pair[0]][pair] == streams[pair[1]][pair] == parts
@@ -223,7 +296,7 @@ def test_whole_stages_go_straight_in_one_message() -> None:
     model = spec(tied_embedding=True)
     src = Layout(spec=model, mesh=DeviceMesh(0, 1))
     dst = Layout(spec=model, mesh=DeviceMesh(1, 2), pp=2)
-    parts = [make_schedule(reallocate(src, dst), 0, 1000).streams[0, rank] for rank in (1, 2)]
+    parts = [make_schedule(reallocate(src, dst), 0, 1000).phases[0][0, rank] for rank in (1, 2)]
     assert [[len(part.rows) for part in own] for own in parts] == [
         [1],
         [1 + 1],
