@@ -53,9 +53,10 @@ def execute(
     Every rank of the two meshes calls it, with the buffer of each layout that it belongs to and
     None for the other. Slices that the destination's buffer was lent are there already. All
     values cross as ``wire_dtype`` and are converted at the ends, so that the two layouts may have
-    unlike types, of which what goes on inside a node has been through the destination's; None: the type that the buffers share. Copies inside this rank are not counted.
-    Memory beyond the buffers: at most ``staging_bytes`` (but at least two values for each
-    partner); None: ``STAGING_BYTES`` of the device.
+    unlike types (what goes on inside a node has been through the destination's); None: the type
+    that the buffers share. Copies inside this rank are not counted. Memory beyond the buffers: at
+    most ``staging_bytes`` (but at least two values for each partner); None: ``STAGING_BYTES`` of
+    the device.
 
     With NCCL the world's communicator must exist: let all ranks pass a barrier once before.
     """

@@ -1,8 +1,9 @@
 """What crosses in which round of a reallocation, and how: the same at both ends of every pair.
 
-Read ``make_schedule``. Who sends what, and in which of the two phases, is the planner's. Values that lie side by side in the flat
-buffers of both ends cross from the one straight into the other, as a ``Row``. All else crosses in
-chunks, of which one pair has one in a round: large slices by rows, small ones laid end to end.
+Read ``make_schedule``. Who sends what in which of two phases is the planner's. Values that lie
+side by side in the flat buffers of both ends cross from the one straight into the other, as a
+``Row``. All else crosses in chunks, of which one pair has one in a round: large slices by rows,
+small ones laid end to end.
 """
 
 from __future__ import annotations

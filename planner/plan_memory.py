@@ -14,6 +14,7 @@ from typing import NamedTuple
 from planner.cost.stage import VALUE_BYTES
 from planner.graph import CallKind
 from planner.layout import Layout
+from planner.lending import stored_values
 from planner.memory import (
     RESERVE_BYTES,
     STAGING_BYTES,
@@ -25,7 +26,6 @@ from planner.memory import (
     running_memory,
 )
 from planner.plan import ExecutionPlan
-from planner.lending import stored_values
 from planner.strategy import ParallelStrategy
 from profiles.errors import InfeasibleError
 from profiles.hardware import DeviceKind

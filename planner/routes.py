@@ -142,13 +142,13 @@ def groups_of_layers(
     src: Layout, dst: Layout
 ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """(source stages, destination stages, layers) that equal sets of stages hold, in order."""
-    found: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
     held = [[_held_layers(x, stage) for stage in range(x.pp)] for x in (src, dst)]
     for layer in sorted(frozenset[int]().union(*held[1])):
-        stages = (
+        source, target = (
             tuple(stage for stage, layers in enumerate(own) if layer in layers) for own in held
         )
-        found[tuple(stages)].append(layer)
+        found[source, target].append(layer)
     return [(*stages, tuple(layers)) for stages, layers in found.items()]
 
 

@@ -240,7 +240,7 @@ def _give(room: Ints, first: int, last: int, again: bool, taker: int, num_values
     if room[GAVE, taker] < 0:
         room[GAVE, taker] = giver
     room[SENT, giver] += num_values
-    return giver  # type: ignore[no-any-return]
+    return giver
 
 
 @inlined
@@ -351,8 +351,8 @@ def _copied(shape: Ints, row: Ints, piece: Piece, num_values: int, unlendable: i
 
 @compiled
 def _cross(
-    shape: Ints, row: Ints, stages: Ints, sizes: Ints, weights: Ints, piece: Piece, num_wanting: int,
-    room: Ints, loads: Ints,
+    shape: Ints, row: Ints, stages: Ints, sizes: Ints, weights: Ints, piece: Piece,
+    num_wanting: int, room: Ints, loads: Ints,
 ) -> None:  # fmt: skip
     """Add one piece of one group of layers, on its way to devices ``room[WANTING]``."""
     every, unlendable, inner = _weigh(
@@ -381,7 +381,7 @@ def _cross(
             if last - first > 1 and last - first != shared_by:
                 shared_by = last - first
                 _share(row, sizes, weights, piece, shared_by, room)
-            _enter(shape, row, src_stages, piece, whole, num_holders, first, last, room, loads)  # fmt: skip
+            _enter(shape, row, src_stages, piece, whole, num_holders, first, last, room, loads)
             continue
         own = near
         for i in range(first, last):

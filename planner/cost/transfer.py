@@ -3,14 +3,14 @@
 Between groups of unlike nodes each device sends or takes at the rate of its own network
 (``model.Bridge``).
 
-A reallocation has two phases, one after the other (``planner.routes``): what devices lack comes from
-who holds it, then what came over the network goes on inside each node. All messages of a phase run
-together; a device is done when its own bytes have passed, so the slowest device counts. Bytes
+A reallocation has two phases, one after the other (``planner.routes``): what devices lack comes
+from who holds it, then what came over the network goes on inside each node. All messages of a phase
+run together; a device is done when its own bytes have passed, so the slowest device counts. Bytes
 within a node and between nodes take different links and overlap; out and in are both directions of
-one link. Contention: all messages of a device share its link, and
-``ClusterSpec.inter_link`` is a device's share of its node's network, so that all devices of a node
-at once get what its adapters carry. One that sends while the others of its node are idle gets no
-more than its share, which is too slow where several devices have one adapter.
+one link. Contention: all messages of a device share its link, and ``ClusterSpec.inter_link`` is a
+device's share of its node's network, so that all devices of a node at once get what its adapters
+carry. One that sends while the others of its node are idle gets no more than its share, which is
+too slow where several devices have one adapter.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def reallocation_seconds(src: Layout, dst: Layout, *, bytes_per_value: int, mode
     """Seconds until every device of ``dst`` holds its layout.
 
     In each phase max over devices, directions and link classes of bytes / bandwidth + one latency
-    for each message; the sum of both phases; plus max over devices of the passes over memory: what is sent is packed, what comes
-    is unpacked and what stays is copied, one read and one write each; but blocks that a device
-    holds alike are lent, not copied. The executor does these on the device that also sends, so
-    they add up.
+    for each message, and of both phases the sum; plus max over devices of the passes over memory:
+    what is sent is packed, what comes is unpacked and what stays is copied, one read and one write
+    each; but blocks that a device holds alike are lent, not copied. The executor does these on the
+    device that also sends, so they add up.
     """
     if isinstance(model, MixedCosts):
         if _apart(src.mesh, dst.mesh, model):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from executor.buffers import ParameterBuffer
 from planner.layout import Layout, ParameterSlice
-from planner.mesh import DeviceMesh
 from planner.lending import stored_values
+from planner.mesh import DeviceMesh
 from tests.executor.small_models import small_spec
 
 SPEC = small_spec(qkv_bias=True, family="qwen2")

@@ -14,6 +14,7 @@ from experiments.ppo.graph import ALGORITHM
 from planner.activations import BlockKernels, kept_bytes, working_values
 from planner.algorithm import make_config, make_problem
 from planner.layout import Layout
+from planner.lending import stored_values
 from planner.memory import (
     RESERVE_BYTES,
     STAGING_BYTES,
@@ -35,7 +36,6 @@ from planner.plan_memory import (
 )
 from planner.program import Reserve, compile_plan, home_layouts
 from planner.program_check import check_program
-from planner.lending import stored_values
 from planner.strategy import ParallelStrategy
 from profiles.catalogue import MODELS, resolve_model
 from profiles.clusters import make_cluster

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.layout import Layout, ParameterSlice, parameters
+from planner.layout import Layout, ParameterSlice
 from planner.mesh import DeviceMesh
 from planner.reallocation import Message, reallocate
 from planner.routes import route_values, routes
@@ -61,6 +61,8 @@ def test_every_value_comes_once_and_none_that_is_held(
             count = np.zeros(wanted.length, dtype=int)
             for message in incoming.pop((device, wanted.name)):
                 count[message.slice.relative_to(wanted)] += 1
+                if message.phase == 1:  # test_routes.py
+                    continue
                 owned = {piece.name: piece for piece in src.slices(message.src)}[wanted.name]
                 for o, n, ho, hn in zip(
                     message.slice.offset, message.slice.length, owned.offset, owned.length
@@ -105,15 +107,11 @@ def test_an_equal_layout_moves_nothing(layouts: tuple[Layout, Layout]) -> None:
 def test_a_holder_on_the_same_node_is_preferred(
     layouts: tuple[Layout, Layout], per_node: int
 ) -> None:
-    """No shard crosses nodes that some device of the own node holds in full.
-
-    Norms are whole on every shard and few: they come with the first shard, from where it comes.
-    """
+    """Nothing crosses nodes that some device of the own node holds."""
     src, dst = layouts
-    sharded = {p.name for p in parameters(src.spec) if p.shard_dim is not None}
     for message in reallocate(src, dst, devices_per_node=per_node).messages:
         node = message.dst // per_node
-        if message.src // per_node == node or message.slice.name not in sharded:
+        if message.src // per_node == node:
             continue
         for near in range(node * per_node, (node + 1) * per_node):
             owned = {piece.name: piece for piece in src.slices(near)}
