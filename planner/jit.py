@@ -18,9 +18,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Every file that has kernels or their records, below this one's folder.
 KERNELS = (
-    "jit.py", "cost/lanes.py", "search/records.py", "search/pace.py", "search/kernels.py",
-    "search/moves.py", "search/chain.py", "search/patterns.py", "search/cycles.py",
-    "search/boxes.py",
+    "jit.py", "cost/crossings.py", "cost/lanes.py", "search/records.py", "search/pace.py",
+    "search/kernels.py", "search/moves.py", "search/chain.py", "search/patterns.py",
+    "search/cycles.py", "search/boxes.py",
 )  # fmt: skip
 
 

@@ -7,23 +7,36 @@ it calls is named as there.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
-from math import lcm, prod
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from planner.cost.crossings import (
+    ALL,
+    BLOCKS,
+    DST_EP,
+    DST_TP,
+    EP_UNITS,
+    FIRST_DST,
+    FIRST_SRC,
+    INNER,
+    LAST_DST,
+    LAST_SRC,
+    NEW_GROUP,
+    NUM_SIZES,
+    SRC_EP,
+    SRC_TP,
+    UNITS,
+    UNLENDABLE,
+    Crossings,
+    Ints,
+    crossings,
+)
 from planner.jit import brief, compiled, inlined
-from planner.layout import Layout, layer_parameters
-from planner.lending import may_be_part
-from planner.mesh import DeviceMesh
-from planner.routes import LEAST_SHARE, Cut, cut_dim, cuts, groups_of_layers, num_parts
-from profiles.models import ModelSpec
+from planner.layout import Layout
+from planner.routes import LEAST_SHARE
 
-Ints = npt.NDArray[np.int64]
 OUT_INTRA, IN_INTRA, OUT_INTER, IN_INTER, OUT_RELAY, IN_RELAY, PASSES, MESSAGES = range(8)
 
 
@@ -57,105 +70,11 @@ def lane_loads(
         dtype=np.int64,
     )  # fmt: skip
     ends = (src.pp, src.tp, src.ep), (dst.pp, dst.tp, dst.ep)
-    _cross_all(shape, _crossings(src.spec, *ends), room, loads)
+    _cross_all(shape, crossings(src.spec, *ends), room, loads)
     return LaneLoads(values=loads[:PASSES], messages=loads[MESSAGES:], passes=loads[PASSES])
 
 
-# ---- what does not depend on the meshes, nor on dp ----------------------------------------------
-
-
-class Crossings(NamedTuple):
-    """A row for each group of layers and each cut, in the order of ``planner.routes.routes``.
-
-    ``rows`` [rows, 13], see ``_cross``; ``stages`` of all rows; and of parameters that are cut
-    alike (dimensions of equal size) ``sizes`` [rows, kinds of sizes] and ``weights``
-    [rows, block or ends, which, kinds of sizes], values for each one along that dimension.
-    Which: all, those that only a device that holds them alike may lend, those cut inside rows.
-    """
-
-    rows: Ints
-    stages: Ints
-    sizes: Ints
-    weights: Ints
-
-
-# Fields of a row: whether it is the first of its group, what both ends' parts are, ...
-(
-    NEW_GROUP, SRC_EP, SRC_TP, DST_EP, DST_TP, EP_UNITS, UNITS, BLOCKS, FIRST_SRC, LAST_SRC,
-    FIRST_DST, LAST_DST, NUM_SIZES,
-) = range(13)  # fmt: skip
-ALL, UNLENDABLE, INNER = range(3)
-
-
-@lru_cache(maxsize=4096)
-def _crossings(
-    spec: ModelSpec, source: tuple[int, int, int], target: tuple[int, int, int]
-) -> Crossings:
-    """``source`` and ``target``: pp, tp and ep."""
-    src, dst = _unplaced(spec, *source), _unplaced(spec, *target)
-    rows, stages = list[tuple[int, ...]](), list[int]()
-    cut_alike = list[tuple[dict[int, Ints], dict[int, Ints]]]()
-    for src_stages, dst_stages, blocks, ends in _groups(spec, src.pp, dst.pp):
-        first = len(stages)
-        middle, last = first + len(src_stages), first + len(src_stages) + len(dst_stages)
-        stages += [*src_stages, *dst_stages]
-        for index, cut in enumerate(cuts(src, dst)):
-            parts = num_parts(src, cut), num_parts(dst, cut)
-            units = [lcm(a, b) for a, b in zip(*parts)]
-            weights = _weights(spec, (0,) if blocks else (), cut), _weights(spec, ends, cut)
-            cut_alike.append(weights)
-            rows.append((
-                int(index == 0), *parts[0], *parts[1], *units, blocks, first, middle, middle, last,
-                len(weights[0].keys() | weights[1].keys()),
-            ))  # fmt: skip
-    most = max(row[NUM_SIZES] for row in rows)
-    sizes = np.zeros((len(rows), most), dtype=np.int64)
-    table = np.zeros((len(rows), 2, 3, most), dtype=np.int64)
-    for i, (block, end) in enumerate(cut_alike):
-        for j, size in enumerate(sorted(block.keys() | end.keys())):
-            sizes[i, j] = size
-            for k, weights_of in enumerate((block, end)):
-                table[i, k, :, j] = weights_of.get(size, 0)
-    return Crossings(
-        rows=np.array(rows, dtype=np.int64), stages=np.array(stages, dtype=np.int64), sizes=sizes,
-        weights=table,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _groups(
-    spec: ModelSpec, src_pp: int, dst_pp: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]]:
-    """(source stages, destination stages, number of blocks, other layers)."""
-    found = []
-    ends = _unplaced(spec, src_pp, 1, 1), _unplaced(spec, dst_pp, 1, 1)
-    for src_stages, dst_stages, layers in groups_of_layers(*ends):
-        others = tuple(layer for layer in layers if not 0 <= layer < spec.num_layers)
-        found.append((src_stages, dst_stages, len(layers) - len(others), others))
-    return found
-
-
-def _unplaced(spec: ModelSpec, pp: int, tp: int, ep: int) -> Layout:
-    return Layout(spec=spec, mesh=DeviceMesh(0, pp * tp * ep), pp=pp, tp=tp, dp=ep, ep=ep)
-
-
-@lru_cache(maxsize=4096)
-def _weights(spec: ModelSpec, layers: tuple[int, ...], cut: Cut) -> dict[int, Ints]:
-    """Of what a cut names of some layers: by size of the dimension that it cuts, [which]."""
-    found: dict[int, Ints] = defaultdict(lambda: np.zeros(3, dtype=np.int64))
-    for layer in layers:
-        for parameter in layer_parameters(spec, layer):
-            dim = cut_dim(parameter, cut)
-            if dim is not None:
-                size = parameter.shape[dim]
-                # Who holds a replicated parameter holds it alike.
-                is_cut = parameter.shard_dim is not None
-                which = 1, is_cut and not may_be_part(parameter), is_cut and dim > 0
-                found[size] += np.array(which, dtype=np.int64) * (prod(parameter.shape) // size)
-    return dict(found)
-
-
-# ---- what does: in machine code -----------------------------------------------------------------
+# ---- in machine code ----------------------------------------------------------------------------
 
 
 # Rows of the room to work in [8, devices]: values that each has been given to send; who gave it
@@ -402,13 +321,13 @@ def _cross(
 
 
 @brief
-def _cross_all(shape: Ints, crossings: Crossings, room: Ints, loads: Ints) -> None:
+def _cross_all(shape: Ints, of: Crossings, room: Ints, loads: Ints) -> None:
     """Add all pieces, in order: who has sent much is asked less."""
-    for index in range(len(crossings.rows)):
-        row = crossings.rows[index]
+    for index in range(len(of.rows)):
+        row = of.rows[index]
         if row[NEW_GROUP]:
             room[GAVE, :] = -1
-        dst_stages = crossings.stages[row[FIRST_DST] : row[LAST_DST]]
+        dst_stages = of.stages[row[FIRST_DST] : row[LAST_DST]]
         ep_steps = row[EP_UNITS] // row[SRC_EP], row[EP_UNITS] // row[DST_EP]
         steps = row[UNITS] // row[SRC_TP], row[UNITS] // row[DST_TP]
         for dst_ep in range(row[DST_EP]):
@@ -427,6 +346,6 @@ def _cross_all(shape: Ints, crossings: Crossings, room: Ints, loads: Ints) -> No
                             min(stop, (src_tp + 1) * steps[0]), experts,
                         )  # fmt: skip
                         _cross(
-                            shape, row, crossings.stages, crossings.sizes[index],
-                            crossings.weights[index], piece, count, room, loads,
+                            shape, row, of.stages, of.sizes[index],
+                            of.weights[index], piece, count, room, loads,
                         )  # fmt: skip
