@@ -266,9 +266,10 @@ class _Burden:
     def give(
         self, share: _Share, givers: Sequence[int], taker: int, gave: dict[int, int]
     ) -> Iterator[Route]:
-        """From who gives the taker other parameters of these layers, if among ``givers``: what
+        """One share, from the least burdened of ``givers``, of equals the first.
 
-        lies side by side may then cross at once. Else from the least burdened, of equals the first.
+        But who gives the taker other parameters of these layers gives it these too: so what lies
+        side by side at both ends crosses at once.
         """
         giver = gave.get(taker, -1)
         if giver not in givers:

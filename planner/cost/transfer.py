@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.cost.lanes import IN_INTER, OUT_INTER, Ints, LaneLoads, lane_loads
+from planner.cost.crossings import Ints
+from planner.cost.lanes import IN_INTER, OUT_INTER, LaneLoads, lane_loads
 from planner.cost.model import Bridge, CostModel, Costs, MixedCosts
 from planner.cost.pipeline import LinkClass
 from planner.cost.stage import stage_shapes, stage_values
