@@ -271,13 +271,12 @@ class Turn:
             )  # fmt: skip
             parts.append(old)
         if (prompts := self.prompts) is not None:
-            if prompts.slots is None:  # they see themselves only: nothing need be read back
-                seen = k[num_old:], v[num_old:]
-            else:
-                seen = tuple(x.view(-1, *k.shape[1:])[prompts.slots] for x in (keys, values))
+            k, v = k[num_old:], v[num_old:]
+            if prompts.slots is not None:  # else they see themselves only: nothing is read back
+                k, v = (x.view(-1, *k.shape[1:])[prompts.slots] for x in (keys, values))
             parts.append(
                 packed_attention(
-                    q[num_old:], *seen, prompts.own, keys=prompts.whole, window=self.cache.window
+                    q[num_old:], k, v, prompts.own, keys=prompts.whole, window=self.cache.window
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
