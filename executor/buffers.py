@@ -9,7 +9,9 @@ lies where is ``planner.layout``'s.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +20,22 @@ from planner.layout import Layout, ParameterSlice
 from planner.lending import lent
 
 Range = tuple[int, int]
+
+
+class FlatBoxes(Protocol):
+    """Values of one type that lie flat, found by box: what a reallocation reads and fills."""
+
+    @property
+    def flat(self) -> Tensor: ...
+
+    @property
+    def lent(self) -> frozenset[str]: ...
+
+    def row(self, piece: ParameterSlice) -> Range | None: ...
+
+    def of_row(self, name: str, row: Range) -> Tensor: ...
+
+    def box(self, piece: ParameterSlice) -> Tensor: ...
 
 
 class ParameterBuffer:
@@ -76,6 +94,13 @@ class ParameterBuffer:
             layout.slices(rank), dtype=dtype, device=device, multiple=multiple,
             expert_multiple=expert_multiple, lender=lender,
         )  # fmt: skip
+
+    def with_values(self, flat: Tensor) -> ParameterBuffer:
+        """The same slices of another flat tensor, in the same order and with the same padding."""
+        assert self.lender is None and flat.shape == self.flat.shape, flat.shape
+        found = copy(self)
+        found.flat = flat
+        return found
 
     def view(self, name: str, *, of: Tensor | None = None) -> Tensor:
         """The tensor of one slice, in its local shape; ``of``: another flat tensor, same order."""

@@ -1,5 +1,6 @@
 """Carries out a ``planner.reallocation.Reallocation``: from one set of flat buffers to another.
 
+Of optimizer state ``optimizer_moves.py`` does, with ``carry_out``, one state at a time.
 Read ``execute`` first. What crosses in which round is ``reallocation_rounds.py``'s. Chunks go
 through a staging buffer, unless they are side by side at this end. While a round is under way the
 previous one is unpacked, the next one packed, and a share of what stays in this rank copied.
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from executor.buffers import ParameterBuffer, Range
+from executor.buffers import FlatBoxes, Range
 from executor.reallocation_rounds import (
     Chunk,
     Pair,
@@ -41,8 +42,8 @@ from planner.reallocation import Reallocation
 
 def execute(
     plan: Reallocation,
-    source: ParameterBuffer | None,
-    destination: ParameterBuffer | None,
+    source: FlatBoxes | None,
+    destination: FlatBoxes | None,
     *,
     rank: int,
     staging_bytes: int | None = None,
@@ -76,8 +77,8 @@ def execute(
 
 def carry_out(
     schedule: Schedule,
-    source: ParameterBuffer | None,
-    destination: ParameterBuffer | None,
+    source: FlatBoxes | None,
+    destination: FlatBoxes | None,
     *,
     wire_dtype: torch.dtype | None = None,
     staging: Tensor | None = None,
@@ -91,7 +92,7 @@ def carry_out(
     """
     one = destination if source is None else source
     assert one is not None, schedule.rank
-    assert source is None or source.lender is None, "rows run on over what is lent"
+    assert source is None or not source.lent, "rows run on over what is lent"
     dtype = wire_dtype or one.flat.dtype
     like = torch.empty(0, dtype=dtype, device=one.flat.device)
     if staging is not None:
@@ -127,9 +128,8 @@ class _Copies:
     """What goes from a rank to itself, a share of it beside each round."""
 
     def __init__(
-        self, schedule: Schedule, source: ParameterBuffer | None,
-        destination: ParameterBuffer | None,
-    ) -> None:  # fmt: skip
+        self, schedule: Schedule, source: FlatBoxes | None, destination: FlatBoxes | None
+    ) -> None:
         self.left: list[tuple[Tensor, Tensor]] = []  # from and to, the last first
         if source is not None and destination is not None:
             self.left = [
@@ -159,8 +159,8 @@ class _Exchange:
     """A phase's rounds of one rank over a staging buffer of two halves, each one segment a pair."""
 
     def __init__(
-        self, streams: Streams, rank: int, source: ParameterBuffer | None,
-        destination: ParameterBuffer | None, like: Tensor,
+        self, streams: Streams, rank: int, source: FlatBoxes | None,
+        destination: FlatBoxes | None, like: Tensor,
     ) -> None:  # fmt: skip
         self.streams, self.rank, self.dtype = streams, rank, like.dtype
         self.source, self.destination = source, destination
@@ -181,7 +181,7 @@ class _Exchange:
         self.staging = like[: halves * width].view(halves, width)
         self.under_way: dict[int, _Round] = {}
 
-    def _own(self, pair: Pair) -> ParameterBuffer:
+    def _own(self, pair: Pair) -> FlatBoxes:
         """What this rank sends from, or receives into."""
         buffer = self.destination if pair[1] == self.rank else self.source
         assert buffer is not None, (pair, self.rank)
@@ -247,18 +247,18 @@ class _Exchange:
         return sum(tensor.numel() for _, tensor in current.incoming)
 
 
-def _row(buffer: ParameterBuffer, first: ParameterSlice, num_values: int) -> Tensor:
+def _row(buffer: FlatBoxes, first: ParameterSlice, num_values: int) -> Tensor:
     place = buffer.row(first)
     assert place is not None, first
     return buffer.of_row(first.name, (place[0], place[0] + num_values))
 
 
-def _pack(buffer: ParameterBuffer, chunk: Chunk, flat: Tensor) -> None:
+def _pack(buffer: FlatBoxes, chunk: Chunk, flat: Tensor) -> None:
     """Boxes of ``buffer`` into ``flat``, end to end."""
     for box, part in zip(chunk, flat.split([box.num_values for box in chunk])):
         part.view(box.length).copy_(buffer.box(box))
 
 
-def _unpack(buffer: ParameterBuffer, chunk: Chunk, flat: Tensor) -> None:
+def _unpack(buffer: FlatBoxes, chunk: Chunk, flat: Tensor) -> None:
     for box, part in zip(chunk, flat.split([box.num_values for box in chunk])):
         buffer.box(box).copy_(part.view(box.length))

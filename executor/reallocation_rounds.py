@@ -16,6 +16,7 @@ from itertools import pairwise
 
 from executor.buffers import row_in
 from planner.layout import Layout, ParameterSlice
+from planner.optimizer_state import StateReallocation
 from planner.reallocation import Reallocation
 
 Pair = tuple[int, int]  # (sender, receiver), world ranks
@@ -62,24 +63,33 @@ def chunk_values(chunk: Chunk) -> int:
 
 
 def make_schedule(
-    plan: Reallocation, rank: int, staging_values: int, *, converted: bool = False
+    plan: Reallocation | StateReallocation,
+    rank: int,
+    staging_values: int,
+    *,
+    converted: bool = False,
 ) -> Schedule:
     """What ``rank`` sends, receives and copies; of every pair both ends find the same.
 
     In each phase a chunk holds at most ``staging_values / (2 * partners)`` values (at least one),
     where ``partners`` are the pairs of the busiest rank: all of a rank's chunks of two rounds fit.
     ``converted``: an end may have values of another type than those that cross, so that nothing
-    goes straight.
+    goes straight; nor does optimizer state, which ends anywhere in a parameter.
     """
+    all_ends: tuple[_Ends | None, _Ends | None] = (None, None)
+    if isinstance(plan, Reallocation):
+        all_ends = (plan.src, plan.dst), (plan.dst, plan.dst)
     first, second = (
         _streams(_boxes(plan, phase), ends, rank, staging_values, converted)
-        for phase, ends in enumerate(((plan.src, plan.dst), (plan.dst, plan.dst)))
+        for phase, ends in enumerate(all_ends)
     )
     copies = tuple(copy.slice for copy in plan.copies if copy.dst == rank)
     return Schedule(rank=rank, phases=(first, second), copies=copies)
 
 
-def _boxes(plan: Reallocation, phase: int) -> Mapping[Pair, list[ParameterSlice]]:
+def _boxes(
+    plan: Reallocation | StateReallocation, phase: int
+) -> Mapping[Pair, list[ParameterSlice]]:
     """What crosses between two ranks in a phase."""
     found: dict[Pair, list[ParameterSlice]] = defaultdict(list)
     for message in plan.messages:
@@ -102,11 +112,14 @@ def _places(layout: Layout, device: int) -> _Places:
     return found
 
 
+_Ends = tuple[Layout, Layout]  # of the buffers that senders and receivers have
+
+
 def _streams(
-    boxes: Mapping[Pair, list[ParameterSlice]], ends: tuple[Layout, Layout], rank: int,
+    boxes: Mapping[Pair, list[ParameterSlice]], ends: _Ends | None, rank: int,
     staging_values: int, converted: bool,
 ) -> Streams:  # fmt: skip
-    """``ends``: the layouts of the buffers that senders and receivers have."""
+    """``ends``: None of optimizer state."""
     partners: dict[int, int] = defaultdict(int)
     for src, dst in boxes:
         partners[src] += 1
@@ -118,13 +131,18 @@ def _streams(
         if rank not in (src, dst):
             continue
         rows: list[Row] = []
-        here, there = places(ends[0], src), places(ends[1], dst)
-        # Routes come cut by cut; what lies side by side may cross at once.
-        own = sorted(own, key=lambda box: (there[box.name][0], box.offset))
-        if not converted:
-            rows, own = _straight(own, here, there, least=limit * _ALONE)
+        if ends is not None:
+            here, there = places(ends[0], src), places(ends[1], dst)
+            # Routes come cut by cut; what lies side by side may cross at once.
+            own = _in_order(own, there)
+            if not converted:
+                rows, own = _straight(own, here, there, least=limit * _ALONE)
         found[src, dst] = _rounds(list(_chunks(own, limit)), rows)
     return found
+
+
+def _in_order(boxes: Sequence[ParameterSlice], places: _Places) -> list[ParameterSlice]:
+    return sorted(boxes, key=lambda box: (places[box.name][0], box.offset))
 
 
 def _straight(

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from executor.trace import write_json
+from planner.boxes import intersection, interval_boxes
 from planner.layout import ParameterSlice
 from profiles.errors import CheckpointError
 
@@ -45,36 +46,6 @@ class Piece:
 
     box: ParameterSlice
     values: Tensor
-
-
-def interval_boxes(
-    shape: Sequence[int], lo: int, hi: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, length) of the boxes that values ``lo`` to ``hi`` of a flattened tensor make up.
-
-    In the order of the values: a part of a row, whole rows, a part of a row.
-
-    >>> interval_boxes((4, 3), 2, 10)
-    [((0, 2), (1, 1)), ((1, 0), (2, 3)), ((3, 0), (1, 1))]
-    """
-    if lo >= hi:
-        return []
-    if len(shape) == 1:
-        return [((lo,), (hi - lo,))]
-    row = prod(shape[1:])
-    first, last = -(-lo // row), hi // row  # whole rows
-
-    def part(index: int, start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        inner = interval_boxes(shape[1:], start - index * row, stop - index * row)
-        return [((index, *offset), (1, *length)) for offset, length in inner]
-
-    if first > last:  # inside one row
-        return part(last, lo, hi)
-    rest = tuple(shape[1:])
-    whole = [((first, *(0 for _ in rest)), (last - first, *rest))] if last > first else []
-    head = part(first - 1, lo, first * row) if lo < first * row else []
-    tail = part(last, last * row, hi) if last * row < hi else []
-    return [*head, *whole, *tail]
 
 
 def pieces_of(
@@ -248,7 +219,7 @@ class Checkpoint:
             for piece in pieces:
                 missing = piece.box.num_values
                 for file, key, box in boxes.get(piece.box.name, ()):
-                    common = _intersection(piece.box, box)
+                    common = intersection(piece.box, box)
                     if common is None:
                         continue
                     if file not in opened:
@@ -344,14 +315,3 @@ def _box(key: str, length: tuple[int, ...]) -> ParameterSlice:
     if len(place) != len(length):
         raise ValueError(f"key {key} of a tensor {list(length)}")
     return ParameterSlice(name=name, offset=place, length=length)
-
-
-def _intersection(a: ParameterSlice, b: ParameterSlice) -> ParameterSlice | None:
-    offset = tuple(max(x, y) for x, y in zip(a.offset, b.offset, strict=True))
-    ends = (
-        min(x + n, y + m) for x, n, y, m in zip(a.offset, a.length, b.offset, b.length, strict=True)
-    )
-    length = tuple(end - start for start, end in zip(offset, ends, strict=True))
-    if any(n <= 0 for n in length):
-        return None
-    return ParameterSlice(name=a.name, offset=offset, length=length)

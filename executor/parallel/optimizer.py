@@ -91,11 +91,13 @@ class Section:
     """A run of the flat buffer that the ranks of ``group`` hold alike; they sum its gradients.
 
     ``own``: the range that this rank keeps state for, with ``zero`` 1 its shard, else all. Views.
+    ``state``: as ``state()`` says, used as it is; None: masters are the weights, moments zero.
     """
 
     def __init__(
-        self, flat: Tensor, within: Range, group: dist.ProcessGroup | None, *, zero: int
-    ) -> None:
+        self, flat: Tensor, within: Range, group: dist.ProcessGroup | None, *, zero: int,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.within, self.group = within, group
         self.shard_group = group if zero == 1 else None
         whole = flat[within[0] : within[1]]
@@ -109,9 +111,14 @@ class Section:
         self.own: Range = (start, start + self.weights.numel())
         # Another rank has the same state.
         self.is_replica = self.shard_group is None and rank > 0
-        masters_are_weights = flat.dtype == torch.float32
-        self.masters = self.weights if masters_are_weights else self.weights.float()
-        self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
+        if flat.dtype == torch.float32:
+            self.masters = self.weights
+        else:
+            self.masters = self.weights.float() if state is None else state["weight"]
+        if state is None:
+            self.moments = torch.zeros_like(self.masters), torch.zeros_like(self.masters)
+        else:
+            self.moments = state["exp_avg"], state["exp_avg_sq"]
 
     def reduce(self, gradients: Tensor) -> None:
         """``gradients`` of the whole flat buffer become their sums where this rank needs them."""
@@ -149,6 +156,7 @@ class Adam:
 
     Collective: all ranks of the layout make one and call the same methods. Masters are taken
     from the buffer when it is made; after a later change of the weights call ``take_weights``.
+    ``states``: of each section, where they are here already (``Section``); then call ``go_on``.
     ``early``: gradients of blocks are summed over replicas as ``block_done`` is told of them; not
     of a model with experts, whose gradients lie elsewhere.
     Bytes: 8 a value of the own range (all of it, or with ZeRO 1 a dp-th), and 4 more for masters.
@@ -157,16 +165,21 @@ class Adam:
     def __init__(
         self, ctx: RankContext, buffer: ParameterBuffer, gradients: Tensor, config: AdamConfig, *,
         zero: int, partial: Sequence[str] = (), early: bool = False,
+        states: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> None:  # fmt: skip
         assert gradients.shape == buffer.flat.shape, (gradients.shape, buffer.flat.shape)
         assert zero in (0, 1), zero
         self.ctx, self.buffer, self.gradients, self.config = ctx, buffer, gradients, config
         self.partial = tuple(partial)
         ends = (0, buffer.experts_start, buffer.flat.numel())
-        self.sections = [
-            Section(buffer.flat, within, group, zero=zero)
+        parts = [
+            (within, group)
             for within, group in zip(pairwise(ends), (ctx.dp_group, ctx.expert_group))
             if within[0] < within[1]
+        ]
+        self.sections = [
+            Section(buffer.flat, within, group, zero=zero, state=state)
+            for (within, group), state in zip(parts, states or [None] * len(parts), strict=True)
         ]
         self.early: EarlySums | None = None
         if early and ctx.dp_group is not None and not ctx.layout.spec.num_experts:

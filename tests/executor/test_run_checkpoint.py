@@ -8,38 +8,18 @@ import os
 import random
 import signal
 import time
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from executor import run_checkpoint
-from executor.run_checkpoint import Checkpoint, Piece, interval_boxes, pieces_of
+from executor.run_checkpoint import Checkpoint, Piece, pieces_of
 from planner.layout import Layout, ParameterSlice
 from planner.mesh import DeviceMesh
 from profiles.errors import CheckpointError
 from tests.runs import SMALL
-
-shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
-
-
-@given(shape=shapes, data=st.data())
-def test_boxes_of_an_interval_are_its_values_in_order(shape: tuple[int, ...], data: Any) -> None:
-    count = prod(shape)
-    lo = data.draw(st.integers(0, count))
-    hi = data.draw(st.integers(lo, count))
-    values = torch.arange(count).view(shape)
-    found = [
-        values[tuple(slice(o, o + n) for o, n in zip(offset, length, strict=True))].flatten()
-        for offset, length in interval_boxes(shape, lo, hi)
-    ]
-    joined = torch.cat([torch.zeros(0, dtype=torch.long), *found])
-    assert joined.tolist() == list(range(lo, hi))
-    assert len(found) <= 2 * len(shape) - 1
 
 
 def whole_model(state: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
