@@ -97,7 +97,8 @@ class ParameterBuffer:
 
     def with_values(self, flat: Tensor) -> ParameterBuffer:
         """The same slices of another flat tensor, in the same order and with the same padding."""
-        assert self.lender is None and flat.shape == self.flat.shape, flat.shape
+        assert self.lender is None, "what is lent lies elsewhere"
+        assert flat.shape == self.flat.shape, (flat.shape, self.flat.shape)
         found = copy(self)
         found.flat = flat
         return found

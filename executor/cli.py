@@ -28,6 +28,7 @@ from executor.summary import (
     saved_models,
     write_summary,
 )
+from executor.switch import with_newest_plan
 from planner.algorithm import find_algorithm, make_config, make_problem, role_paths
 from planner.arguments import parse_with_words
 from planner.plan import ExecutionPlan
@@ -162,6 +163,7 @@ def _run(args: argparse.Namespace) -> int:
     if run.resume_from is not None:
         console.print(f"going on from {run.resume_from}", highlight=False, soft_wrap=True)
     launch(run, launcher.start, name=args.launcher, options=options, max_restarts=args.max_restarts)
+    run = with_newest_plan(run)
     rows = compare(run)
     write_summary(rows, run)
     if args.json:

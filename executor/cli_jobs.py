@@ -1,4 +1,4 @@
-"""``realexec`` around a run: which launcher, and ``status``, ``logs`` and ``stop`` of what runs."""
+"""``realexec`` around a run: which launcher; ``status``, ``logs``, ``switch`` and ``stop``."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from executor.launch.job import Job, load_job, plan_job
+from executor.launch.job import Job, load_job, plan_job, run_of
 from executor.launch.supervise import first_error, ranks_per_node, read_errors
 from executor.run import Run
+from executor.switch import switched
 from executor.watchdog import SILENCE_S, read_position
+from planner.plan_schema import load_plan
 from profiles.errors import ConfigError
 
 # A launcher is a module with ``OPTIONS``, ``start(job, run, options)`` and ``describe`` likewise.
@@ -47,6 +49,7 @@ def add_verbs(verbs: Any) -> None:
     texts = {
         "status": "where every rank of a run is",
         "logs": "what the ranks of a run have printed; that of a failed one first",
+        "switch": "have a run go on under another plan from its next step on, without a restart",
         "stop": "stop a run after its step, with a checkpoint",
     }
     for name, text in texts.items():
@@ -54,10 +57,15 @@ def add_verbs(verbs: Any) -> None:
         verb.add_argument("output", metavar="FOLDER", help="the output folder of the run")
         if name == "logs":
             verb.add_argument("--rank", type=int, metavar="N", help="of this rank only")
-        if name == "stop":
+        if name == "switch":
+            verb.add_argument(
+                "plan", metavar="plan.json",
+                help="of the same problem, on as many devices as the run has or fewer",
+            )  # fmt: skip
+        if name in ("stop", "switch"):
             verb.add_argument(
                 "--timeout", type=float, default=600.0, metavar="SECONDS",
-                help="wait so long for its end, 0: do not wait (default 600)",
+                help="wait so long for it, 0: do not wait (default 600)",
             )  # fmt: skip
 
 
@@ -184,8 +192,38 @@ def _stop(args: argparse.Namespace) -> int:
     return 0
 
 
+def _switch(args: argparse.Namespace) -> int:
+    job = load_job(args.output)
+    state = state_of(job)
+    if state != "running":
+        raise ConfigError(
+            f"no run goes on here: {state}", where=args.output,
+            remedy=f"go on with realexec run {args.plan} -o {args.output} --resume",
+        )  # fmt: skip
+    plan = load_plan(args.plan)
+    ranks = {"num_ranks": job.num_ranks, "ranks_per_node": job.ranks_per_node}
+    switched(run_of(job), plan, **ranks)  # a sentence at once, before any rank hears of it
+    name, deadline = job.ask_switch(plan), time.monotonic() + args.timeout
+    while time.monotonic() < deadline:
+        told = job.told("switched")
+        if told is not None and told["id"] == name:
+            if told["refused"]:
+                raise ConfigError(f"the run refused it ({told['refused']})", where=args.plan)
+            print(f"under {args.plan} from step {told['step'] + 1} on")
+            return 0
+        if job.asked_switch() not in ("", name):
+            raise ConfigError("another plan was asked for since", where=args.output)
+        state = state_of(job)
+        if state != "running":
+            raise ConfigError(f"too late: {state}", where=args.output)
+        time.sleep(0.2)
+    print("asked to go over to it before its next step")
+    return 0
+
+
 VERBS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "logs": _logs,
+    "switch": _switch,
     "stop": _stop,
 }

@@ -43,6 +43,15 @@ class RankContext:
     mesh_group: dist.ProcessGroup | None = None
 
     @property
+    def groups(self) -> tuple[dist.ProcessGroup, ...]:
+        """Those that this rank is in; one may be here twice, and in other contexts."""
+        found = (
+            self.tp_group, self.kv_group, self.dp_group, self.ep_group, self.expert_group,
+            self.embedding_group, self.mesh_group,
+        )  # fmt: skip
+        return tuple(group for group in found if group is not None)
+
+    @property
     def pp_rank(self) -> int:
         return self.layout.coordinates(self.rank)[0]
 

@@ -9,6 +9,7 @@ were made ahead (``coming.py``). Files and boxes are ``run_checkpoint.py``'s. Re
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -205,14 +206,19 @@ def _check_same_run(run: Run, checkpoint: Checkpoint) -> None:
             )  # fmt: skip
     for role, spec in header["models"].items():
         planned = asdict(run.plan.problem.models[role]) if role in run.plan.problem.models else {}
-        # Where a shape came from and what it is called says nothing of the shape.
-        unlike = [k for k in spec if k not in ("name", "source") and planned.get(k) != spec[k]]
-        if unlike:
-            name = unlike[0]
+        name = unlike_shape(spec, planned)
+        if name:
             raise CheckpointError(
                 f"its {role} has {name} {spec[name]}, the plan's {planned.get(name)}", where=where,
                 remedy="resume with a plan for this model",
             )  # fmt: skip
+
+
+def unlike_shape(spec: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first number in which a model of ``spec`` has another shape, None: there is none."""
+    # Where a shape came from and what it is called says nothing of the shape.
+    named = ("name", "source")
+    return next((k for k in spec if k not in named and other.get(k) != spec[k]), None)
 
 
 def restore(worker: Worker, folder: Path) -> int:

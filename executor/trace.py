@@ -25,10 +25,17 @@ class TraceWriter:
     """
 
     def __init__(self, folder: Path, rank: int, device: torch.device | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.rank = rank
+        self.folder, self.rank = folder, rank
         self.peak = _peak_memory(device)
-        self.file = (folder / f"rank{rank}.jsonl").open("w", encoding="utf-8")
+        self.open()
+
+    def open(self) -> None:
+        """Begin the file; also anew, after ``close`` and when somebody has put it away."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = (self.folder / f"rank{self.rank}.jsonl").open("w", encoding="utf-8")
+
+    def close(self) -> None:
+        self.file.close()
 
     @contextmanager
     def span(self, *, step: int, index: int, kind: str, label: str) -> Iterator[dict[str, int]]:
@@ -53,7 +60,7 @@ class TraceWriter:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self.file.close()
+        self.close()
 
 
 def _peak_memory(device: torch.device | None) -> Callable[[], int]:

@@ -205,15 +205,9 @@ class Watch:
         self, files: Mapping[int, Path], plan: ExecutionPlan, program: Program, *, timeout_s: float
     ) -> None:
         self.files = files
-        self.plan = plan
         self.timeout_s = timeout_s
         self.silence_s = min(SILENCE_S, timeout_s)
-        self.instructions = {
-            (kind, rank, i.index): i
-            for kind, programs in _programs(program)
-            for rank, instructions in programs.items()
-            for i in instructions
-        }
+        self.follow(plan, program)
         now = time.monotonic()
         nowhere = {
             rank: Position(rank=rank, step=-1, turn=0, index=-1, label="starting") for rank in files
@@ -221,6 +215,16 @@ class Watch:
         self.positions: dict[int, Position] = nowhere
         self.heard_s = dict.fromkeys(files, now)
         self.moved_s = dict.fromkeys(files, now)
+
+    def follow(self, plan: ExecutionPlan, program: Program) -> None:
+        """What the ranks are at from now on."""
+        self.plan = plan
+        self.instructions = {
+            (kind, rank, i.index): i
+            for kind, programs in _programs(program)
+            for rank, instructions in programs.items()
+            for i in instructions
+        }
 
     def look(self, ranks: Sequence[int]) -> Hang | None:
         """Read the files of ``ranks``, those that have not ended; a hang if there is one."""
@@ -275,7 +279,7 @@ class Watch:
         if instruction is not None:
             # A transfer's two halves have numbers of their own: the sender's comes first.
             others &= partners(self.plan, instruction, rank)
-        elif not position.label.startswith("writing"):
+        elif not position.label.startswith(("writing", "going over")):
             return ()
         behind = {r for r in others if self.positions[r].place < position.place}
         level = {r for r in others if self.positions[r].place == position.place}

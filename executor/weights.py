@@ -7,7 +7,7 @@ it moved. What the weights are used for is ``worker.py``'s, which messages bring
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,7 +77,7 @@ class Weights:
 
     def load(self, load: Load) -> int:
         """Read this rank's slices of a checkpoint, or draw them."""
-        buffer = self._buffer(load.layout, multiple=load.layout.dp if load.trained else 1)
+        buffer = self.new_buffer(load.layout, multiple=load.layout.dp if load.trained else 1)
         self.buffers[load.role, load.layout] = buffer
         self._fill(load.role, buffer)
         if load.trained:
@@ -86,11 +86,13 @@ class Weights:
             self.averages[load.role, load.layout] = buffer.flat.float()
         return buffer.flat.numel() * buffer.flat.element_size()
 
-    def _buffer(
-        self, layout: Layout, *, multiple: int = 1, lender: ParameterBuffer | None = None
-    ) -> ParameterBuffer:
+    def new_buffer(
+        self, layout: Layout, *, multiple: int = 1, lender: ParameterBuffer | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ParameterBuffer:  # fmt: skip
+        """Memory for this rank's part of a layout; of trained roles ``multiple`` is dp."""
         return ParameterBuffer.for_rank(
-            layout, self.rank, dtype=self.dtype, device=self.device, multiple=multiple,
+            layout, self.rank, dtype=dtype or self.dtype, device=self.device, multiple=multiple,
             lender=lender,
         )  # fmt: skip
 
@@ -101,7 +103,10 @@ class Weights:
         else:
             load_folder(buffer, Path(path), spec, seed=self.run.config.seed)
 
-    def _trainer(self, role: str, layout: Layout, buffer: ParameterBuffer) -> Trainer:
+    def _trainer(
+        self, role: str, layout: Layout, buffer: ParameterBuffer,
+        states: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Trainer:  # fmt: skip
         call = self.problem.graph.train_call(role)
         assert call is not None, role
         strategy = self.run.plan.allocations[call.name].strategy
@@ -124,9 +129,42 @@ class Weights:
         )
         optimizer = Adam(
             context, buffer, gradients, config, zero=strategy.zero, partial=stage.partial,
-            early=self.problem.cluster.kind == "cuda",
+            early=self.problem.cluster.kind == "cuda", states=states,
         )  # fmt: skip
         return Trainer(gradients=gradients, stage=stage, optimizer=optimizer)
+
+    # ---- from another plan's ------------------------------------------------------------------
+
+    def adopt(
+        self, role: str, layout: Layout, buffer: ParameterBuffer,
+        states: Sequence[Mapping[str, Tensor]],
+    ) -> Adam:  # fmt: skip
+        """A trained role whose state has come; its optimizer, which is to ``go_on``."""
+        self.buffers[role, layout] = buffer
+        self.trainers[role] = self._trainer(role, layout, buffer, states)
+        return self.trainers[role].optimizer
+
+    def keep(self, role: str, layout: Layout, buffer: ParameterBuffer, *, averaged: bool) -> None:
+        """A frozen role whose weights have come; ``averaged``: ``buffer`` has its fp32 average."""
+        if averaged:
+            self.averages[role, layout] = buffer.flat
+            if self.dtype != torch.float32:
+                buffer = self.new_buffer(layout)
+                buffer.flat.copy_(self.averages[role, layout])
+        self.buffers[role, layout] = buffer
+
+    def drop_reserved(self) -> None:
+        """Give back what stays empty between steps."""
+        self.reserved.clear()
+        self.stages.clear()
+        self.staging = None
+
+    def bring_back(self, role: str) -> None:
+        """All of a role is on the device from here on."""
+        for key in [key for key in self.offloadable if key[0] == role]:
+            one = self.offloadable.pop(key)
+            if one.away:
+                one.reload()
 
     # ---- between device and host --------------------------------------------------------------
 
@@ -162,7 +200,7 @@ class Weights:
     def reserve(self, reserve: Reserve) -> None:
         """Memory for what ``reallocate`` will bring in every step, at one address for the run."""
         source = self.buffers.get((reserve.role, reserve.source))
-        self.reserved[reserve.role, reserve.destination] = self._buffer(
+        self.reserved[reserve.role, reserve.destination] = self.new_buffer(
             reserve.destination, lender=source if reserve.lends else None
         )
         if self.problem.cluster.kind == "cpu" and self.staging is None:
@@ -177,7 +215,7 @@ class Weights:
         target = None
         if self.rank in layout.mesh:
             lender = source if instruction.lends else None
-            target = self.reserved.get((role, layout)) or self._buffer(layout, lender=lender)
+            target = self.reserved.get((role, layout)) or self.new_buffer(layout, lender=lender)
             self.buffers[role, layout] = target
         key = (instruction.source, layout)
         if key not in self.schedules:

@@ -7,7 +7,7 @@ order is the program's; the mathematics of a call is the algorithm's (``calls.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,7 @@ class Worker:
 
     def setup(self) -> None:
         """Read the weights of every layout that stays."""
-        for instruction in self.program.setup.get(self.rank, ()):
-            self._carry_out(instruction)
+        self.carry_out(self.program.setup.get(self.rank, ()))
 
     def run_step(self, step: int, *, last: bool = False) -> None:
         """Carry out this rank's instructions of a step; ``last``: none follows.
@@ -182,9 +181,12 @@ class Worker:
         self._carry_out_all(self.program.step if ahead is None else ahead.alone)
         self.evaluating = False
 
-    def _carry_out_all(self, program: ByRank) -> None:
-        for instruction in program.get(self.rank, ()):
+    def carry_out(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
             self._carry_out(instruction)
+
+    def _carry_out_all(self, program: ByRank) -> None:
+        self.carry_out(program.get(self.rank, ()))
         self.exchange.finish()
         self.samples.clear()
 

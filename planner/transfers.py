@@ -7,7 +7,7 @@ integers: ``program.py`` makes instructions of it, ``simulate.py`` prices it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -101,6 +101,45 @@ def plan_transfers(plan: ExecutionPlan) -> dict[tuple[str, str], Arrivals]:
     return found
 
 
+def handed_over(before: ExecutionPlan, after: ExecutionPlan, call: ModelFunctionCall) -> Arrivals:
+    """What ``before`` made in ``call`` and ranks lack that hold its outputs under ``after``.
+
+    Both plans are of one problem; the devices of one may be some of the other's.
+    """
+    here, there = (plan.allocations[call.name] for plan in (before, after))
+    cluster = max((p.problem.cluster for p in (before, after)), key=lambda c: c.num_devices)
+    held: dict[int, set[int]] = defaultdict(set)  # rank -> samples
+    holders: dict[int, list[int]] = {}  # sample -> ranks
+    of_replicas = producing_ranks(call, here.strategy, here.mesh.first)
+    for ranks, owned in zip(
+        of_replicas, samples_of(before.problem, call, here.strategy.dp), strict=True
+    ):
+        holders.update(dict.fromkeys(owned, ranks))
+        for rank in ranks:
+            held[rank].update(owned)
+    found: dict[int, list[Parcel]] = {}
+    wanted = producing_ranks(call, there.strategy, there.mesh.first)
+    for ranks, owned in zip(
+        wanted, samples_of(after.problem, call, there.strategy.dp), strict=True
+    ):
+        for rank in ranks:
+            from_rank: dict[int, list[int]] = defaultdict(list)
+            for sample in owned:
+                if sample not in held[rank]:
+                    giver = _nearest(holders[sample], rank, cluster.node_of)
+                    from_rank[giver].append(sample)
+            for giver, samples in from_rank.items():
+                found.setdefault(rank, []).append(Parcel(peer=giver, samples=tuple(samples)))
+    return found
+
+
+def _nearest(holders: Sequence[int], rank: int, node_of: Callable[[int], int]) -> int:
+    """A holder on the rank's own node, else any; spread over the holders by rank."""
+    near = [h for h in holders if node_of(h) == node_of(rank)]
+    candidates = near or holders
+    return candidates[rank % len(candidates)]
+
+
 class _Dealer:
     """Who holds what as a step goes on; lives for one ``plan_transfers``."""
 
@@ -145,14 +184,8 @@ class _Dealer:
                 if sample not in have:
                     missing[replica_of[sample]].append(sample)
             for replica, samples in missing.items():
-                giver = self.nearest(holders[replica], rank)
+                giver = _nearest(holders[replica], rank, self.nodes.__getitem__)
                 found.setdefault(rank, []).append(Parcel(peer=giver, samples=tuple(samples)))
                 for key in keys:
                     self.held[(rank, key)].update(samples)
         return found
-
-    def nearest(self, holders: Sequence[int], rank: int) -> int:
-        """A holder on the rank's own node, else any; spread over the holders by rank."""
-        near = [h for h in holders if self.nodes[h] == self.nodes[rank]]
-        candidates = near or holders
-        return candidates[rank % len(candidates)]

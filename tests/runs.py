@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from executor.dataset import MockData, Prompts
+from executor.handover import go_over
 from executor.run import Run, functions_of
 from executor.text import TextCodec
 from executor.trace import TraceWriter
@@ -154,22 +155,31 @@ def mock_data(plan: ExecutionPlan, config: Any) -> MockData:
 def run_rank(
     rank: int, world_size: int, plan: ExecutionPlan, folder: str, data: Prompts | None = None,
     around: AbstractContextManager[Any] | None = None, worker_class: type[Worker] = Worker,
+    then: Mapping[int, ExecutionPlan] | None = None,
 ) -> Outcome:  # fmt: skip
-    """Setup and all steps, ``around`` them."""
+    """Setup and all steps, ``around`` them; before some steps over to another plan."""
     algorithm = ALGORITHMS[plan.problem.algorithm]
     config = make_config(algorithm.config_class, [], base=plan.problem.config)
     run = Run(plan=plan, algorithm=algorithm, config=config)
+    functions = functions_of(run)
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
     tokens: dict[tuple[int, int], list[int]] = {}
     with TraceWriter(Path(folder) / "trace", rank) as trace:
-        worker = worker_class(
-            run, compile_plan(plan), rank=rank, device=torch.device("cpu"),
-            functions=functions_of(run), store=store, trace=trace, text=TextCodec(None),
-            data=data or mock_data(plan, config),
-        )  # fmt: skip
+
+        def worker_of(plan: ExecutionPlan) -> Worker:
+            return worker_class(
+                replace(run, plan=plan), compile_plan(plan), rank=rank, device=torch.device("cpu"),
+                functions=functions, store=store, trace=trace, text=TextCodec(None),
+                data=data or mock_data(plan, config),
+            )  # fmt: skip
+
+        worker = worker_of(plan)
         with around or nullcontext():
             worker.setup()
             for step in range(config.total_steps):
+                if then and step in then:
+                    old, worker = worker, worker_of(then[step])
+                    go_over(old, worker, step)
                 keep = worker.samples.clear
                 worker.samples.clear = lambda: None  # type: ignore[method-assign]
                 worker.run_step(step, last=step + 1 == config.total_steps)

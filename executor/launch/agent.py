@@ -157,7 +157,7 @@ def run_node(job: Job, node: int, *, signals: Sequence[int] = ()) -> None:
 def _oversee(
     job: Job, node: int, ranks: Ranks, watch: Watch | None, signals: Sequence[int]
 ) -> None:  # fmt: skip
-    asked, looked_s = False, 0.0
+    asked, looked_s, plan_name = False, 0.0, ""
     look_every_s = POLL_S if job.num_nodes == 1 else SHARED_POLL_S
     while ranks.running:
         time.sleep(POLL_S)
@@ -176,10 +176,21 @@ def _oversee(
             ranks.signal(signal.SIGTERM)
             asked = True
         if watch is not None:
+            plan_name = _follow(job, watch, plan_name)
             hang = watch.look(_alive(job, node, ranks))
             if hang is not None:
                 job.tell_first("failed", node=node, rank=hang.position.rank, hang=hang.sentence())
                 return
+
+
+def _follow(job: Job, watch: Watch, known: str) -> str:
+    """The watch's plan is the one that the run has gone over to; its name."""
+    told = job.told("switched")
+    if told is None or told["id"] == known:
+        return known
+    plan = run_of(job).plan
+    watch.follow(plan, compile_plan(plan))
+    return str(told["id"])
 
 
 def _let_fail(ranks: Ranks) -> None:

@@ -7,6 +7,8 @@ The output folder is shared by all nodes. ``<output>/launch/`` is the side chann
     heartbeat/rank*     where every rank is (``executor.watchdog``)
     stop.json           somebody wants the run to stop: signal, ``realexec stop``
     stopped.json        it has, after this many steps
+    switch.json         somebody wants it to go over to the plan in switch-<id>.json
+    switched.json       it has, before which step; or why it has not
     failed.json         the first failure that any node saw
     node*.json          a node's agent has ended, with the exit codes of its ranks
 
@@ -117,6 +119,27 @@ class Job:
         """What ``<name>.json`` of this start says; None if there is none."""
         found = read_json(self.launch_folder / f"{name}.json")
         return found if found is not None and found.get("token") == self.token else None
+
+    # ---- another plan while it runs --------------------------------------------------------
+
+    def ask_switch(self, plan: ExecutionPlan) -> str:
+        """Ask for ``plan`` from the next step on; under which name the answer will be."""
+        name = secrets.token_hex(8)
+        save_plan(plan, self._switch_plan(name))
+        self.tell("switch", id=name)
+        return name
+
+    def asked_switch(self) -> str:
+        """The name of the newest plan that was asked for; empty: none was."""
+        told = self.told("switch")
+        return "" if told is None else str(told["id"])
+
+    def plan_asked(self, name: str) -> ExecutionPlan:
+        """Raises ``PlanError`` where the file is damaged."""
+        return load_plan(self._switch_plan(name))
+
+    def _switch_plan(self, name: str) -> Path:
+        return self.launch_folder / f"switch-{name}.json"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from executor.launch.worker import NO_ROOM
 from executor.resume import checkpoint_root
 from executor.run import Run, equal_nodes
 from executor.run_checkpoint import latest
+from executor.switch import with_newest_plan
 from executor.watchdog import read_position
 from profiles.errors import CheckpointError, ConfigError, UserError
 
@@ -60,7 +61,7 @@ def launch(
                 "%s; restarting from %s, %d restarts left",
                 str(error).strip().splitlines()[-1], newest or "the beginning", restarts_left - 1,
             )  # fmt: skip
-            run = replace(run, resume_from=newest)
+            run = replace(with_newest_plan(run), resume_from=newest)
 
 
 def _launch_once(run: Run, launcher: Launcher, name: str, options: Mapping[str, str]) -> None:
@@ -90,7 +91,7 @@ def prepare_output(output: Path, *, goes_on: bool = False) -> None:
     ``goes_on``: the run continues from a checkpoint, and so do its curves and logs.
     """
     output.mkdir(parents=True, exist_ok=True)
-    for name in ("errors", "trace", *(() if goes_on else ("tensorboard", "logs"))):
+    for name in ("errors", "trace", *(() if goes_on else ("tensorboard", "logs", "before"))):
         shutil.rmtree(output / name, ignore_errors=True)
     (output / "errors").mkdir()
 

@@ -94,7 +94,7 @@ def _work(job: Job, rank: int, heart: Heart, stop_wanted: StopRequest) -> None:
     dist.barrier()  # NCCL makes the world's communicator at its first collective, not at a send
     stopped_after = run_worker(
         run, rank=rank, device=device, store=dist.PrefixStore("run", store), heart=heart,
-        stop_wanted=stop_wanted,
+        stop_wanted=stop_wanted, job=job,
     )  # fmt: skip
     if stopped_after is not None and rank == 0:
         job.tell("stopped", step=stopped_after)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, repeat
 from typing import Literal
 
 import torch
@@ -179,7 +179,7 @@ class Adam:
         ]
         self.sections = [
             Section(buffer.flat, within, group, zero=zero, state=state)
-            for (within, group), state in zip(parts, states or [None] * len(parts), strict=True)
+            for (within, group), state in zip(parts, states or repeat(None))
         ]
         self.early: EarlySums | None = None
         if early and ctx.dp_group is not None and not ctx.layout.spec.num_experts:

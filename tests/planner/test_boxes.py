@@ -49,7 +49,7 @@ def test_what_is_common_and_what_is_left_make_up_the_box(shape: tuple[int, ...],
     assert (0 if common is None else common.num_values) == int((masks[0] & masks[1]).sum())
     if common is None:
         return
-    assert masks[0][index(common)].all() and masks[1][index(common)].all()
+    assert all(mask[index(common)].all() for mask in masks)
     count = np.zeros(shape, dtype=int)
     rest = without(a, common)
     for box in rest:

@@ -1,0 +1,174 @@
+"""Protects: a run that goes over to another plan between two steps goes on as if it had not.
+
+Oracle: runs under one plan from the first step to the last. Tokens must be identical, metrics and
+weights after the last step equal to 1e-4, as for any two plans.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from executor.worker import Worker
+from planner.plan import ExecutionPlan
+from planner.transfers import handed_over, producing_ranks, samples_of
+from tests.executor.test_plan_independence import FAMILIES, compare
+from tests.executor.test_staleness import PLANS as AHEAD
+from tests.executor.test_staleness import STEPS, WORDS
+from tests.runs import Outcome, make_plan, run_rank
+from tests.spawn import spawn
+
+# What functions keep over steps, and an average; 4 steps as in ``AHEAD``.
+KEEPS = [*WORDS, "ppo.normalize_values=true", "ppo.normalize_rewards=true", "ppo.kl_target=0.01",
+         "ppo.kl_horizon=20"]  # fmt: skip
+
+
+def plan(num_devices: int, default: str, **calls: str) -> ExecutionPlan:
+    return make_plan(num_devices, default, overrides=KEEPS, **calls)
+
+
+def experts(num_devices: int, default: str, **calls: str) -> ExecutionPlan:
+    return make_plan(
+        num_devices, default, overrides=KEEPS, spec=FAMILIES["experts"], **calls
+    )  # fmt: skip
+
+
+D2, T2, P2 = plan(2, "0:d2p1m1:1"), plan(2, "0:d1p1m2:1"), plan(2, "0:d1p2m1:2")
+APART = plan(
+    4, "0:d1p1m2:1", actor_gen="0:d4p1m1:1", critic_train="2:d2p1m1:1:zero",
+    critic_inf="2:d1p2m1:2", ref_inf="2:d1p1m2:1", rew_inf="3:d1p1m1:1",
+)  # fmt: skip
+ZERO = plan(
+    4,
+    "0:d4p1m1:1",
+    actor_train="0:d4p1m1:1:zero",
+    critic_train="0:d4p1m1:1:zero",
+    actor_gen="0:d2p1m2:1",
+    ref_inf="0:d2p2m1:2",
+    rew_inf="0:d1p1m2:1",
+)
+AWAY = plan(
+    2, "0:d1p1m2:1", ref_inf="0:d2p1m1:1", rew_inf="0:d2p1m1:1:offload",
+    actor_train="0:d2p1m1:1:zero:offload", critic_train="0:d1p1m2:2:offload",
+)  # fmt: skip
+# Before which step over to which plan.
+CASES: Mapping[str, tuple[ExecutionPlan, Mapping[int, ExecutionPlan]]] = {
+    "d2 to t2": (D2, {2: T2}),
+    "at the beginning, and on": (D2, {0: P2, 1: T2, 3: D2}),
+    "to meshes of their own": (D2, {2: APART}),
+    "to fewer devices and back": (ZERO, {1: T2, 3: APART}),
+    "what was offloaded": (AWAY, {1: D2, 3: AWAY}),
+    "to the same plan": (ZERO, {2: ZERO}),
+}  # fmt: skip
+EXPERT_CASES: Mapping[str, tuple[ExecutionPlan, Mapping[int, ExecutionPlan]]] = {
+    "experts": (
+        experts(4, "0:d4p1m1e2:1", actor_train="0:d4p1m1e2:1:zero", actor_gen="0:d2p1m1e2:1"),
+        {1: experts(4, "0:d2p1m2e2:1"), 3: experts(2, "0:d1p1m2:1", actor_train="0:d2p1m1e2:1")},
+    ),
+}  # fmt: skip
+AHEAD_CASES = {
+    "answers made ahead, to other ranks": (AHEAD["beside"], {2: AHEAD["over"]}),
+    "and to many": (AHEAD["over"], {1: AHEAD["beside many"], 3: AHEAD["beside"]}),
+}
+REFERENCES = {
+    "reference": plan(1, "0:d1p1m1:1"),
+    "experts reference": experts(1, "0:d1p1m1:1"),
+    "ahead reference": AHEAD["beside"],
+}
+ALL = {**CASES, **EXPERT_CASES, **AHEAD_CASES}
+
+
+def run_all(rank: int, world_size: int, folder: str) -> dict[str, Outcome]:
+    found = {}
+    runs = {**{name: (plan, {}) for name, plan in REFERENCES.items()}, **ALL}
+    for name, (first, then) in runs.items():
+        own = Path(folder) / name.replace(" ", "_")
+        own.mkdir(exist_ok=True)
+        found[name] = run_rank(rank, world_size, first, str(own), then=then)
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome]]:
+    return spawn(4, run_all, str(tmp_path_factory.mktemp("runs")), timeout_s=280.0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_that_went_over_is_as_one_that_did_not(
+    name: str, outcomes: list[dict[str, Outcome]]
+) -> None:
+    kind = "" if name in CASES else "experts " if name in EXPERT_CASES else "ahead "
+    reference = outcomes[0][f"{kind}reference"]
+    assert len(reference.tokens) == STEPS * 8
+    mine = [by_name[name] for by_name in outcomes]
+    if kind == "ahead ":  # the roles' weights are of more ranks than one under this reference
+        assert {k: t for o in mine for k, t in o.tokens.items()} == reference.tokens
+        assert mine[0].metrics["3/actor_gen"]["staleness"] == 1.0
+        for call, values in reference.metrics.items():
+            assert mine[0].metrics[call] == pytest.approx(values, rel=1e-4, abs=1e-4), call
+        return
+    compare(name, mine, reference)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+class Watched(Worker):
+    """Knows at its first step what the worker before it held."""
+
+    last: Watched | None = None
+    held: tuple[weakref.ref[Tensor], ...] = ()
+    num_checked = 0
+
+    def run_step(self, step: int, *, last: bool = False) -> None:
+        if Watched.last not in (None, self):
+            alive = sum(ref() is not None for ref in Watched.held)
+            assert not alive, f"{alive} of {len(Watched.held)} tensors of the old plan are here"
+            Watched.num_checked = len(Watched.held)
+        super().run_step(step, last=last)
+        tensors = [buffer.flat for buffer in self.weights.buffers.values()]
+        for trainer in self.weights.trainers.values():
+            tensors += [trainer.gradients, *trainer.optimizer.own_state]
+        Watched.held = tuple(weakref.ref(tensor) for tensor in tensors)
+        Watched.last = self
+
+
+def run_watched(rank: int, world_size: int, folder: str) -> int:
+    run_rank(rank, world_size, D2, folder, worker_class=Watched, then={2: T2})
+    return Watched.num_checked
+
+
+def test_nothing_of_the_old_plan_stays_in_memory(tmp_path: Path) -> None:
+    counts = spawn(2, run_watched, str(tmp_path))
+    assert min(counts) >= 2 * 4 + 2, "of two trained roles four tensors each, and two frozen ones"
+
+
+# ---- integers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("beside", "over"), ("over", "beside many")])
+def test_every_answer_that_a_rank_lacks_comes_from_a_rank_that_has_it(
+    names: tuple[str, str],
+) -> None:
+    before, after = (AHEAD[name] for name in names)
+    (call,) = before.problem.graph.ahead
+
+    def held(plan: ExecutionPlan) -> dict[int, set[int]]:
+        allocation = plan.allocations[call.name]
+        ranks = producing_ranks(call, allocation.strategy, allocation.mesh.first)
+        owned = samples_of(plan.problem, call, allocation.strategy.dp)
+        return {r: set(samples) for of, samples in zip(ranks, owned, strict=True) for r in of}
+
+    have, want = held(before), held(after)
+    arrivals = handed_over(before, after, call)
+    for rank in range(4):
+        came: list[int] = []
+        for parcel in arrivals.get(rank, ()):
+            assert set(parcel.samples) <= have[parcel.peer]
+            came += parcel.samples
+        assert len(came) == len(set(came))
+        assert set(came) == want.get(rank, set()) - have.get(rank, set())
