@@ -82,12 +82,14 @@ def saved_models(output: Path) -> list[Path]:
 
 
 def write_summary(rows: list[Comparison], run: Run) -> None:
-    """``summary.json``: the comparison, the saved models, who generated, and whether other plans
+    """``summary.json``: the comparison, of the steps under the last plan, the saved models, who generated, and whether other plans
     would have drawn the same answers."""
     write_json(
         run.output / "summary.json",
         {
             "calls": [{**asdict(row), "error": row.error} for row in rows],
+            # What ran under other plans before: each with its plan and trace.
+            "before": [str(path) for path in sorted((run.output / "before").glob("step*"))],
             "models": [str(path) for path in saved_models(run.output)],
             "generation_backend": run.config.generation_backend,
             "plan_independent": answers_are_plan_independent(run),

@@ -155,9 +155,9 @@ def mock_data(plan: ExecutionPlan, config: Any) -> MockData:
 def run_rank(
     rank: int, world_size: int, plan: ExecutionPlan, folder: str, data: Prompts | None = None,
     around: AbstractContextManager[Any] | None = None, worker_class: type[Worker] = Worker,
-    then: Mapping[int, ExecutionPlan] | None = None,
+    then: Mapping[int, Sequence[ExecutionPlan]] | None = None,
 ) -> Outcome:  # fmt: skip
-    """Setup and all steps, ``around`` them; before some steps over to another plan."""
+    """Setup and all steps, ``around`` them; before some steps over to other plans."""
     algorithm = ALGORITHMS[plan.problem.algorithm]
     config = make_config(algorithm.config_class, [], base=plan.problem.config)
     run = Run(plan=plan, algorithm=algorithm, config=config)
@@ -177,8 +177,8 @@ def run_rank(
         with around or nullcontext():
             worker.setup()
             for step in range(config.total_steps):
-                if then and step in then:
-                    old, worker = worker, worker_of(then[step])
+                for other in (then or {}).get(step, ()):
+                    old, worker = worker, worker_of(other)
                     go_over(old, worker, step)
                 keep = worker.samples.clear
                 worker.samples.clear = lambda: None  # type: ignore[method-assign]

@@ -7,14 +7,20 @@ weights after the last step equal to 1e-4, as for any two plans.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from executor.run import Run
+from executor.weights import Weights
 from executor.worker import Worker
 from planner.plan import ExecutionPlan
+from planner.program import Program
 from planner.transfers import handed_over, producing_ranks, samples_of
 from tests.executor.test_plan_independence import FAMILIES, compare
 from tests.executor.test_staleness import PLANS as AHEAD
@@ -56,23 +62,26 @@ AWAY = plan(
     actor_train="0:d2p1m1:1:zero:offload", critic_train="0:d1p1m2:2:offload",
 )  # fmt: skip
 # Before which step over to which plan.
-CASES: Mapping[str, tuple[ExecutionPlan, Mapping[int, ExecutionPlan]]] = {
-    "d2 to t2": (D2, {2: T2}),
-    "at the beginning, and on": (D2, {0: P2, 1: T2, 3: D2}),
-    "to meshes of their own": (D2, {2: APART}),
-    "to fewer devices and back": (ZERO, {1: T2, 3: APART}),
-    "what was offloaded": (AWAY, {1: D2, 3: AWAY}),
-    "to the same plan": (ZERO, {2: ZERO}),
+CASES: Mapping[str, tuple[ExecutionPlan, Mapping[int, Sequence[ExecutionPlan]]]] = {
+    "d2 to t2": (D2, {2: (T2,)}),
+    "at the beginning, and on": (D2, {0: (P2,), 1: (T2,), 3: (D2,)}),
+    "to meshes of their own": (D2, {2: (APART,)}),
+    "to fewer devices and back": (ZERO, {1: (T2,), 3: (APART,)}),
+    "what was offloaded": (AWAY, {1: (D2,), 3: (AWAY,)}),
+    "to the same plan": (ZERO, {2: (ZERO,)}),
 }  # fmt: skip
-EXPERT_CASES: Mapping[str, tuple[ExecutionPlan, Mapping[int, ExecutionPlan]]] = {
+EXPERT_CASES: Mapping[str, tuple[ExecutionPlan, Mapping[int, Sequence[ExecutionPlan]]]] = {
     "experts": (
         experts(4, "0:d4p1m1e2:1", actor_train="0:d4p1m1e2:1:zero", actor_gen="0:d2p1m1e2:1"),
-        {1: experts(4, "0:d2p1m2e2:1"), 3: experts(2, "0:d1p1m2:1", actor_train="0:d2p1m1e2:1")},
+        {
+            1: (experts(4, "0:d2p1m2e2:1"),),
+            3: (experts(2, "0:d1p1m2:1", actor_train="0:d2p1m1e2:1"),),
+        },
     ),
 }  # fmt: skip
 AHEAD_CASES = {
-    "answers made ahead, to other ranks": (AHEAD["beside"], {2: AHEAD["over"]}),
-    "and to many": (AHEAD["over"], {1: AHEAD["beside many"], 3: AHEAD["beside"]}),
+    "answers made ahead, to other ranks": (AHEAD["beside"], {2: (AHEAD["over"],)}),
+    "and to many": (AHEAD["over"], {1: (AHEAD["beside many"],), 3: (AHEAD["beside"],)}),
 }
 REFERENCES = {
     "reference": plan(1, "0:d1p1m1:1"),
@@ -114,6 +123,67 @@ def test_a_run_that_went_over_is_as_one_that_did_not(
     compare(name, mine, reference)
 
 
+# ---- there and back -----------------------------------------------------------------------------
+
+
+def all_values(worker: Worker) -> dict[str, Tensor]:
+    """Copies of weights, averages and optimizer state of this rank."""
+    weights = worker.weights
+    with weights.all_here():
+        found = {f"{role} {at.key}": buffer.flat for (role, at), buffer in weights.buffers.items()}
+        found |= {f"average {role} {at.key}": a for (role, at), a in weights.averages.items()}
+        for role, trainer in weights.trainers.items():
+            found[f"{role} count"] = trainer.optimizer.count
+            for number, section in enumerate(trainer.optimizer.sections):
+                states = section.state().items()
+                found |= {f"{role} {name} {number}": values for name, values in states}
+        return {name: values.clone() for name, values in found.items()}
+
+
+class Returning(Worker):
+    """Before the second step the worker holds what that of the first step did, bit by bit."""
+
+    dtype = torch.float32
+    first: dict[str, Tensor]
+    num_compared = 0
+
+    def __init__(self, run: Run, program: Program, **rest: Any) -> None:
+        super().__init__(run, program, **rest)
+        self.weights = Weights(
+            run, self.contexts, rank=self.rank, device=self.device, dtype=Returning.dtype
+        )
+
+    def run_step(self, step: int, *, last: bool = False) -> None:
+        if step == 1:
+            found = all_values(self)
+            assert found.keys() == Returning.first.keys()
+            for name, values in found.items():
+                assert torch.equal(values, Returning.first[name]), name
+            Returning.num_compared = len(found)
+        super().run_step(step, last=last)
+        Returning.first = all_values(self)
+
+
+def run_there_and_back(rank: int, world_size: int, folder: str) -> list[int]:
+    counts = []
+    low, high = torch.bfloat16, torch.float32
+    for dtype, home, away in ((low, ZERO, APART), (low, APART, T2), (high, AWAY, ZERO)):
+        Returning.dtype = dtype
+        own = Path(folder) / str(len(counts))
+        own.mkdir(exist_ok=True)
+        config = {**home.problem.config, "total_steps": 2}
+        short = replace(home, problem=replace(home.problem, config=config))
+        run_rank(rank, world_size, short, str(own), worker_class=Returning, then={1: (away, short)})
+        counts.append(Returning.num_compared)
+    return counts
+
+
+def test_there_and_back_is_the_same_bit_by_bit(tmp_path: Path) -> None:
+    """Also of bf16 weights, which have fp32 masters and averages beside them."""
+    counts = spawn(4, run_there_and_back, str(tmp_path), timeout_s=240.0)
+    assert min(counts[0]) >= 5, "of a trained role four tensors and a count"
+
+
 # ---- memory -------------------------------------------------------------------------------------
 
 
@@ -138,7 +208,7 @@ class Watched(Worker):
 
 
 def run_watched(rank: int, world_size: int, folder: str) -> int:
-    run_rank(rank, world_size, D2, folder, worker_class=Watched, then={2: T2})
+    run_rank(rank, world_size, D2, folder, worker_class=Watched, then={2: (T2,)})
     return Watched.num_checked
 
 

@@ -7,6 +7,7 @@ Oracle: a run that was left alone.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import time
@@ -29,7 +30,7 @@ from planner.plan_schema import load_plan, save_plan
 from planner.strategy import parse_strategy
 from planner.trace import read_trace
 from profiles.errors import PlanError
-from tests.executor.test_resume import curve, finish, start
+from tests.executor.test_resume import curve, finish, kill_a_worker, start
 from tests.executor.test_resume import run as run_to_its_end
 from tests.executor.test_staleness import ahead
 from tests.runs import ALGORITHMS, OVERRIDES, SMALL, make_plan
@@ -164,6 +165,8 @@ def test_every_step_can_be_told_from_which_plan_it_ran_under(disturbed: dict[str
     assert len((folders[0] / "metrics.jsonl").read_text().splitlines()) == 4
     calls = {row["call"] for row in json.loads((output / "summary.json").read_text())["calls"]}
     assert "reallocate actor" in calls, "of the last plan: under the first nothing moved"
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["before"] == [str(folder) for folder in folders[:2]]
     assert disturbed["told"]["step"] == 6
     assert "step 7 and later under another plan" in disturbed["printed"]
 
@@ -177,6 +180,31 @@ def test_a_checkpoint_after_a_switch_goes_on_under_any_plan(
     found, expected = curve(output), curve(undisturbed)
     assert len(found) == STEPS
     assert found[-1] == pytest.approx(expected[-1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_restarts_under_the_plan_that_was_gone_over_to(
+    undisturbed: Path, disturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    output, waits = tmp_path / "out", tmp_path / "reward"
+    save_plan(disturbed["plans"]["tp2"], tmp_path / "tp2.json")
+    words = (*WORDS, "--max-restarts", "1", "checkpoint_every=1")
+    process = start(output, *words, reward(waits, waits=True))
+    wait_for(waits / "waits2", process)
+    assert main(["switch", str(output), str(tmp_path / "tp2.json"), "--timeout", "0"]) == 0
+    (waits / "go2").touch()
+    wait_for(waits / "waits4", process)
+    for number in (4, 6):
+        (waits / f"go{number}").touch()
+    kill_a_worker(process, random.Random(1))
+    code, printed = finish(process)
+    assert code == 0, printed
+    assert "restarting from" in printed
+    assert load_plan(output / "plan.json").allocations == disturbed["plans"]["tp2"].allocations
+    found, expected = curve(output), curve(undisturbed)
+    assert len(found) == STEPS
+    for mine, reference in zip(found, expected, strict=True):
+        assert mine == pytest.approx(reference, rel=1e-4, abs=1e-4)
 
 
 def test_a_run_that_has_ended_is_told(
