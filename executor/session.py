@@ -28,7 +28,7 @@ from executor.run_checkpoint import Checkpoint
 from executor.switch import put_away, switched
 from executor.text import TextCodec
 from executor.trace import TraceWriter
-from executor.watchdog import Heart
+from executor.watchdog import IDLE, Heart
 from executor.worker import Worker
 from planner.graph import CallKind
 from planner.plan import ExecutionPlan
@@ -177,7 +177,12 @@ class _Steps:
         own = asked if asked and asked not in self.answered else "go"
         if stop:
             own = "stop"
-        return str(self.worker.store.compare_set(f"begin/{step}", "", own).decode())
+        key, store = f"begin/{step}", self.worker.store
+        if not self.worker.program.step.get(self.worker.rank):
+            # Nothing would hold it back: it would say for all steps to come that they go on.
+            self.heart.at(step, 0, -1, IDLE)
+            store.wait([key], timedelta(days=1))  # a step may last longer than any default
+        return str(store.compare_set(key, "", own).decode())
 
     # ---- another plan -------------------------------------------------------------------------
 

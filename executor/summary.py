@@ -82,8 +82,8 @@ def saved_models(output: Path) -> list[Path]:
 
 
 def write_summary(rows: list[Comparison], run: Run) -> None:
-    """``summary.json``: the comparison, of the steps under the last plan, the saved models, who generated, and whether other plans
-    would have drawn the same answers."""
+    """``summary.json``: the comparison, of the steps under the last plan, the saved models, who
+    generated, and whether other plans would have drawn the same answers."""
     write_json(
         run.output / "summary.json",
         {

@@ -43,6 +43,7 @@ from planner.reallocation import reallocate
 # No sign of life for so long is a hang whatever the rank does: a beat needs no more than the
 # interpreter. Above the stalls of a swapping machine or of a network file system.
 SILENCE_S = 60.0
+IDLE = "has nothing to do in this step"  # however long that lasts
 _FILE_BYTES = 512
 _START = (-1, 0, -1)  # the place before the first instruction
 
@@ -250,7 +251,9 @@ class Watch:
         stuck = [
             r
             for r in ranks
-            if now - self.moved_s[r] > self.timeout_s and not self._is_starting(r, now)
+            if now - self.moved_s[r] > self.timeout_s
+            and not self._is_starting(r, now)
+            and self.positions[r].label != IDLE
         ]
         if stuck:
             first = self._cause(stuck, ranks)

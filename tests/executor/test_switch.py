@@ -92,6 +92,13 @@ def apart(plan: ExecutionPlan) -> ExecutionPlan:
     return replace(plan, allocations=found)
 
 
+def alone(plan: ExecutionPlan) -> ExecutionPlan:
+    """All on one device."""
+    cluster = replace(plan.problem.cluster, devices_per_node=1)
+    problem = replace(plan.problem, cluster=cluster)
+    return one_layout_plan(problem, parse_strategy("d1p1m1"), seed=1)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -101,12 +108,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def disturbed(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run that is refused one plan, then goes over to tp 2, then to meshes of their own."""
+    """A run that is refused one plan, then goes over to one device, then to two meshes.
+
+    While one device does everything, the other rank must not say for all steps that they go on.
+    """
     folder = tmp_path_factory.mktemp("disturbed")
     output, waits = folder / "out", folder / "reward"
     plan = load_plan(undisturbed / "plan.json")
     plans = {
-        "tp2": one_layout_plan(plan.problem, parse_strategy("d1p1m2"), seed=1),
+        "alone": alone(plan),
         "apart": apart(plan),
     }
     for name, other in plans.items():
@@ -121,7 +131,7 @@ def disturbed(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     (waits / "go2").touch()
     wait_for(waits / "waits4", process)
     refused = job.told("switched")
-    for number, name in ((4, "tp2"), (6, "apart")):
+    for number, name in ((4, "alone"), (6, "apart")):
         wait_for(waits / f"waits{number}", process)
         codes.append(main(["switch", str(output), str(folder / f"{name}.json"), "--timeout", "0"]))
         (waits / f"go{number}").touch()
@@ -160,7 +170,7 @@ def test_every_step_can_be_told_from_which_plan_it_ran_under(disturbed: dict[str
     assert steps == [[0, 1, 2, 3], [4, 5], [6, 7]]
     plans = [load_plan(folder / "plan.json").allocations for folder in folders]
     assert plans[0]["actor_train"].strategy.dp == 2
-    assert plans[1] == disturbed["plans"]["tp2"].allocations
+    assert plans[1] == disturbed["plans"]["alone"].allocations
     assert plans[2] == disturbed["plans"]["apart"].allocations
     assert len((folders[0] / "metrics.jsonl").read_text().splitlines()) == 4
     calls = {row["call"] for row in json.loads((output / "summary.json").read_text())["calls"]}
@@ -184,10 +194,12 @@ def test_a_checkpoint_after_a_switch_goes_on_under_any_plan(
 
 @pytest.mark.slow
 def test_a_killed_worker_restarts_under_the_plan_that_was_gone_over_to(
-    undisturbed: Path, disturbed: dict[str, Any], tmp_path: Path
+    undisturbed: Path, tmp_path: Path
 ) -> None:
     output, waits = tmp_path / "out", tmp_path / "reward"
-    save_plan(disturbed["plans"]["tp2"], tmp_path / "tp2.json")
+    problem = load_plan(undisturbed / "plan.json").problem
+    plan = one_layout_plan(problem, parse_strategy("d1p1m2"), seed=1)
+    save_plan(plan, tmp_path / "tp2.json")
     words = (*WORDS, "--max-restarts", "1", "checkpoint_every=1")
     process = start(output, *words, reward(waits, waits=True))
     wait_for(waits / "waits2", process)
@@ -200,7 +212,7 @@ def test_a_killed_worker_restarts_under_the_plan_that_was_gone_over_to(
     code, printed = finish(process)
     assert code == 0, printed
     assert "restarting from" in printed
-    assert load_plan(output / "plan.json").allocations == disturbed["plans"]["tp2"].allocations
+    assert load_plan(output / "plan.json").allocations == plan.allocations
     found, expected = curve(output), curve(undisturbed)
     assert len(found) == STEPS
     for mine, reference in zip(found, expected, strict=True):

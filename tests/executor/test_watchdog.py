@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from executor.out_of_memory import is_out_of_memory, out_of_memory
-from executor.watchdog import Heart, Position, Watch, partners, read_position
+from executor.watchdog import IDLE, Heart, Position, Watch, partners, read_position
 from planner.memory import call_memory
 from planner.program import Program, Reallocate, Train, Transfer, compile_plan
 from tests.runs import make_plan
@@ -45,6 +45,27 @@ def watch_in(folder: Path, timeout_s: float = 10.0) -> tuple[Watch, list[Heart]]
     files = {rank: folder / f"rank{rank}.json" for rank in range(2)}
     hearts = [Heart(file, rank, interval_s=1e6) for rank, file in files.items()]
     return Watch(files, PLAN, PROGRAM, timeout_s=timeout_s), hearts
+
+
+def test_a_rank_without_work_does_not_hang_however_long_a_step_lasts(
+    tmp_path: Path, clock: Clock
+) -> None:
+    """The plan that a run has gone over to may leave ranks without any."""
+    alone = make_plan(1, "0:d1p1m1:1")
+    watch, hearts = watch_in(tmp_path)
+    watch.follow(alone, compile_plan(alone))
+    works = [i.index for i in compile_plan(alone).step[0]]
+    for second in range(20):
+        clock.now += 1.0
+        hearts[0].at(3, 0, works[second % len(works)], "works")
+        hearts[1].at(3, 0, -1, IDLE)
+        assert watch.look([0, 1]) is None
+    clock.now += 11.0
+    hearts[0]._write()
+    hearts[1]._write()
+    hang = watch.look([0, 1])
+    assert hang is not None
+    assert hang.position.rank == 0
 
 
 def test_a_silent_rank_is_named_with_those_that_wait_for_it(tmp_path: Path, clock: Clock) -> None:
