@@ -43,11 +43,13 @@ def go_over(old: Worker, new: Worker, step: int) -> int:
     setup = new.program.setup.get(new.rank, ())
     received = 0
     for role in new.problem.graph.roles:
+        new.on_instruction(*new.turn, -1, f"going over to another plan: {role}")
         trained = new.problem.graph.train_call(role) is not None
         received += moves.trained(role) if trained else moves.frozen(role)
         _give_back(new.device)
         new.carry_out([i for i in setup if isinstance(i, Offload) and i.role == role])
     new.carry_out([i for i in setup if isinstance(i, Reserve)])
+    new.on_instruction(*new.turn, -1, "going over to another plan")
     _functions(old, new, step)
     _coming(old, new)
     new.versions.first = step

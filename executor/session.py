@@ -202,6 +202,7 @@ class _Steps:
                 self.job.tell("switched", id=name, refused=refusal)
                 say(f"goes on under its plan: {refusal}")
             store.set(f"switch/{name}", json.dumps(refusal))
+        store.wait([f"switch/{name}"], timedelta(days=1))  # rank 0 may be a step behind
         if json.loads(store.get(f"switch/{name}")):
             return
         run = self._run_under(name)
