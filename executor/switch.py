@@ -87,7 +87,8 @@ def _check_devices(run: Run, plan: ExecutionPlan, num_ranks: int, ranks_per_node
             f"the plan is for {plan.num_devices} devices, the run has {num_ranks} ranks",
             where="cluster", remedy="stop the run and resume it under the plan",
         )  # fmt: skip
-    if plan.num_devices > ranks_per_node != cluster.devices_per_node < num_ranks:
+    crosses = plan.num_devices > ranks_per_node
+    if crosses and cluster.devices_per_node != ranks_per_node:
         raise PlanError(
             f"the plan's nodes have {cluster.devices_per_node} devices, the run's {ranks_per_node}",
             where="cluster", remedy="search a plan for the run's nodes",

@@ -266,11 +266,12 @@ def test_why_a_plan_is_refused(plan: ExecutionPlan, sentence: str) -> None:
 
 
 def test_nodes_of_another_size_are_refused() -> None:
-    """Eight ranks on two nodes of four: a plan for nodes of two would cross them unawares."""
-    cluster = replace(MINE.problem.cluster, num_nodes=4, devices_per_node=2)
-    plan = replace(MINE, problem=replace(MINE.problem, cluster=cluster))
-    with pytest.raises(PlanError, match="the plan's nodes have 2 devices, the run's 4"):
-        switched(run_of(MINE), plan, num_ranks=8, ranks_per_node=4)
+    """Eight ranks on two nodes of four: a plan for other nodes would cross them unawares."""
+    for num_nodes, per_node in ((4, 2), (1, 8)):
+        cluster = replace(MINE.problem.cluster, num_nodes=num_nodes, devices_per_node=per_node)
+        plan = replace(MINE, problem=replace(MINE.problem, cluster=cluster))
+        with pytest.raises(PlanError, match=f"nodes have {per_node} devices, the run's 4"):
+            switched(run_of(MINE), plan, num_ranks=8, ranks_per_node=4)
     assert switched(run_of(MINE), MINE, num_ranks=8, ranks_per_node=4).plan.num_devices == 2
 
 
