@@ -78,8 +78,8 @@ class RunRecord:
 
 
 def phase_of(event: StepEvent) -> str:
-    """The phase of a call or a reallocation."""
-    return _PHASE_OF[type(event.instruction)]
+    """The phase of a call or a reallocation; empty: of no phase, as an average of weights."""
+    return _PHASE_OF.get(type(event.instruction), "")
 
 
 def corrected(event: StepEvent, factors: Mapping[str, float]) -> StepEvent:
@@ -111,6 +111,8 @@ def observe(folder: str | Path, table: CostTable) -> RunRecord:
     predicted: dict[str, float] = {}
     phases: dict[str, str] = {}
     for event in events:
+        if not phase_of(event):
+            continue
         label = label_of(event.instruction)
         predicted[label] = predicted.get(label, 0.0) + event.seconds
         phases[label] = phase_of(event)

@@ -23,6 +23,7 @@ from executor.launch.job import load_job
 from executor.run import Run, one_layout_plan
 from executor.switch import past_folder, switched
 from planner.algorithm import make_config
+from planner.calibrate import observe
 from planner.graph import CallKind
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan
@@ -33,6 +34,7 @@ from profiles.errors import PlanError
 from tests.executor.test_resume import curve, finish, kill_a_worker, start
 from tests.executor.test_resume import run as run_to_its_end
 from tests.executor.test_staleness import ahead
+from tests.planner.test_calibrate import bare_table
 from tests.runs import ALGORITHMS, OVERRIDES, SMALL, make_plan
 
 STEPS = 8
@@ -173,6 +175,11 @@ def test_every_step_can_be_told_from_which_plan_it_ran_under(disturbed: dict[str
     assert plans[1] == disturbed["plans"]["alone"].allocations
     assert plans[2] == disturbed["plans"]["apart"].allocations
     assert len((folders[0] / "metrics.jsonl").read_text().splitlines()) == 4
+    for folder in folders:  # a run by itself to ``realplan calibrate``
+        plan = load_plan(folder / "plan.json")
+        record = observe(folder, bare_table(plan))
+        assert record.plan.allocations == plan.allocations
+        assert {"actor_gen", "actor_train"} <= {o.label for o in record.observations}
     calls = {row["call"] for row in json.loads((output / "summary.json").read_text())["calls"]}
     assert "reallocate actor" in calls, "of the last plan: under the first nothing moved"
     summary = json.loads((output / "summary.json").read_text())

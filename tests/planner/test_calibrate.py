@@ -24,7 +24,7 @@ from planner.cli import main
 from planner.confidence import confidence
 from planner.plan import ExecutionPlan
 from planner.plan_schema import save_plan
-from planner.program import compile_plan
+from planner.program import Average, compile_plan
 from planner.resolve import make_costs
 from planner.simulate import StepPrices, list_events, play_step, steady_step_s
 from planner.trace import TraceSpan
@@ -80,10 +80,10 @@ def leave_run(
     return folder
 
 
-def plans(count: int) -> list[ExecutionPlan]:
+def plans(count: int, *words: str) -> list[ExecutionPlan]:
     """Plans of one problem."""
     rng = random.Random(7)
-    problem = ppo(make_test_cluster(1, 4), ["batch_size=24", "reward.source=vader"])
+    problem = ppo(make_test_cluster(1, 4), ["batch_size=24", "reward.source=vader", *words])
     return [random_plan(rng, problem) for _ in range(count)]
 
 
@@ -102,6 +102,15 @@ def test_factors_of_a_trace_are_found(tmp_path: Path) -> None:
         assert verdict.after == pytest.approx(0.0, abs=0.01), verdict
         assert verdict.held_out == pytest.approx(0.0, abs=0.01), verdict
         assert verdict.before > 0.1, verdict
+
+
+def test_an_average_of_weights_is_of_no_phase(tmp_path: Path) -> None:
+    """It takes no part in a correction, and does not hide the rest of its run."""
+    (plan,) = plans(1, "ppo.ref_average=0.1")
+    assert any(isinstance(i, Average) for i in compile_plan(plan).step[0])
+    record = observe(leave_run(tmp_path / "run", plan, {**FACTORS, "": 9.0}), bare_table(plan))
+    assert {o.phase for o in record.observations} <= set(FACTORS)
+    assert {"actor_train", "ref_inf"} <= {o.label for o in record.observations}
 
 
 def test_costs_with_the_corrections_predict_the_run(tmp_path: Path) -> None:
