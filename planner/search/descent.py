@@ -135,6 +135,15 @@ def kicked(evaluator: Evaluator, here: Place, rng: random.Random) -> Place:
     return there
 
 
+def iterate(record: Record, start: Place, rng: random.Random) -> Place:
+    """Descents from ``start`` and then from kicks of the best end so far, until the budget ends."""
+    here = descend(record, start, rng)
+    while not record.spent:
+        there = descend(record, kicked(record.evaluator, here, rng), rng)
+        here = there if there.energy <= here.energy else here
+    return here
+
+
 def descent(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:
     """Descents from the best start and from kicks of the best end so far."""
     record = Record(evaluator=evaluator, budget=budget)
@@ -143,10 +152,7 @@ def descent(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed
         for start in [*starts, fastest(evaluator)]:
             record.score(start)
         places = [place_of(evaluator, start) for start in [*starts, fastest(evaluator)]]
-        here = descend(record, min(places, key=lambda place: place.energy), rng)
-        while not record.spent:
-            there = descend(record, kicked(evaluator, here, rng), rng)
-            here = there if there.energy <= here.energy else here
+        iterate(record, min(places, key=lambda place: place.energy), rng)
     except KeyboardInterrupt:
         record.interrupt()
     return record

@@ -5,7 +5,9 @@ does not fit; only what fits is returned. A chain's temperature follows the shar
 that it accepts, which falls over a *cycle* from ``HOT`` to ``COLD``: so it needs no knowledge of
 what a second is worth. A cycle ends with a coordinate descent; the next is twice as long, half of
 the chains go on from the best of all chains and half from their own best: not from what others
-have found, so that two ways of looking do not end in one place.
+have found, so that two ways of looking do not end in one place. With ``kicks`` descents go on from
+kicked ends for as many evaluations as the cycle had: where walking finds little this does, and the
+other way round.
 
 All that is random follows from one seed, chains do not see each other within a cycle, and the
 budget counts evaluations: the answer is the same whatever the threads do. The clock is looked at
@@ -25,7 +27,7 @@ import numpy as np
 
 from planner.search.bounds import Proof
 from planner.search.chain import DONE, Chain, run_chain
-from planner.search.descent import Place, descend, fastest, make_found, merge, place_of
+from planner.search.descent import Place, descend, fastest, iterate, make_found, merge, place_of
 from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator
 from planner.search.options import Assignment
@@ -88,8 +90,11 @@ class _Walker:
 class Walk:
     """A walk that goes on cycle by cycle from ``starts``, none of which is lost."""
 
-    def __init__(self, record: Record, starts: Sequence[Assignment], seed: int) -> None:
+    def __init__(
+        self, record: Record, starts: Sequence[Assignment], seed: int, *, kicks: bool = False
+    ) -> None:
         self.record = record
+        self.kicks = kicks
         self.rng = random.Random(seed)
         evaluator = record.evaluator
         self.walkers = [_Walker.of(evaluator, self.rng.getrandbits(64)) for _ in range(NUM_CHAINS)]
@@ -106,13 +111,15 @@ class Walk:
         ``stale``: so many cycles in a row have found nothing better.
         """
         record, before_s = self.record, self.record.best_score.step_s
+        before = record.evaluations
         for walker, place in zip(self.walkers, self.ends, strict=True):
             walker.start(place)
         with ThreadPoolExecutor(min(NUM_CHAINS, os.cpu_count() or 1)) as pool:
             _cycle(record, self.walkers, self.rounds, pool)
             if record.spent:  # a chain may not even have begun
                 return
-            self.ends = _polished(record, self.walkers, self.rng, pool)
+            kicks = (record.evaluations - before) // NUM_CHAINS if self.kicks else None
+            self.ends = _polished(record, self.walkers, self.rng, pool, kicks)
         self.stale = 0 if record.best_score.step_s < before_s * (1 - 1e-6) else self.stale + 1
         self.rounds *= 2
 
@@ -135,7 +142,7 @@ def walk(
     record = Record(evaluator=evaluator, budget=budget)
     chains: Walk | None = None
     try:
-        chains = Walk(record, starts, seed)
+        chains = Walk(record, starts, seed, kicks=True)
         while chains.stale < STALE_CYCLES and not record.spent:
             chains.cycle()
             if record.best is None and not record.spent:
@@ -187,13 +194,16 @@ def _cycle(
 
 
 def _polished(
-    record: Record, walkers: Sequence[_Walker], rng: random.Random, pool: ThreadPoolExecutor
-) -> list[Place]:
+    record: Record, walkers: Sequence[_Walker], rng: random.Random, pool: ThreadPoolExecutor,
+    kicks: int | None,
+) -> list[Place]:  # fmt: skip
     """Where the next cycle starts: a descent from each chain's best, every other from the best.
 
     Descents run side by side and see nothing of each other, each with its share of the budget.
+    ``kicks``: evaluations of each chain's descents, which go on from kicks; None: one descent.
     """
     left = (record.budget.max_evaluations - record.evaluations) // len(walkers)
+    left, look = (left, descend) if kicks is None else (min(left, kicks), iterate)
     share = replace(record.budget, max_evaluations=left, progress=None)
     records, jobs = [], []
     for walker in walkers:
@@ -205,7 +215,7 @@ def _polished(
             best_score=record.best_score, lower_bound_s=record.lower_bound_s,
         )  # fmt: skip
         records.append(own)
-        jobs.append(pool.submit(descend, own, place, random.Random(rng.getrandbits(64))))
+        jobs.append(pool.submit(look, own, place, random.Random(rng.getrandbits(64))))
     ends = [job.result() for job in jobs]
     for own in records:
         record.evaluations += own.evaluations
