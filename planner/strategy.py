@@ -170,7 +170,8 @@ def strategy_problem(
     nodes = cluster.group_of(mesh.first)
     if s.tp > nodes.devices_per_node:
         return f"tp {s.tp} leaves a node of {nodes.devices_per_node} devices"
-    if mesh.num_devices >= s.tp and nodes.devices_per_node % s.tp and nodes.num_nodes > 1:
+    # A mesh is a part of one node, or whole nodes.
+    if mesh.num_devices > nodes.devices_per_node and nodes.devices_per_node % s.tp:
         return f"tp {s.tp} does not divide a node of {nodes.devices_per_node} devices"
     return tensor_parallel_problem(spec, s.tp)
 

@@ -46,11 +46,14 @@ def test_stages_cover_all_layers_evenly(num_layers: int, data: st.DataObject) ->
     assert sizes == sorted(sizes, reverse=True)
 
 
-@given(st.integers(1, 3), st.sampled_from([1, 2, 4, 6, 8]), st.integers(1, 30))
+@given(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 6, 8]), st.integers(1, 30))
 def test_legal_strategies_are_all_products_without_a_problem(
     num_nodes: int, devices: int, max_dp: int
 ) -> None:
-    """Oracle: every (pp, tp, dp) tried one by one; tp never leaves a node."""
+    """Oracle: every (pp, tp, dp) tried one by one; tp never leaves a node.
+
+    More nodes forbid nothing: in one node a mesh may what it may on a cluster of that node.
+    """
     cluster = make_test_cluster(num_nodes, devices)
     for mesh in enumerate_meshes(cluster):
         count = mesh.num_devices
@@ -64,6 +67,10 @@ def test_legal_strategies_are_all_products_without_a_problem(
         found = list(legal_strategies(SPEC, mesh, cluster, max_dp=max_dp))
         assert len(found) == len(set(found))
         assert set(found) == expected
+        if count <= devices:
+            own = DeviceMesh(mesh.first % devices, count)
+            alone = legal_strategies(SPEC, own, make_test_cluster(1, devices), max_dp=max_dp)
+            assert found == list(alone)
         for s in found:
             for start in range(mesh.first, mesh.first + count, s.tp):
                 assert cluster.node_of(start) == cluster.node_of(start + s.tp - 1)
