@@ -57,15 +57,32 @@ def train_parts(
 ) -> Mapping[str, Priced]:
     """Of each mini-batch: 1F1B, then the gradients' sum over replicas, then the optimizer.
 
+    Mini-batches differ by one group where their number does not divide the batch.
+    """
+    found: dict[str, Priced] = {}
+    for mini_batch, count in micro_batch_sizes(workload.batch_size, num_mini_batches):
+        if not count:
+            continue
+        num_groups = ceil(mini_batch / allocation.strategy.dp)
+        parts = _step_parts(spec, workload, allocation, model, num_groups, schedule)
+        for name, priced in parts.items():
+            found[name] = found.get(name, ZERO) + priced * (count * num_epochs)
+    return found
+
+
+def _step_parts(
+    spec: ModelSpec, workload: Workload, allocation: Allocation, model: CostModel, num_groups: int,
+    schedule: Schedule,
+) -> Mapping[str, Priced]:  # fmt: skip
+    """One optimizer step on ``num_groups`` of the busiest data-parallel rank.
+
     ``data_parallel`` is what of the sum is not hidden behind the last backward pass; see ``_left``.
     """
     s = allocation.strategy
-    mini_batch = ceil(workload.batch_size / num_mini_batches)
     again: tuple[Pass, ...] = ()
     if s.recompute != "none":
         again = ("recompute" if s.recompute == "full" else "selective",)
     passes: tuple[Pass, ...] = ("forward", *again, "backward")
-    num_groups = ceil(mini_batch / s.dp)
     # What does not depend on ZeRO, and what depends on little else, is asked once.
     layout = (allocation.mesh, s.pp, s.tp, s.ep, s.sequence_parallel, allocation.num_micro_batches)
     pipeline = model.once(
@@ -85,8 +102,7 @@ def train_parts(
         for of_stage in sums
     ]
     data_parallel = max(left, key=lambda cost: cost.seconds) + tied
-    parts = {**pipeline, "data_parallel": data_parallel, "optimizer": optimizer}
-    return {name: priced * (num_mini_batches * num_epochs) for name, priced in parts.items()}
+    return {**pipeline, "data_parallel": data_parallel, "optimizer": optimizer}
 
 
 class _StageSums(NamedTuple):

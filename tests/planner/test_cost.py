@@ -147,6 +147,17 @@ def test_training_counts_mini_batches_backward_and_the_optimizer() -> None:
     assert cost.parts["optimizer"] == pytest.approx(4 * 5.0)  # 4 mini-batches
 
 
+def test_mini_batches_of_unequal_size_are_priced_as_they_are() -> None:
+    """10 sequences in 4 mini-batches: 3, 3, 2, 2; two replicas have 2, 2, 1, 1 of them at most."""
+    cluster = free_links(make_cluster("a100", 8))
+    problem = ppo(cluster, "tiny", "batch_size=10")
+    pricing = CostModel(cluster, RoundCosts(optimizer_s=5.0), Collectives(cluster))
+    for dp, sequences in ((1, 10), (2, 6)):
+        parts = call_cost(problem, "actor_train", allocate(dp=dp), pricing).parts
+        assert parts["compute"] == pytest.approx(4 * 3 * sequences * (PROMPT + RESPONSE))
+        assert parts["optimizer"] == pytest.approx(4 * 5.0)
+
+
 @pytest.mark.parametrize("stops_early", [False, True])
 def test_recomputing_costs_one_more_forward_pass(stops_early: bool) -> None:
     """Up to the last product where it stops early: of products only, 1 of 4 + 3 * 2 equal ones."""
@@ -352,8 +363,23 @@ def test_hops_between_nodes_take_the_network() -> None:
     inside = call_cost(ppo(cluster), "ref_inf", allocate(pp=4, dp=2, m=2), model)
     across = call_cost(ppo(cluster), "ref_inf", allocate(pp=4, dp=4, m=2), model)
     assert inside.parts["pipeline_p2p"] == pytest.approx(0, abs=1e-6)
-    # Stages of 4 devices: only the hop from stage 1 to 2 leaves the node, once a micro-batch.
-    assert across.parts["pipeline_p2p"] > 0
+    # Stages of 4 devices: only the hop from stage 1 to 2 leaves the node, once a micro-batch:
+    # 8 of a replica's 16 sequences, in bf16 hidden states of 64 values.
+    assert across.parts["pipeline_p2p"] == pytest.approx(2 * 8 * (PROMPT + RESPONSE) * 64 * 2)
+    # Gradients go back: both ways, in 4 mini-batches of as many sequences in all.
+    train = call_cost(ppo(cluster), "actor_train", allocate(pp=4, dp=4, m=2), model)
+    assert train.parts["pipeline_p2p"] == pytest.approx(2 * across.parts["pipeline_p2p"])
+
+
+def test_generation_sums_hidden_states_and_gathers_logits() -> None:
+    """tp 2, 1 s a byte: a sum moves the tensor once, a gather half of it; bf16 both."""
+    model = slow_links(free_links(make_cluster("a100", 8)), intra_link=ONE_BYTE)
+    spec = MODELS["tiny"]
+    found = call_cost(ppo(model.cluster), "actor_gen", allocate(tp=2), model).parts
+    sums, logits = (2 * 4 + 1) * spec.hidden * 2, spec.vocab * 2 // 2
+    # Of a prompt the last token only is read by the head; each later token is summed and read.
+    assert found["prefill"] == pytest.approx(BATCH * (PROMPT * sums + logits))
+    assert found["decode"] == pytest.approx(BATCH * (RESPONSE - 1) * (sums + logits))
 
 
 def slow_links(cluster: ClusterSpec, **links: LinkSpec) -> CostModel:
