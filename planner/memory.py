@@ -206,13 +206,15 @@ def _runs_of_stages(spec: ModelSpec, pp: int) -> tuple[tuple[StageShape, int, in
 class _MicroBatch:
     """Bytes of the largest micro-batch of an INFER or TRAIN call, which no stage changes.
 
-    ``kept``: by each block until its backward pass. ``working``: of the block under way.
-    ``logits``: on the last stage. ``received``: from the stage before, and for the next.
+    ``kept``: by each block until its backward pass. ``sent``: by every stage but the last, which
+    goes back through what it gave on. ``working``: of the block under way. ``logits``: on the last
+    stage. ``received``: from the stage before, and for the next.
     """
 
     trained: bool
     value_bytes: int
     kept: int
+    sent: int
     working: int
     logits: int
     received: int
@@ -240,11 +242,16 @@ class _MicroBatch:
             if s.recompute == "full":  # the block under way keeps all
                 working += tokens * block(recompute="none")
         rows = ceil(tokens / s.tp) if s.sequence_parallel else tokens
+        hidden_bytes = rows * spec.hidden * value_bytes
         return cls(
             trained=trained, value_bytes=value_bytes, kept=kept, working=working,
-            logits=logits * value_bytes,
-            received=2 * rows * spec.hidden * value_bytes if s.pp > 1 else 0,
+            logits=logits * value_bytes, sent=hidden_bytes if trained else 0,
+            received=2 * hidden_bytes if s.pp > 1 else 0,
         )  # fmt: skip
+
+    def _each(self, shape: StageShape) -> int:
+        """Bytes of every micro-batch under way on a stage."""
+        return shape.num_layers * self.kept + (0 if shape.last else self.sent)
 
     def running(self, spec: ModelSpec, allocation: Allocation, stage: int) -> MemoryBreakdown:
         s = allocation.strategy
@@ -252,7 +259,7 @@ class _MicroBatch:
         in_flight = min(allocation.num_micro_batches, s.pp - stage)
         gradient = _largest_weight_values(spec, shape, s.tp, s.ep) if self.trained else 0
         return MemoryBreakdown(
-            activations=in_flight * shape.num_layers * self.kept + self.working,
+            activations=in_flight * self._each(shape) + self.working,
             logits=self.logits if shape.last else 0,
             buffers=self.received + gradient * self.value_bytes,
         )
@@ -261,7 +268,7 @@ class _MicroBatch:
         self, spec: ModelSpec, s: ParallelStrategy, shape: StageShape, in_flight: int
     ) -> tuple[int, int]:
         """(total of ``running``, of this each micro-batch under way)."""
-        each = shape.num_layers * self.kept
+        each = self._each(shape)
         whole = in_flight * each + self.working + self.received
         if shape.last:
             whole += self.logits

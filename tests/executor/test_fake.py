@@ -19,6 +19,7 @@ from executor.run import configure
 from experiments.generation.graph import ALGORITHM as GENERATION
 from experiments.grpo.graph import ALGORITHM as GRPO
 from experiments.ppo.graph import ALGORITHM as PPO
+from experiments.sft.graph import ALGORITHM as SFT
 from planner.algorithm import Algorithm, make_config, make_problem
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, validate_plan
@@ -35,6 +36,11 @@ GROUPED = replace(MODELS["llama3-8b"], num_layers=2)
 EXPERTS = replace(
     MODELS["llama-7b"], family="mixtral", num_layers=2, num_experts=8, experts_per_token=2
 )
+# Weights that are little beside what micro-batches under way keep.
+THIN = replace(
+    GROUPED, num_layers=8, vocab=1024, hidden=1024, num_heads=16, num_kv_heads=4, head_dim=64,
+    ffn=2816,
+)  # fmt: skip
 SIZES = ["batch_size=16", "prompt_len=384", "response_len=64"]
 
 
@@ -124,6 +130,20 @@ def test_what_a_rank_holds_is_what_the_planner_says(name: str, tmp_path: Path) -
     )
     for report in reports:
         assert abs(report.error) < 0.10, (report.ranks, report.peak_at, report.error, report.by)
+
+
+def test_a_micro_batch_under_way_keeps_what_its_stage_was_given_and_gave_on(tmp_path: Path) -> None:
+    """A block a stage, recomputed: two more under way are two more inputs and two more outputs."""
+    plan = plan_of(
+        THIN, 8, allocate(pp=8, m=16, recompute="full"), algorithm=SFT,
+        sizes=["batch_size=32", "prompt_len=1024", "response_len=1024"],
+    )  # fmt: skip
+    run = configure(plan, ["init=random"])
+    program = compile_plan(run.plan)
+    seven, five = (check_rank(run, program, (rank,), tmp_path) for rank in (1, 3))
+    hidden_bytes = 2 * 2048 * THIN.hidden * 2  # of two sequences
+    assert seven.planned_bytes - five.planned_bytes == 4 * hidden_bytes
+    assert seven.peak_bytes - five.peak_bytes == pytest.approx(4 * hidden_bytes, rel=0.2)
 
 
 def test_ranks_that_do_the_same_are_one_kind() -> None:

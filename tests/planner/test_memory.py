@@ -169,7 +169,8 @@ def test_training_keeps_all_layers_or_only_their_inputs() -> None:
 def test_the_first_stage_of_1f1b_keeps_as_many_micro_batches_as_stages() -> None:
     few = call_memory(ppo(), "actor_train", allocate(pp=4, m=16))
     block, working = block_values(), working_values(SPEC, ParallelStrategy())
-    assert few.activations == 2 * TOKENS * (4 * 8 * block + working)
+    # A stage goes back through what it gave on, which no block keeps.
+    assert few.activations == 2 * TOKENS * (4 * (8 * block + 4096) + working)
 
 
 def test_later_stages_keep_fewer_micro_batches() -> None:
@@ -177,7 +178,9 @@ def test_later_stages_keep_fewer_micro_batches() -> None:
     need = plan_memory(plan_of(allocate(pp=4, m=2)))
     block, working = block_values(), working_values(SPEC, ParallelStrategy())
     for stage, in_flight in enumerate((2, 2, 2, 1)):
-        assert need[stage].activations == 2 * 8 * TOKENS * (in_flight * 8 * block + working)
+        sent = 4096 if stage < 3 else 0
+        kept = in_flight * (8 * block + sent)
+        assert need[stage].activations == 2 * 8 * TOKENS * (kept + working)
 
 
 def test_the_largest_gradient_is_there_once_more() -> None:
