@@ -38,6 +38,7 @@ from planner.search.bounds import lower_bound_s
 from planner.search.engine import Course, News
 from planner.search.evaluate import Evaluator
 from planner.search.options import OptionSpace
+from planner.search.warm import are_kept
 from planner.simulate import StepPrices
 from profiles.catalogue import resolve_model
 from profiles.errors import ConfigError, InfeasibleError
@@ -111,6 +112,8 @@ def run_search(args: argparse.Namespace) -> int:
     if table is None:
         kinds = dict.fromkeys(group.device for group in problem.cluster.groups)
         note(f"no --profile: {'; '.join(map(describe_costs, kinds))}")
+    if not are_kept():
+        note("compiling the search's kernels, once: some seconds, on a busy machine a minute")
     course = Course()
     with _interrupts() as interrupted, _Progress() as progress:
 

@@ -1,16 +1,20 @@
 """``warm_up``: every kernel of the searches is compiled, or read from disk, in the background.
 
-The first search after an installation compiles for some seconds; the options are costed meanwhile.
+The first search after an installation compiles for some seconds, on a busy machine for a minute;
+the options are costed meanwhile. ``are_kept`` says beforehand which of both it will be.
 """
 
 from __future__ import annotations
 
 import threading
 from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 from planner.cost.lanes import lane_loads
+from planner.jit import DIGEST
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from planner.search.boxes import POOL, Facts, Frame, Room, bound_s, branch
@@ -21,6 +25,12 @@ from planner.search.prices import empty_prices
 from planner.search.records import CALL, MESH, PAIR, RANGE, ROW, Records, Tables
 from planner.search.tables import make_scratch
 from profiles.models import ModelSpec
+
+
+def are_kept() -> bool:
+    """Were the kernels of this version compiled before, to the last one of ``run_all``?"""
+    folder = cast(Any, scan_call).stats.cache_path  # None where no folder can be written
+    return folder is not None and any(Path(folder).glob(f"*.scan_call-{DIGEST}-*.nbi"))
 
 
 @lru_cache(maxsize=1)

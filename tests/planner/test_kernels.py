@@ -5,8 +5,12 @@ Random plans of every algorithm's graph on several clusters; the oracles run the
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,3 +120,20 @@ def test_what_is_compiled_in_advance_is_what_a_search_calls() -> None:
               boxes.bound_s, boxes.branch)  # fmt: skip
     for kernel in called:
         assert len(kernel.signatures) == 1, kernel
+
+
+@pytest.mark.slow
+def test_it_is_known_beforehand_whether_a_search_must_compile(tmp_path: Path) -> None:
+    """In an empty cache the command says so on stderr, in the one beside it it does not."""
+    small = ["batch_size=4", "ppo.num_mini_batches=1"]
+    words = ["search", "--model", "tiny", "--gpus", "1", "--time-limit", "1", *small]
+    command = [sys.executable, "-m", "planner.cli", *words, "-o", str(tmp_path / "plan.json")]
+    told = []
+    for _ in range(2):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        found = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert found.returncode == 0, found.stderr
+        told.append("compiling the search's kernels" in found.stderr)
+    assert told == [True, False]
