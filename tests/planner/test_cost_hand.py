@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from planner.cost import CostModel, call_cost
@@ -137,3 +137,61 @@ def test_a_call_is_the_sum_of_what_its_stages_do(
         parts = shares(-(-mini_batch // s.dp), m)
         expected += pipeline_s(spec, s, parts, train) + (update_s(spec, s) if train else 0.0)
     assert call_cost(problem, call, allocation, model).seconds == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.data(), st.integers(5, 9), st.integers(1, 4), st.integers(0, 9), st.integers(1, 3),
+    st.integers(0, 5),
+)  # fmt: skip
+def test_a_generation_is_the_sum_of_what_its_stages_do(
+    data: st.DataObject, layers: int, m: int, more: int, answer: int, batch: int
+) -> None:
+    """Every wave's prefill, then every token's turn of all groups, one by one."""
+    s = data.draw(strategies(train=False))
+    s = replace(s, sequence_parallel=False)
+    cluster = free_links(make_test_cluster(1, 64))
+    cluster = replace(cluster, intra_link=LinkSpec(bytes_per_s=1.0, latency_s=0.0))
+    overrides = [f"batch_size={s.dp * m + more}", "ppo.num_mini_batches=1",
+                 f"prompt_len={PROMPT}", f"response_len={answer}"]  # fmt: skip
+    problem = ppo(cluster, overrides, replace(SPEC, num_layers=layers))
+    allocation = Allocation(
+        mesh=DeviceMesh(0, s.num_devices), strategy=s, num_micro_batches=m, generation_batch=batch
+    )
+    assume(allocation_problem(problem, "actor_gen", allocation) is None)
+    costs = RoundCosts(head_row_s=HEAD_ROW_S)
+    model = CostModel(cluster, costs, Collectives(cluster, **WHOLE_RATES))
+    spec = problem.models["actor"]
+    num_sequences = -(-problem.workload.batch_size // s.dp)
+    most = batch or num_sequences
+    alone = 2 if s.num_devices == 1 else 1  # one CPU worker decodes with the memory of all
+
+    def each(tokens: int, rows: int, block_s: float) -> tuple[list[float], list[float]]:
+        """Seconds of every stage, and of its hop."""
+        hidden_bytes = tokens * spec.hidden * VALUE_BYTES
+        one = reduce_s(hidden_bytes, s.tp)
+        found = []
+        for stage in range(s.pp):
+            own = layers // s.pp + (stage < layers % s.pp)
+            head_s = HEAD_ROW_S * rows + gather_s(rows * spec.vocab * VALUE_BYTES, s.tp)
+            found.append(own * (block_s + 2 * one) + (stage == 0) * one
+                         + (head_s if stage == s.pp - 1 else 0.0))  # fmt: skip
+        back = [8 * rows] if s.pp > 1 else [0]
+        return found, [float(hidden_bytes)] * (s.pp - 1) + [float(b) for b in back]
+
+    expected = 0.0
+    waves = [most] * (num_sequences // most) + (
+        [num_sequences % most] if num_sequences % most else []
+    )
+    for rows in waves:
+        prompts = []
+        for count in shares(rows, min(m, rows)):
+            seconds, hops = each(count * PROMPT, count, count * PROMPT)
+            prompts.append([a + b for a, b in zip(seconds, [*hops[:-1], 0.0])])
+        expected += sum(prompts[0]) + sum(p[prompts[0].index(max(prompts[0]))] for p in prompts[1:])
+        group = max(shares(rows, min(m, rows)))
+        for context in range(PROMPT + 1, PROMPT + answer):
+            seconds, hops = each(group, group, group * context / alone)
+            both = [a + b for a, b in zip(seconds, hops)]
+            expected += max(sum(both), max(both) * -(-rows // group))
+    assert call_cost(problem, "actor_gen", allocation, model).seconds == pytest.approx(expected)
