@@ -3,7 +3,8 @@
 Read ``check_rank``. The worker of a run is put on torch's fake process group, whose collectives
 do nothing, and given weights without values (fake tensors): shapes, types and storage are as in a
 run, so every instruction is really carried out, and what it holds is counted. What decides
-control flow (token ids, lengths) is real and at its longest, as the memory model takes it; a
+control flow (token ids, lengths) is real and at its longest, as the memory model takes it: prompts
+differ, and so do answers, whatever is made of them, as what begins alike is computed once. A
 number that would come out of a model reads as 1, so no answer ends before its limit, and experts
 get equal shares of the tokens. A GPU's decode graphs hold their memory and do nothing.
 
@@ -314,16 +315,33 @@ class _FakeWorker(Worker):
             if self.rank in self.plan.allocations[call.name].mesh:
                 for key, sequence in made_by(self, call).values():
                     data.coming.values.setdefault(key, {})[sequence] = self.longest(
-                        self.problem.graph.key(key)
+                        self.problem.graph.key(key), sequence
                     )
         data.works_for = step
         super().run_step(step, last=last)
 
-    def longest(self, key: DataKey) -> Tensor:
+    def longest(self, key: DataKey, sequence: int) -> Tensor:
         """Values of a key for one sequence at its longest."""
+        if key.per == "token" and key.dtype == "int64":
+            return _token_ids(self.run, sequence // self.problem.workload.group_size, sequence)
         length = self.problem.workload.max_tokens if key.per == "token" else 1
         dtype = torch.int64 if key.dtype == "int64" else torch.float32
         return torch.full((length,), self.run.config.prompt_len, dtype=dtype)
+
+    def _generate(self, instruction: Generate, counts: dict[str, int]) -> None:
+        super()._generate(instruction, counts)
+        call = self.problem.graph.call(instruction.call)
+        store = self.step_data.coming if call in self.problem.graph.ahead else self.samples
+        for name in call.outputs:
+            key, held = self.problem.graph.key(name), store.values.get(name, {})
+            if key.per == "token" and key.dtype == "int64":
+                held.update({sequence: self.longest(key, sequence) for sequence in held})
+
+
+def _token_ids(run: Run, group: int, answer: int) -> Tensor:
+    """[prompt_len + response_len]: groups have unlike prompts, and every answer is another."""
+    lengths = torch.tensor([run.config.prompt_len, run.config.response_len])
+    return torch.tensor([group, answer]).repeat_interleave(lengths)
 
 
 class _Untold(Versions):
@@ -434,7 +452,7 @@ class _FewTurns(DecoderStage):
 
 @dataclass
 class _Longest:
-    """Data at its longest: prompts of ``prompt_len`` tokens, answers of ``response_len``."""
+    """Data at its longest, as ``_token_ids`` of every sequence."""
 
     run: Run
     num_prompts: int | None = field(default=None, init=False)
@@ -442,17 +460,19 @@ class _Longest:
     def batch(self, step: int, batch_size: int) -> list[Item]:
         config = self.run.config
         each = {"prompts": 0, "answers": 1, "pairs": 2}[self.run.algorithm.data]
-        answer = torch.ones(config.response_len, dtype=torch.int64)
-        # Neighbours are unlike, as prompts of a data set: generation shares what is alike.
-        items = [
+        lengths = config.prompt_len, config.response_len
+        rows = [
+            [_token_ids(self.run, group, group * each + k).split(lengths) for k in range(each or 1)]
+            for group in range(batch_size)
+        ]
+        return [
             Item(
                 record={"id": "", "prompt": ""},
-                prompt=torch.full((config.prompt_len,), token, dtype=torch.int64),
-                answers=(answer,) * each,
+                prompt=row[0][0],
+                answers=tuple(answer for _, answer in row[:each]),
             )
-            for token in (0, 1)
+            for row in rows
         ]
-        return [items[index % 2] for index in range(batch_size)]
 
 
 class _Unanswered(Exchange):
@@ -466,7 +486,7 @@ class _Unanswered(Exchange):
         pieces = self.store.pieces(parcel.samples, keys)
         size = 0
         for key, sequence in pieces:
-            value = self.worker.longest(key)
+            value = self.worker.longest(key, sequence)
             self.store.values.setdefault(key.name, {})[sequence] = value
             size += value.numel() * key.bytes_per_value
         return size

@@ -75,13 +75,23 @@ def attention_values(spec: ModelSpec, tp: int) -> int:
     return (spec.num_heads // tp + spec.cached_kv_heads(tp)) * spec.head_dim
 
 
-def working_values(spec: ModelSpec, strategy: ParallelStrategy) -> int:
+def copied_values(spec: ModelSpec, tp: int, *, computed: int, whole: int) -> int:
+    """What attention holds besides where sequences share beginnings (``planner.sharing``), and
+
+    keeps: keys and values of the ``whole`` sequences, and the output of the ``computed`` tokens
+    once more, in their order.
+    """
+    of_keys = 2 * spec.cached_kv_heads(tp) * spec.head_dim
+    return whole * of_keys + computed * (spec.num_heads // tp) * spec.head_dim
+
+
+def working_values(spec: ModelSpec, strategy: ParallelStrategy, copied: int = 0) -> int:
     """Values of one token that a block holds at once where nothing is kept for later.
 
     Three hidden states: the residual, its norm gathered, and a half's result; sequence
     parallelism splits the first. ``selective`` makes the larger of a norm and an activation again.
     Experts: rows for them, answers, and these in order; split over ep also the rows as they arrived
-    and in the order of the experts.
+    and in the order of the experts. ``copied``: of ``copied_values``, one token's.
     """
     tp = strategy.tp
     split = strategy.sequence_parallel
@@ -89,4 +99,4 @@ def working_values(spec: ModelSpec, strategy: ParallelStrategy) -> int:
     rows = (5 if strategy.ep > 1 else 3) * spec.experts_per_token * spec.hidden
     width = (3 if spec.gated else 2) * spec.active_ffn // tp
     again = max(spec.hidden, spec.active_ffn // tp) if strategy.recompute == "selective" else 0
-    return hidden + max(3 * attention_values(spec, tp), width + rows) + again
+    return hidden + max(3 * attention_values(spec, tp) + copied, width + rows) + again

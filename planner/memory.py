@@ -10,12 +10,12 @@ on CUDA 4 more for the fp32 master.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate, groupby
 from math import ceil
 
-from planner.activations import kept_bytes, working_values
+from planner.activations import copied_values, kept_bytes, working_values
 from planner.cost.stage import (
     GRADIENT_BYTES,
     MAX_PROMPT_TOKENS,
@@ -29,6 +29,7 @@ from planner.cost.stage import (
 )
 from planner.graph import CallKind, ModelFunctionCall
 from planner.plan import Allocation, Problem
+from planner.sharing import GroupTokens, largest_groups
 from planner.strategy import ParallelStrategy
 from profiles.hardware import DeviceKind
 from profiles.models import ModelSpec
@@ -224,15 +225,34 @@ class _MicroBatch:
         cls, problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec
     ) -> _MicroBatch:
         s, workload = allocation.strategy, problem.workload_of(call.name)
-        value_bytes = VALUE_BYTES[problem.cluster.kind]
         mini_batch = ceil(workload.batch_size / call.num_mini_batches)
         groups = ceil(ceil(mini_batch / s.dp) / allocation.num_micro_batches)
-        sequences = groups * workload.group_size
-        tokens, trained = sequences * workload.max_tokens, call.kind is CallKind.TRAIN
-        working, kept = tokens * working_values(spec, s) * value_bytes, 0
+        found = [
+            cls._of_groups(problem, call, s, spec, groups, group)
+            for group in largest_groups(workload)
+        ]
+        if len(found) == 1:
+            return found[0]
+        most = {n: max(getattr(one, n) for one in found) for n in ("kept", "working", "received")}
+        return replace(found[0], **most)
+
+    @classmethod
+    def _of_groups(
+        cls, problem: Problem, call: ModelFunctionCall, s: ParallelStrategy, spec: ModelSpec,
+        groups: int, group: GroupTokens,
+    ) -> _MicroBatch:  # fmt: skip
+        """Of ``groups`` alike: blocks work on the tokens that are computed, the head on what it
+
+        reads of whole sequences.
+        """
+        workload, trained = problem.workload_of(call.name), call.kind is CallKind.TRAIN
+        value_bytes = VALUE_BYTES[problem.cluster.kind]
+        tokens, whole = ceil(groups * group.computed), ceil(groups * group.whole)
+        copied = copied_values(spec, s.tp, computed=tokens, whole=whole) if group.shares else 0
+        working, kept = tokens * working_values(spec, s, ceil(copied / tokens)) * value_bytes, 0
         # A language model's head reads the answers only.
-        answers = sequences * workload.response_tokens
-        logits = answers * ceil(spec.vocab / s.tp) if spec.head == "lm" else tokens
+        answers = groups * workload.group_size * workload.response_tokens
+        logits = answers * ceil(spec.vocab / s.tp) if spec.head == "lm" else whole
         if trained:
             logits *= 2  # and their gradient
             block = partial(
@@ -240,7 +260,11 @@ class _MicroBatch:
             )
             kept = tokens * block()
             if s.recompute == "full":  # the block under way keeps all
-                working += tokens * block(recompute="none")
+                working += tokens * block(recompute="none") + copied * value_bytes
+            else:
+                kept += copied * value_bytes
+        if group.shares:
+            logits += whole * spec.hidden  # final hidden states, of whole sequences
         rows = ceil(tokens / s.tp) if s.sequence_parallel else tokens
         hidden_bytes = rows * spec.hidden * value_bytes
         return cls(

@@ -3,7 +3,9 @@
 Read ``pack`` and ``packed_attention`` first. A packed batch has no padding: the tokens of all
 sequences stand in one row, and ``PackedLengths`` says where each begins. On CUDA one
 variable-length kernel does the whole batch; elsewhere sequences of equal length share a call.
-Where keys and values are kept while generating is ``executor.generate.kv_cache``'s.
+What sequences have in common at their beginning may be there once (``SharedKeys``, made by
+``executor.model.shared``). Where keys and values are kept while generating is
+``executor.generate.kv_cache``'s.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from executor.model.copies import Copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,21 +31,35 @@ class PackedLengths:
 
     ``positions`` [tokens] int64: place of every token in its sequence, for the rotary angles.
     ``cu_seqlens`` [num_sequences + 1] int32: start of every sequence, and the end of the last.
+    ``shared``: these are the sequences' last tokens; what they see is there.
     """
 
     lengths: tuple[int, ...]
     positions: Tensor
     cu_seqlens: Tensor
     max_length: int
+    shared: SharedKeys | None = None
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedKeys:
+    """Whole sequences of which a batch has the last tokens each, as some have others' first.
+
+    ``copies``: their tokens as rows of the batch; ``packed``: where they then lie.
+    """
+
+    packed: PackedLengths
+    copies: Copies
+
+
 def pack(
-    lengths: Sequence[int], device: torch.device | str = "cpu", *, positions: Tensor | None = None
-) -> PackedLengths:
+    lengths: Sequence[int], device: torch.device | str = "cpu", *, positions: Tensor | None = None,
+    shared: SharedKeys | None = None,
+) -> PackedLengths:  # fmt: skip
     """The ``PackedLengths`` of sequences of ``lengths`` tokens each.
 
     ``positions`` [tokens] for tokens that continue a sequence: in a decode step every length is
@@ -58,6 +76,7 @@ def pack(
         positions=positions.to(device),
         cu_seqlens=cu_seqlens,
         max_length=max(lengths, default=0),
+        shared=shared,
     )
 
 
@@ -84,9 +103,12 @@ def packed_attention(
 
     q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim].
     ``packed`` holds whole sequences, or their first parts: positions start at 0. ``keys``: k and v
-    have more of each sequence, and q its last tokens. ``window``: a token sees itself and the
-    window - 1 before it; 0: all.
+    have more of each sequence, and q its last tokens, as where ``packed`` has ``shared``.
+    ``window``: a token sees itself and the window - 1 before it; 0: all.
     """
+    if packed.shared is not None:
+        keys, copies = packed.shared.packed, packed.shared.copies
+        k, v = copies.expand(k), copies.expand(v)
     keys = packed if keys is None else keys
     if q.is_cuda:
         return _cuda_attention(q, k, v, packed, keys, window)
@@ -194,8 +216,19 @@ def _grouped_by_length(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], key_lengths: tuple[int, ...],
     window: int,
 ) -> Tensor:  # fmt: skip
-    """One call for every distinct length; split and cat move each value once, both ways."""
+    """One call for every distinct length; split and cat move each value once, both ways.
+
+    Equals that are neighbours are not moved.
+    """
     pairs = list(zip(lengths, key_lengths, strict=True))
+    runs = [(pair, len(list(run))) for pair, run in groupby(pairs)]
+    if len(runs) == len(set(pairs)):
+        sizes = [[pair[i] * count for pair, count in runs] for i in (0, 1, 1)]
+        split = zip(*(x.split(n) for x, n in zip((q, k, v), sizes)))
+        return torch.cat([
+            _equal_lengths(*parts, count, window)
+            for (pair, count), parts in zip(runs, split) if pair[0]
+        ])  # fmt: skip
     parts = [x.split(n) for x, n in ((q, lengths), (k, key_lengths), (v, key_lengths))]
     found: dict[int, Tensor] = {}
     for pair in dict.fromkeys(pairs):

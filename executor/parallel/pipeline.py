@@ -3,7 +3,8 @@
 Read ``schedule_1f1b`` first: who computes what when is integers. Every stage walks its own list;
 what a stage computed crosses in one batch with what it needs next, so that two neighbours that
 give to each other never wait for one another. Sizes are known to all: every stage has the
-micro-batches' lengths. pp 1 is the same walk with nobody to send to.
+micro-batches' token ids, from which it follows what of them is computed (``model.shared``): their
+common beginnings once. pp 1 is the same walk with nobody to send to.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from executor.batch import SequenceBatch
-from executor.model.attention import PackedLengths, pack
+from executor.model.shared import Computed, whole_or_shared
 from executor.model.transformer import BlockDone, DecoderStage
 
 Action = tuple[Literal["forward", "backward"], int]  # (what, micro-batch)
@@ -77,20 +78,20 @@ def forward_only(
 ) -> list[Mapping[str, Tensor]] | None:
     """``read(hidden [tokens, hidden], micro_batch)`` of every micro-batch, without gradients.
 
-    All ranks of a data-parallel replica call it with the same micro-batches; the first stage
-    needs their token ids, the last what ``read`` looks at, the others only the lengths. Returns
-    the results on the last stage, None elsewhere. Of an empty micro-batch ``read`` gets no rows.
+    All ranks of a data-parallel replica call it with the same micro-batches: with their token ids,
+    and on the last stage with what ``read`` looks at. Returns the results on the last stage, None elsewhere. Of an empty micro-batch ``read`` gets no rows.
     """
     results: list[Mapping[str, Tensor]] = []
+    computed = _computed(stage, micro_batches)
 
     def forward(index: int, inputs: Tensor | None) -> Tensor:
-        hidden = _forward(stage, micro_batches[index], inputs)
+        hidden = _forward(stage, micro_batches[index], computed[index], inputs)
         if stage.ctx.is_last_stage:
             results.append(read(hidden, micro_batches[index]))
         return hidden
 
     with torch.no_grad():
-        _walk(stage, micro_batches, schedule_forward(len(micro_batches)), forward, _no_backward)
+        _walk(stage, computed, schedule_forward(len(micro_batches)), forward, _no_backward)
     return results if stage.ctx.is_last_stage else None
 
 
@@ -108,13 +109,16 @@ def train_1f1b(
     """
     results: list[Mapping[str, Tensor]] = []
     under_way: dict[int, tuple[Tensor | None, Tensor]] = {}  # micro-batch -> (inputs, output)
+    computed = _computed(stage, micro_batches)
 
     def forward(index: int, inputs: Tensor | None) -> Tensor:
         micro_batch = micro_batches[index]
         if inputs is not None:
             inputs.requires_grad_()
         last = index == len(micro_batches) - 1
-        output = hidden = _forward(stage, micro_batch, inputs, block_done if last else None)
+        output = hidden = _forward(
+            stage, micro_batch, computed[index], inputs, block_done if last else None
+        )
         if stage.ctx.is_last_stage:
             output, statistics = loss(hidden, micro_batch)
             found = {"loss": output, **statistics}
@@ -134,7 +138,7 @@ def train_1f1b(
     if not any(micro_batch.num_tokens for micro_batch in micro_batches):
         stage.gradients.zero_()  # else the first backward pass writes over what is there
     actions = schedule_1f1b(stage.ctx.layout.pp, stage.ctx.pp_rank, len(micro_batches))
-    _walk(stage, micro_batches, actions, forward, backward)
+    _walk(stage, computed, actions, forward, backward)
     assert not under_way, sorted(under_way)
     return results if stage.ctx.is_last_stage else None
 
@@ -143,26 +147,38 @@ def _no_backward(index: int, gradient: Tensor | None) -> Tensor | None:
     raise AssertionError(f"backward of micro-batch {index} in a forward-only schedule")
 
 
+def _computed(stage: DecoderStage, micro_batches: Sequence[SequenceBatch]) -> list[Computed]:
+    """What is computed of each micro-batch.
+
+    Of all before the first pass: on a GPU, looking at token ids waits for what is under way.
+    """
+    return [
+        whole_or_shared(micro_batch.token_ids, micro_batch.lengths, stage.ctx.device)
+        for micro_batch in micro_batches
+    ]
+
+
 def _forward(
-    stage: DecoderStage, micro_batch: SequenceBatch, inputs: Tensor | None,
+    stage: DecoderStage, micro_batch: SequenceBatch, computed: Computed, inputs: Tensor | None,
     block_done: BlockDone | None = None,
 ) -> Tensor:  # fmt: skip
-    """What ``DecoderStage.forward`` gives; ``inputs`` [rows, hidden] of the stage before, if any.
+    """What ``DecoderStage.forward`` gives, on the last stage of all tokens of the micro-batch.
 
-    Nothing runs on an empty micro-batch, on any shard, but what experts do for other replicas.
+    ``inputs`` [rows, hidden] of the stage before, if any. Nothing runs on an empty micro-batch, on
+    any shard, but what experts do for other replicas.
     """
     if micro_batch.num_tokens == 0:
-        return stage.serve() if stage.serves else _empty_hidden(stage, micro_batch)
-    packed: PackedLengths = pack(micro_batch.lengths, stage.ctx.device)
+        return stage.serve() if stage.serves else _empty_hidden(stage, computed)
     if inputs is None:
-        inputs = micro_batch.token_ids.to(stage.ctx.device)
-    return stage.forward(inputs, packed, block_done=block_done)
+        inputs = computed.select(micro_batch.token_ids).to(stage.ctx.device)
+    hidden = stage.forward(inputs, computed.packed, block_done=block_done)
+    return computed.expand(hidden) if stage.ctx.is_last_stage else hidden
 
 
-def _empty_hidden(stage: DecoderStage, micro_batch: SequenceBatch) -> Tensor:
+def _empty_hidden(stage: DecoderStage, computed: Computed) -> Tensor:
     """Room for the hidden states of a micro-batch between stages, [rows, hidden]."""
     return torch.empty(
-        stage.region(micro_batch.num_tokens).num_rows,
+        stage.region(computed.num_tokens).num_rows,
         stage.spec.hidden,
         dtype=stage.buffer.flat.dtype,
         device=stage.ctx.device,
@@ -171,7 +187,7 @@ def _empty_hidden(stage: DecoderStage, micro_batch: SequenceBatch) -> Tensor:
 
 def _walk(
     stage: DecoderStage,
-    micro_batches: Sequence[SequenceBatch],
+    computed: Sequence[Computed],
     actions: Sequence[Action],
     forward: Callable[[int, Tensor | None], Tensor],
     backward: Callable[[int, Tensor | None], Tensor | None],
@@ -185,7 +201,7 @@ def _walk(
         operations: list[dist.P2POp] = []
         received: Tensor | None = None
         if take is not None:
-            received = _empty_hidden(stage, micro_batches[take[1]])
+            received = _empty_hidden(stage, computed[take[1]])
             if received.numel():
                 operations.append(dist.P2POp(dist.irecv, received, ctx.stage_rank(take[0])))
         if give is not None and result is not None and result.numel():

@@ -176,7 +176,7 @@ class StageCosts:
 
     def passes(
         self, spec: ModelSpec, passes: tuple[Pass, ...], *, tp: int, size: int, length: int,
-        rows: int = 0, split_tokens: bool = False, experts: range = NO_RANKS,
+        rows: int = 0, split_tokens: bool = False, experts: range = NO_RANKS, copied: int = 0,
     ) -> PassCost:  # fmt: skip
         """The sum of ``passes``. ``size`` tokens in sequences of ``length``, or in decode ``size``
 
@@ -186,11 +186,12 @@ class StageCosts:
         and where it stops early without what nothing is kept of: a dense block's last product,
         and its sum over shards. ``selective`` is what is made again where only cheap things are.
         ``split_tokens``: sequence parallelism. ``experts``: the devices that a device's experts
-        are split over, with as many tokens each.
+        are split over, with as many tokens each. ``copied``: tokens of whole sequences whose keys
+        and values every block copies together, as some have their prompt from others.
         """
         if size <= 0:
             return PassCost()
-        question = (spec, passes, tp, size, length, rows, split_tokens, experts)
+        question = (spec, passes, tp, size, length, rows, split_tokens, experts, copied)
         answer = self._answers.get(question)
         if answer is None:
             length = max(1, length)
@@ -203,9 +204,22 @@ class StageCosts:
                 )
                 if len(experts) > 1 and what != "selective":
                     cost = self._with_experts_apart(cost, spec, what, tp, size, experts)
+                if copied and what != "selective":
+                    cost = cost + self._copies(spec, what, tp, copied)
                 answer = answer + cost
             self._answers[question] = answer
         return answer
+
+    def _copies(self, spec: ModelSpec, what: Pass, tp: int, copied: int) -> PassCost:
+        """Keys and values of ``copied`` tokens, read and written in every block.
+
+        In backward their gradients are taken apart, read and written once to be moved and once to
+        be added up.
+        """
+        width = 2 * spec.cached_kv_heads(tp) * spec.head_dim
+        each_s = self.kernels.stream_s(2.0 * self.value_bytes * width * copied)
+        times = 2.0 if what == "backward" else 1.0
+        return PassCost(block=StageCost(compute=Priced.modelled(times * each_s)))
 
     def _with_experts_apart(
         self, cost: PassCost, spec: ModelSpec, what: Pass, tp: int, size: int, experts: range

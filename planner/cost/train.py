@@ -28,6 +28,7 @@ from planner.cost.stage import (
     stage_values,
 )
 from planner.plan import Allocation, Workload
+from planner.sharing import attended_tokens, expected_group
 from profiles.models import ModelSpec
 from profiles.units import MIB
 
@@ -144,19 +145,35 @@ def _last_backward(
     """The last micro-batch's, of the smallest; nothing where that has no sequence."""
     s = allocation.strategy
     groups = num_groups // allocation.num_micro_batches
-    size, answers = _tokens(workload, groups)
+    tokens = _tokens(workload, groups)
     return model.stages.passes(
-        spec, passes, tp=s.tp, size=size if groups else 0, rows=answers,
-        length=max(1, round(workload.attended_tokens)), split_tokens=s.sequence_parallel,
-        experts=expert_ranks(allocation.mesh, s),
+        spec, passes, tp=s.tp, size=tokens.computed if groups else 0, rows=tokens.answers,
+        length=_length(workload, model), split_tokens=s.sequence_parallel,
+        experts=expert_ranks(allocation.mesh, s), copied=tokens.copied,
     )  # fmt: skip
 
 
-def _tokens(workload: Workload, groups: int) -> tuple[int, int]:
-    """(tokens, answers' tokens) of a micro-batch of so many groups."""
-    sequences = groups * workload.group_size
-    size = max(1, round(sequences * workload.expected_tokens))
-    return size, max(1, round(sequences * workload.expected_response_tokens))
+class _Tokens(NamedTuple):
+    """Of a micro-batch: those that are computed, those of answers, and those of whole sequences
+
+    whose keys and values are copied together, 0 where no prompt is shared.
+    """
+
+    computed: int
+    answers: int
+    copied: int
+
+
+def _tokens(workload: Workload, groups: int) -> _Tokens:
+    """Of so many groups, each of which computes its prompt once (``planner.sharing``)."""
+    group = expected_group(workload)
+    answers = groups * workload.group_size * workload.expected_response_tokens
+    copied = round(groups * group.whole) if group.shares else 0
+    return _Tokens(max(1, round(groups * group.computed)), max(1, round(answers)), copied)
+
+
+def _length(workload: Workload, model: CostModel) -> int:
+    return max(1, round(attended_tokens(workload, model.cluster.kind)))
 
 
 def _update(
@@ -189,16 +206,16 @@ def _pipeline(
 ) -> Mapping[str, Priced]:
     """``num_groups`` in micro-batches through the stages, ``passes`` on each stage."""
     s = allocation.strategy
-    length = max(1, round(workload.attended_tokens))
+    length = _length(workload, model)
     alike = model.stages_alike(spec, allocation)
     directions = 2.0 if "backward" in passes else 1.0
     kinds = []
     for groups, count in micro_batch_sizes(num_groups, allocation.num_micro_batches):
         if not count:
             continue
-        size, answers = _tokens(workload, groups)
+        size, answers, copied = _tokens(workload, groups)
         cost = model.stages.passes(
-            spec, passes, tp=s.tp, size=size, length=length, rows=answers,
+            spec, passes, tp=s.tp, size=size, length=length, rows=answers, copied=copied,
             split_tokens=s.sequence_parallel, experts=expert_ranks(allocation.mesh, s),
         )  # fmt: skip
         split = s.sequence_parallel or schedule.scatter_hops
