@@ -75,14 +75,21 @@ def attention_values(spec: ModelSpec, tp: int) -> int:
     return (spec.num_heads // tp + spec.cached_kv_heads(tp)) * spec.head_dim
 
 
-def copied_values(spec: ModelSpec, tp: int, *, computed: int, whole: int) -> int:
-    """What attention holds besides where sequences share beginnings (``planner.sharing``), and
+def copied_values(
+    spec: ModelSpec, tp: int, *, computed: int, whole: int, kept: bool = False
+) -> int:
+    """What attention holds besides where sequences share beginnings (``planner.sharing``).
 
-    keeps: keys and values of the ``whole`` sequences, and the output of the ``computed`` tokens
-    once more, in their order.
+    Keys and values of the ``whole`` sequences, and the output of the ``computed`` tokens once
+    more, in their order. ``kept`` for backward: of q, k, v as projected nothing, where they are
+    rotated into a copy and not normalized.
     """
     of_keys = 2 * spec.cached_kv_heads(tp) * spec.head_dim
-    return whole * of_keys + computed * (spec.num_heads // tp) * spec.head_dim
+    of_queries = (spec.num_heads // tp) * spec.head_dim
+    values = whole * of_keys + computed * of_queries
+    if kept and spec.positions == "rope" and not spec.qk_norm:
+        values -= computed * (of_queries + of_keys)
+    return values
 
 
 def working_values(spec: ModelSpec, strategy: ParallelStrategy, copied: int = 0) -> int:

@@ -248,7 +248,8 @@ class _MicroBatch:
         workload, trained = problem.workload_of(call.name), call.kind is CallKind.TRAIN
         value_bytes = VALUE_BYTES[problem.cluster.kind]
         tokens, whole = ceil(groups * group.computed), ceil(groups * group.whole)
-        copied = copied_values(spec, s.tp, computed=tokens, whole=whole) if group.shares else 0
+        copies = partial(copied_values, spec, s.tp, computed=tokens, whole=whole)
+        copied, kept_copies = (copies(), copies(kept=True)) if group.shares else (0, 0)
         working, kept = tokens * working_values(spec, s, ceil(copied / tokens)) * value_bytes, 0
         # A language model's head reads the answers only.
         answers = groups * workload.group_size * workload.response_tokens
@@ -260,9 +261,9 @@ class _MicroBatch:
             )
             kept = tokens * block()
             if s.recompute == "full":  # the block under way keeps all
-                working += tokens * block(recompute="none") + copied * value_bytes
+                working += tokens * block(recompute="none") + kept_copies * value_bytes
             else:
-                kept += copied * value_bytes
+                kept += kept_copies * value_bytes
         if group.shares:
             logits += whole * spec.hidden  # final hidden states, of whole sequences
         rows = ceil(tokens / s.tp) if s.sequence_parallel else tokens
