@@ -1,5 +1,5 @@
 """Protects what groups of sequences mean to the planner: they are dealt whole, and they cost what
-their sequences cost."""
+their sequences cost, but for what these share (``test_sharing.py``)."""
 
 from __future__ import annotations
 
@@ -22,33 +22,40 @@ from tests.planner.plans import make_test_cluster, ppo
 CALLS = ("actor_gen", "rew_inf", "critic_inf", "actor_train")
 
 
-def problem(batch_size: int, group_size: int) -> Problem:
+def problem(batch_size: int, group_size: int, prompt: int = 16) -> Problem:
     overrides = [f"batch_size={batch_size}", f"samples_per_prompt={group_size}"]
-    return ppo(make_test_cluster(1, 4), [*overrides, "ppo.num_mini_batches=2"])
+    return ppo(
+        make_test_cluster(1, 4), [*overrides, "ppo.num_mini_batches=2", f"prompt_len={prompt}"]
+    )
 
 
+@pytest.mark.parametrize("prompt, shares", [(16, True), (15, False)])
 @pytest.mark.parametrize("call", CALLS)
-def test_groups_cost_what_as_many_single_sequences_cost(call: str) -> None:
+def test_groups_cost_what_as_many_single_sequences_cost(
+    call: str, prompt: int, shares: bool
+) -> None:
+    """Or less: a prompt is read once for all of its answers, where it is worth while."""
     cluster = make_test_cluster(1, 4)
     model = CostModel(cluster, RooflineCosts(cluster.device), Collectives(cluster))
     allocation = Allocation(
         mesh=DeviceMesh(0, 4), strategy=ParallelStrategy(dp=2, pp=2), num_micro_batches=2
     )
-    groups, singles, fewer = problem(8, 3), problem(24, 1), problem(8, 1)
+    groups, singles, fewer = problem(8, 3, prompt), problem(24, 1, prompt), problem(8, 1, prompt)
     cost, apart, few = (call_cost(p, call, allocation, model) for p in (groups, singles, fewer))
-    if call == "actor_gen":  # a prompt is read once for all of its answers
-        assert cost.parts["decode"] == pytest.approx(apart.parts["decode"])
-        assert few.parts["prefill"] <= cost.parts["prefill"] < apart.parts["prefill"]
-    else:
-        assert cost.seconds == pytest.approx(apart.seconds)
-    assert cost.seconds > few.seconds
     need, need_apart, need_few = (
         call_memory(p, call, allocation) for p in (groups, singles, fewer)
     )
+    assert cost.seconds > few.seconds
     assert need.total > need_few.total
     if call == "actor_gen":
+        assert cost.parts["decode"] == pytest.approx(apart.parts["decode"])
+        assert few.parts["prefill"] <= cost.parts["prefill"] < apart.parts["prefill"]
         assert need_few.total < need.total <= need_apart.total
+    elif shares:
+        assert cost.seconds < apart.seconds
+        assert need.total < need_apart.total
     else:
+        assert cost.seconds == pytest.approx(apart.seconds)
         assert need == need_apart
 
 
