@@ -224,10 +224,10 @@ def _grouped_by_length(
     runs = [(pair, len(list(run))) for pair, run in groupby(pairs)]
     if len(runs) == len(set(pairs)):
         sizes = [[pair[i] * count for pair, count in runs] for i in (0, 1, 1)]
-        split = zip(*(x.split(n) for x, n in zip((q, k, v), sizes)))
+        of_q, of_k, of_v = (x.split(n) for x, n in zip((q, k, v), sizes, strict=True))
         return torch.cat([
-            _equal_lengths(*parts, count, window)
-            for (pair, count), parts in zip(runs, split) if pair[0]
+            _equal_lengths(of_q[i], of_k[i], of_v[i], count, window)
+            for i, (pair, count) in enumerate(runs) if pair[0]
         ])  # fmt: skip
     parts = [x.split(n) for x, n in ((q, lengths), (k, key_lengths), (v, key_lengths))]
     found: dict[int, Tensor] = {}

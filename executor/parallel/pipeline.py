@@ -79,7 +79,8 @@ def forward_only(
     """``read(hidden [tokens, hidden], micro_batch)`` of every micro-batch, without gradients.
 
     All ranks of a data-parallel replica call it with the same micro-batches: with their token ids,
-    and on the last stage with what ``read`` looks at. Returns the results on the last stage, None elsewhere. Of an empty micro-batch ``read`` gets no rows.
+    and on the last stage with what ``read`` looks at. Returns the results on the last stage, None
+    elsewhere. Of an empty micro-batch ``read`` gets no rows.
     """
     results: list[Mapping[str, Tensor]] = []
     computed = _computed(stage, micro_batches)

@@ -77,6 +77,22 @@ GROUP_PLANS = {
 }  # fmt: skip
 
 
+# Prompts that are long enough to be shared by their answers.
+LONG = replace(SMALL, max_positions=96)
+SHARED = [*GROUPS, "prompt_len=48"]
+SHARED_PLANS = {
+    "one process": make_plan(1, "0:d1p1m1:1", overrides=SHARED, spec=LONG),
+    "dp 2, micro-batches": make_plan(
+        2, "0:d2p1m1:1", overrides=SHARED, spec=LONG, ref_inf="0:d2p1m1:2",
+        actor_train="0:d1p1m1:2:selective", critic_train="1:d1p1m1:1:recompute",
+    ),
+    "moving": make_plan(
+        2, "0:d1p2m1:2", overrides=SHARED, spec=LONG, actor_gen="0:d2p1m1:1",
+        actor_train="0:d1p1m2:2:sp", critic_inf="0:d1p1m2:2:sp", ref_inf="0:d2p1m1:2",
+    ),
+}  # fmt: skip
+
+
 # What other families add: experts and their router, and shapes that tp does not divide.
 FAMILIES = {
     "experts": replace(
@@ -122,6 +138,7 @@ EXPERT_PLANS = {
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
     """What all plans of this file come to, by name."""
     plans = {**PLANS, **{f"groups, {name}": plan for name, plan in GROUP_PLANS.items()}}
+    plans |= {f"shared, {name}": plan for name, plan in SHARED_PLANS.items()}
     for name, spec in FAMILIES.items():
         plans[f"{name}, whole"] = make_plan(1, "0:d1p1m1:1", spec=spec)
         plans[f"{name}, split"] = make_plan(4, "0:d4p1m1:1", spec=spec, **FAMILY_PLAN)
@@ -151,12 +168,16 @@ def test_every_plan_gives_the_tokens_losses_and_weights_of_one_process(
 def test_groups_of_samples_give_the_same_under_every_plan(
     outcomes: dict[str, list[Outcome]],
 ) -> None:
-    """Three answers to each of five prompts: answers to one prompt differ from each other."""
-    whole = outcomes["groups, one process"][0]
-    assert len(whole.tokens) == 2 * 5 * 3
-    assert len({tuple(ids) for ids in whole.tokens.values()}) > 2 * 5 * 2
-    for name in list(GROUP_PLANS)[1:]:
-        compare(name, outcomes[f"groups, {name}"], whole)
+    """Three answers to each of five prompts: answers to one prompt differ from each other.
+
+    After long prompts training and inference compute these once for all three.
+    """
+    for kind, plans in (("groups", GROUP_PLANS), ("shared", SHARED_PLANS)):
+        whole = outcomes[f"{kind}, one process"][0]
+        assert len(whole.tokens) == 2 * 5 * 3
+        assert len({tuple(ids) for ids in whole.tokens.values()}) > 2 * 5 * 2
+        for name in list(plans)[1:]:
+            compare(f"{kind}, {name}", outcomes[f"{kind}, {name}"], whole)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def shared_by(rows: list[list[int]], *, least: int = 1, spared: float = 0.0) -> 
 
 
 def common(one: list[int], other: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    unlike = (i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+    return next(unlike, min(len(one), len(other)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +58,7 @@ def test_the_batch_is_made_of_what_is_computed(rows: list[list[int]]) -> None:
     position = torch.cat([torch.arange(len(row)) for row in rows]) if len(ids) else ids
     assert torch.equal(computed.expand(computed.select(ids)), ids)
     assert torch.equal(computed.select(position), computed.packed.positions)
-    neighbours = [0, *(common(a, b) for a, b in zip(rows, rows[1:]))]
+    neighbours = [0, *(common(a, b) for a, b in pairwise(rows))]
     assert computed.num_tokens == len(ids) - sum(neighbours)
     past = [tuple(row[: i + 1]) for row in rows for i in range(len(row))]
     if computed.copies is not None:
@@ -84,9 +86,7 @@ def test_attention_and_its_gradients_are_those_of_whole_sequences(
     def run(whole: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         leaves = [x.clone().requires_grad_() for x in inputs]
         if whole:
-            q, k, v = (
-                x if computed.copies is None else x[computed.copies.index] for x in leaves
-            )
+            q, k, v = (x if computed.copies is None else x[computed.copies.index] for x in leaves)
             out = packed_attention(q, k, v, pack([len(row) for row in rows]), window=window)
         else:
             out = computed.expand(packed_attention(*leaves, computed.packed, window=window))
@@ -201,7 +201,7 @@ def plan(algorithm: str, num_devices: int, default: str, **options: Any) -> Exec
     place, layout, micro, *flags = default.split(":")
     own = ":".join((place, layout, micro))
     infer = f"{own}:sp" if "sp" in flags else own
-    calls = {name: infer for name in ("rew_inf", "ref_inf", "critic_inf")}
+    calls = dict.fromkeys(("rew_inf", "ref_inf", "critic_inf"), infer)
     calls |= {f"{role}_train": default for role in ("actor", "critic", "reward")}
     return make_plan(
         num_devices, own, algorithm=algorithm, overrides=[*SIZES, *ANSWERS[algorithm]], **calls,
@@ -233,8 +233,9 @@ def run_all(
         place.mkdir(parents=True, exist_ok=True)
         outcome = run_rank(rank, world_size, own, str(place), around=sharing)
         sharing.undo = pytest.MonkeyPatch()
-        found[name] = outcome, Sharing(
-            num_tokens=sharing.num_tokens, num_computed=sharing.num_computed
+        found[name] = (
+            outcome,
+            Sharing(num_tokens=sharing.num_tokens, num_computed=sharing.num_computed),
         )
     return found
 
