@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-# Fewer tokens in common are computed again: prompts that share none need not read the cache.
-LEAST_SHARED = 16
+from planner.sharing import LEAST_SHARED
+
 _BYTES = 4  # of a token in a key
 
 

@@ -15,12 +15,12 @@ from executor.batch import SequenceBatch
 from executor.context import build_contexts
 from executor.generate import engine
 from executor.generate.engine import generate
-from executor.generate.prefixes import LEAST_SHARED
 from executor.generate.sampling import SamplingParams
 from executor.model.attention import pack
 from executor.model.transformer import DecoderStage
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
+from planner.sharing import LEAST_SHARED
 from profiles.errors import ConfigError
 from profiles.models import ModelSpec
 from tests.executor.small_models import (

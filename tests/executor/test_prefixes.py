@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.generate.prefixes import LEAST_SHARED, Alike, Prefixes, prefix_key
+from executor.generate.prefixes import Alike, Prefixes, prefix_key
+from planner.sharing import LEAST_SHARED
 
 # Few long runs of few tokens, so that prompts share much and part anywhere; 300 and 70,000 take
 # more than a byte and more than two.
