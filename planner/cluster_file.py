@@ -73,7 +73,7 @@ def load_cluster(path: str | Path, *, num_devices: int | None = None) -> Cluster
     """
     file = Path(path)
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_OneOfEach)
+        data = _OneOfEach(file.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(
             f"cannot be read ({error.strerror})", where=str(file),
