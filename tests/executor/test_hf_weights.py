@@ -319,8 +319,13 @@ def test_four_ranks_write_back_what_they_read_bit_for_bit(four_ranks, name):
     from transformers import AutoModelForCausalLM
 
     models = [AutoModelForCausalLM.from_pretrained(f, dtype="auto") for f in (source, target)]
+    mine, theirs = (model.state_dict() for model in models)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    # On some CPUs a product's last bits depend on where in memory its factors lie.
     ids = random_ids(SPECS[name.split()[0]])
-    assert torch.equal(*(hf_logits(model, ids) for model in models))
+    one, other = (hf_logits(model, ids) for model in models)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert (target / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
     assert (target / "generation_config.json").exists()
 
