@@ -113,7 +113,7 @@ class KVCache:
         )
 
     def _copy(self, moves: Sequence[tuple[int, int, int]]) -> None:
-        """(old row, new row, tokens): what new rows have in common with rows in use."""
+        """The first tokens of rows to other rows: (old row, new row, tokens) each."""
         if not moves:
             return
         device = self.keys[0].device

@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from planner.search.boxes import ROUNDING
+from planner.search.engine import Record
 from planner.search.evaluate import Evaluator, Score
 from planner.search.options import Assignment
 from planner.search.pools import Box
@@ -33,6 +34,8 @@ def lower_bound_s(evaluator: Evaluator, *, max_boxes: int = 200) -> float:
 
 
 Visit = Callable[[Assignment], Score]
+# So many boxes a search follows down (``dives``), each for as long as it takes to halve so many.
+DIVES, DEEPEST = 40, 100
 
 
 class Proof:
@@ -55,6 +58,14 @@ class Proof:
         # (bound, order, box, were its reallocations priced)
         self.heap = [(relaxation.bound_s(root, best_s=best_s()), 0, root, False)]
         self.count = 0
+
+    @classmethod
+    def of(cls, record: Record) -> Proof:
+        """About a search's best plan, which takes over what single assignments score."""
+        return cls(
+            Relaxation(record.evaluator), best_s=lambda: record.best_score.step_s,
+            visit=record.score,
+        )  # fmt: skip
 
     def run(self, stop: Callable[[Proof], bool]) -> Proof:
         """Raise the bound until it meets ``best_s()`` or ``stop`` says so."""

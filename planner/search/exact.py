@@ -11,17 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from planner.search.bounds import Proof
+from planner.search.bounds import DEEPEST, DIVES, Proof
 from planner.search.descent import descend, place_of
 from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator
 from planner.search.mcmc import Walk
 from planner.search.options import Assignment
-from planner.search.relaxation import Relaxation
 
-# After each turn of the proof so many boxes are followed down to an assignment, if one is found
-# after halving so many, and from the best of these so many descents start.
-DIVES, DEEPEST, DESCENTS = 40, 100, 4
+DESCENTS = 4  # after each turn of the proof, from the best of where its dives lead
 FIRST_BOXES = 3_000  # that the proof halves before the walk goes on: about as long as its cycle
 
 
@@ -33,7 +30,7 @@ def exact(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: 
     record = Record(evaluator=evaluator, budget=budget)
     for start in starts:
         record.score(start)
-    proof = _proof(record)
+    proof = Proof.of(record)
     try:
         _go_on(record, proof)
     except KeyboardInterrupt:
@@ -58,7 +55,7 @@ def auto(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: i
     to_walk = to_follow = budget.max_evaluations // 3
     try:
         chains = Walk(record, starts, seed)
-        proof = _proof(record)
+        proof = Proof.of(record)
         while not record.spent:
             _go_on(record, proof, boxes if to_walk + to_follow > 0 else None)
             if proof.closed:
@@ -105,12 +102,6 @@ def _polish(record: Record, rng: random.Random) -> None:
     if record.best is not None and not record.spent:
         descend(record, place_of(record.evaluator, record.best), rng)
     record.budget = budget
-
-
-def _proof(record: Record) -> Proof:
-    return Proof(
-        Relaxation(record.evaluator), best_s=lambda: record.best_score.step_s, visit=record.score
-    )
 
 
 def _go_on(record: Record, proof: Proof, boxes: int | None = None) -> None:

@@ -25,22 +25,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.search.bounds import Proof
+from planner.search.bounds import DEEPEST, DIVES, Proof
 from planner.search.chain import DONE, Chain, run_chain
 from planner.search.descent import Place, descend, fastest, iterate, make_found, merge, place_of
 from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator
 from planner.search.options import Assignment
 from planner.search.records import Scratch
-from planner.search.relaxation import Relaxation
 
 NUM_CHAINS = 4
 ROUND = 8_192  # proposals of a chain between two looks at the clock: a twentieth of a second
 FIRST_CYCLE = 4  # rounds of the first cycle
 HOT, COLD = 0.4, 0.004  # shares of proposals that are accepted
 STALE_CYCLES = 2  # without a better plan before the walk ends
-# Where nothing fits so many boxes are halved before so many are followed down, as in ``exact``.
-FIRST_BOXES, DIVES, DEEPEST = 1_000, 40, 100
+FIRST_BOXES = 1_000  # that are halved, where nothing fits, before the first are followed down
 
 
 @dataclass(kw_only=True)
@@ -160,10 +158,7 @@ def _first_fit(record: Record, rng: random.Random) -> None:
 
     nothing does. The walk may not: where what fits is slow, all that lacks a little is better.
     """
-    proof = Proof(
-        Relaxation(record.evaluator), best_s=lambda: record.best_score.step_s, visit=record.score
-    )
-    boxes = FIRST_BOXES
+    proof, boxes = Proof.of(record), FIRST_BOXES
 
     def stop(proof: Proof) -> bool:
         return record.best is not None or record.spent or proof.boxes >= boxes
