@@ -138,17 +138,23 @@ def _layer_values(
     return sum(part.num_values for part in parts if part is not None)
 
 
+def _stages_by_layer(layout: Layout) -> dict[int, tuple[int, ...]]:
+    """Stages that hold a layer, in order."""
+    found: dict[int, tuple[int, ...]] = {}
+    for stage in range(layout.pp):
+        for layer in _held_layers(layout, stage):
+            found[layer] = (*found.get(layer, ()), stage)
+    return found
+
+
 def groups_of_layers(
     src: Layout, dst: Layout
 ) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """(source stages, destination stages, layers) that equal sets of stages hold, in order."""
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
-    held = [[_held_layers(x, stage) for stage in range(x.pp)] for x in (src, dst)]
-    for layer in sorted(frozenset[int]().union(*held[1])):
-        source, target = (
-            tuple(stage for stage, layers in enumerate(own) if layer in layers) for own in held
-        )
-        found[source, target].append(layer)
+    givers, takers = (_stages_by_layer(x) for x in (src, dst))
+    for layer in sorted(takers):
+        found[givers[layer], takers[layer]].append(layer)
     return [(*stages, tuple(layers)) for stages, layers in found.items()]
 
 

@@ -53,33 +53,49 @@ def crossings(
 ) -> Crossings:
     """``source`` and ``target``: pp, tp and ep."""
     src, dst = _unplaced(spec, *source), _unplaced(spec, *target)
+    heads = list[tuple[Cut, tuple[int, ...]]]()
+    for cut in cuts(src, dst):
+        parts = num_parts(src, cut), num_parts(dst, cut)
+        units = (lcm(a, b) for a, b in zip(*parts))
+        heads.append((cut, (*parts[0], *parts[1], *units)))
     rows, stages = list[tuple[int, ...]](), list[int]()
-    cut_alike = list[tuple[dict[int, Ints], dict[int, Ints]]]()
+    # Groups of the same layers but for the number of blocks weigh alike: there are few unlike ones.
+    unlike: dict[tuple[tuple[int, ...], tuple[int, ...], Cut], int] = {}
+    which = list[int]()
     for src_stages, dst_stages, blocks, ends in _groups(spec, src.pp, dst.pp):
         first = len(stages)
         middle, last = first + len(src_stages), first + len(src_stages) + len(dst_stages)
         stages += [*src_stages, *dst_stages]
-        for index, cut in enumerate(cuts(src, dst)):
-            parts = num_parts(src, cut), num_parts(dst, cut)
-            units = [lcm(a, b) for a, b in zip(*parts)]
-            weights = _weights(spec, (0,) if blocks else (), cut), _weights(spec, ends, cut)
-            cut_alike.append(weights)
-            rows.append((
-                int(index == 0), *parts[0], *parts[1], *units, blocks, first, middle, middle, last,
-                len(weights[0].keys() | weights[1].keys()),
-            ))  # fmt: skip
-    most = max(row[NUM_SIZES] for row in rows)
-    sizes = np.zeros((len(rows), most), dtype=np.int64)
-    table = np.zeros((len(rows), 2, 3, most), dtype=np.int64)
-    for i, (block, end) in enumerate(cut_alike):
-        for j, size in enumerate(sorted(block.keys() | end.keys())):
-            sizes[i, j] = size
-            for k, weights_of in enumerate((block, end)):
-                table[i, k, :, j] = weights_of.get(size, 0)
+        for index, (cut, head) in enumerate(heads):
+            weighed = (0,) if blocks else (), ends, cut
+            which.append(unlike.setdefault(weighed, len(unlike)))
+            rows.append((int(index == 0), *head, blocks, first, middle, middle, last, 0))
+    found = [_sizes_and_weights(spec, *weighed) for weighed in unlike]
+    counts = np.array([len(sizes) for sizes, _ in found], dtype=np.int64)
+    sizes = np.zeros((len(found), counts.max()), dtype=np.int64)
+    weights = np.zeros((len(found), 2, 3, counts.max()), dtype=np.int64)
+    for i, (own_sizes, own_weights) in enumerate(found):
+        sizes[i, : counts[i]], weights[i, ..., : counts[i]] = own_sizes, own_weights
+    table = np.array(rows, dtype=np.int64)
+    table[:, NUM_SIZES] = counts[which]
     return Crossings(
-        rows=np.array(rows, dtype=np.int64), stages=np.array(stages, dtype=np.int64), sizes=sizes,
-        weights=table,
+        rows=table, stages=np.array(stages, dtype=np.int64), sizes=sizes[which],
+        weights=weights[which],
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _sizes_and_weights(
+    spec: ModelSpec, blocks: tuple[int, ...], ends: tuple[int, ...], cut: Cut
+) -> tuple[Ints, Ints]:
+    """Unlike sizes [sizes], and what parameters of blocks and of ends weigh [2, which, sizes]."""
+    alike = _weights(spec, blocks, cut), _weights(spec, ends, cut)
+    sizes = sorted(alike[0].keys() | alike[1].keys())
+    weights = np.zeros((2, 3, len(sizes)), dtype=np.int64)
+    for k, of_size in enumerate(alike):
+        for j, size in enumerate(sizes):
+            weights[k, :, j] = of_size.get(size, 0)
+    return np.array(sizes, dtype=np.int64), weights
 
 
 @lru_cache(maxsize=1024)

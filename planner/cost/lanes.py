@@ -53,6 +53,16 @@ class LaneLoads:
     messages: Ints
     passes: Ints
 
+    def heaviest(self, lanes: slice) -> list[tuple[int, int]]:
+        """(values, messages) of lanes of which no other has more of the one and no less of the
+
+        other: of one link one of these is the slowest. None where nothing is sent.
+        """
+        values, messages = self.values[lanes], self.messages[lanes]
+        found = np.empty((messages.size + 1, 2), dtype=np.int64)
+        count = _heaviest(values, messages, found)
+        return [(num_values, sent) for num_values, sent in found[:count].tolist()]
+
 
 def lane_loads(
     src: Layout, dst: Layout, *, devices_per_node: int, least_share: int = LEAST_SHARE
@@ -318,6 +328,29 @@ def _cross(
             _add(loads, OUT_INTRA, giver, taker, whole.values, 1)
             loads[PASSES, giver] += whole.packed
             loads[PASSES, taker] += whole.unpacked
+
+
+@brief
+def _heaviest(values: Ints, messages: Ints, found: Ints) -> int:
+    """Writes what ``LaneLoads.heaviest`` lists to ``found``; returns how many."""
+    count = 0
+    for lane in range(values.shape[0]):
+        for device in range(values.shape[1]):
+            own, sent = values[lane, device], messages[lane, device]
+            if sent == 0:
+                continue
+            kept, beaten = 0, False
+            for i in range(count):
+                if found[i, 0] >= own and found[i, 1] >= sent:
+                    beaten = True
+                    break
+                if found[i, 0] > own or found[i, 1] > sent:
+                    found[kept, 0], found[kept, 1] = found[i, 0], found[i, 1]
+                    kept += 1
+            if not beaten:
+                found[kept, 0], found[kept, 1] = own, sent
+                count = kept + 1
+    return count
 
 
 @brief

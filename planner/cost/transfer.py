@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.cost.crossings import Ints
 from planner.cost.lanes import IN_INTER, OUT_INTER, LaneLoads, lane_loads
 from planner.cost.model import Bridge, CostModel, Costs, MixedCosts
 from planner.cost.pipeline import LinkClass
@@ -81,8 +80,8 @@ def _crossing_seconds(src: Layout, dst: Layout, bytes_per_value: int, bridge: Br
         loads = lane_loads(src, dst, devices_per_node=per_node)
         lanes_s = max(
             _slowest_lane_s(
-                loads.values[lane], loads.messages[lane], bytes_per_value, (0, 1),
-                bridge.latency_s, end,
+                loads.heaviest(slice(lane, lane + 1)), bytes_per_value, (0, 1), bridge.latency_s,
+                end,
             )
             for lane, end in zip((OUT_INTER, IN_INTER), bridge.ends, strict=True)
         )  # fmt: skip
@@ -121,14 +120,12 @@ def _lanes_s(
     link: LinkClass, lanes: slice, loads: LaneLoads, bytes_per_value: int, model: CostModel
 ) -> float:
     """Of lanes of one link between any two devices that it joins."""
-    if not loads.messages[lanes].any():
+    heaviest = loads.heaviest(lanes)
+    if not heaviest:
         return 0.0
     peers = model.two_devices(link)
     latency_s = model.cluster.link_between(*peers).latency_s
-    return _slowest_lane_s(
-        loads.values[lanes], loads.messages[lanes], bytes_per_value, peers, latency_s,
-        model.collectives,
-    )  # fmt: skip
+    return _slowest_lane_s(heaviest, bytes_per_value, peers, latency_s, model.collectives)
 
 
 def average_seconds(layout: Layout, *, model: Costs) -> float:
@@ -145,22 +142,21 @@ def average_seconds(layout: Layout, *, model: Costs) -> float:
 
 
 def _slowest_lane_s(
-    values: Ints, messages: Ints, bytes_per_value: int, peers: tuple[int, int], latency_s: float,
-    collectives: Collectives,
+    heaviest: Sequence[tuple[int, int]], bytes_per_value: int, peers: tuple[int, int],
+    latency_s: float, collectives: Collectives,
 ) -> float:  # fmt: skip
-    """Of lanes of one link, that between ``peers``, which takes ``latency_s`` for a message."""
-    busy = messages > 0
-    if not busy.any():
-        return 0.0
-    # Lanes of one link differ in bytes and messages only; few pairs are different.
-    pairs = set(zip(values[busy].tolist(), messages[busy].tolist()))
-    most = dict(sorted(pairs))  # of each number of values the most messages
-    seconds: list[float] = [
-        collectives.p2p(float(num_values * bytes_per_value), *peers).seconds
-        + (count - 1) * latency_s
-        for num_values, count in most.items()
-    ]
-    return max(seconds)
+    """Of lanes of the link between ``peers``, which takes ``latency_s`` for a message.
+
+    A lane with no more values and no more messages than another's is taken to be no slower.
+    """
+    return max(
+        (
+            collectives.p2p(float(num_values * bytes_per_value), *peers).seconds
+            + (count - 1) * latency_s
+            for num_values, count in heaviest
+        ),
+        default=0.0,
+    )
 
 
 def transfer_seconds(

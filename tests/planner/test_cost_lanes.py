@@ -15,6 +15,7 @@ from planner.cost.lanes import (
     OUT_INTER,
     OUT_INTRA,
     OUT_RELAY,
+    LaneLoads,
     lane_loads,
 )
 from planner.layout import Layout, ParameterSlice
@@ -56,6 +57,20 @@ def copied_values(plan: Reallocation, device: int) -> int:
 
 def side_by_side(piece: ParameterSlice, own: dict[str, ParameterSlice]) -> bool:
     return piece.length[1:] == own[piece.name].length[1:]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_heaviest_lanes_are_those_that_no_other_exceeds(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    most = rng.integers(1, 8)  # so that many lanes are alike
+    values, messages = rng.integers(0, most, (2, 6, 20))
+    loads = LaneLoads(values=values, messages=messages, passes=values[0])
+    lanes = slice(1, 3)
+    sent = {(v, m) for v, m in zip(values[lanes].flat, messages[lanes].flat) if m}
+    beaten = {a for a in sent for b in sent if a != b and a[0] <= b[0] and a[1] <= b[1]}
+    found = loads.heaviest(lanes)
+    assert len(found) == len(set(found))
+    assert set(found) == sent - beaten
 
 
 @pytest.mark.parametrize("seed", range(200))
