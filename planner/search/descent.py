@@ -8,7 +8,11 @@ there; the result is kept if it is no worse. The walk uses the descent alone for
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -53,7 +57,10 @@ def merge(record: Record, found: Found) -> None:
 
 
 def place_of(evaluator: Evaluator, assignment: Assignment) -> Place:
-    mesh, row = evaluator.index.vectors(assignment)
+    return place_at(evaluator, *evaluator.index.vectors(assignment))
+
+
+def place_at(evaluator: Evaluator, mesh: Ints, row: Ints) -> Place:
     return Place(mesh=mesh, row=row, energy=evaluator.score_vectors(mesh, row).energy)
 
 
@@ -142,6 +149,51 @@ def iterate(record: Record, start: Place, rng: random.Random) -> Place:
         there = descend(record, kicked(record.evaluator, here, rng), rng)
         here = there if there.energy <= here.energy else here
     return here
+
+
+@contextmanager
+def beside(
+    record: Record, most: int, look: Callable[[Record], Place]
+) -> Iterator[Future[Place]]:  # fmt: skip
+    """While the block runs, ``look`` does on a thread of its own, at ``most`` assignments.
+
+    Neither sees what the other finds, so that the answer does not depend on the threads; the record
+    learns of it at the end. An interrupt (Ctrl-C) in the block ends it, and what it found is kept.
+    """
+    budget = record.budget
+    own = Record(
+        evaluator=record.evaluator, best=record.best, best_score=record.best_score,
+        lower_bound_s=record.lower_bound_s,
+        budget=replace(budget, max_evaluations=most, progress=None),
+    )  # fmt: skip
+    record.budget = replace(budget, max_evaluations=budget.max_evaluations - most)
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                yield thread.submit(look, own)
+            except KeyboardInterrupt:
+                own.interrupted = True
+                raise
+    finally:
+        record.budget = budget
+        record.evaluations += own.evaluations
+        record.learn(own)
+
+
+def side_by_side(record: Record, starts: Sequence[Place], rng: random.Random) -> list[Place]:
+    """Descents from each start on a thread of its own, each with its share of the budget."""
+    most = (record.budget.max_evaluations - record.evaluations) // len(starts)
+    with ExitStack() as threads:
+        jobs = [
+            threads.enter_context(
+                beside(
+                    record, most,
+                    partial(descend, start=start, rng=random.Random(rng.getrandbits(64))),
+                )
+            )
+            for start in starts
+        ]  # fmt: skip
+        return [job.result() for job in jobs]
 
 
 def descent(evaluator: Evaluator, starts: list[Assignment], budget: Budget, seed: int) -> Record:

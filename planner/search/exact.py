@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from planner.search.bounds import DEEPEST, DIVES, Proof
-from planner.search.descent import descend, place_of
+from planner.search.descent import descend, place_of, side_by_side
 from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator
 from planner.search.mcmc import Walk
@@ -90,9 +90,8 @@ def _follow(record: Record, proof: Proof, rng: random.Random) -> None:
         (place_of(record.evaluator, assignment) for assignment in found),
         key=lambda place: place.energy,
     )
-    for place in places[:DESCENTS]:
-        if not record.spent:
-            descend(record, place, rng)
+    if places and not record.spent:
+        side_by_side(record, places[:DESCENTS], rng)
 
 
 def _polish(record: Record, rng: random.Random) -> None:

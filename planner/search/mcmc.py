@@ -4,10 +4,10 @@ Energy is ``Score.energy``: seconds per step, dearer where memory lacks, so the 
 does not fit; only what fits is returned. A chain's temperature follows the share of proposals
 that it accepts, which falls over a *cycle* from ``HOT`` to ``COLD``: so it needs no knowledge of
 what a second is worth. A cycle ends with a coordinate descent; the next is twice as long, half of
-the chains go on from the best of all chains and half from their own best: not from what others
-have found, so that two ways of looking do not end in one place. With ``kicks`` descents go on from
-kicked ends for as many evaluations as the cycle had: where walking finds little this does, and the
-other way round.
+the chains go on from the best of all, whoever found it, and half from their own best: not from
+what others have found, so that two ways of looking do not end in one place. With ``kicks`` a line
+of kicked descents goes on from the best start beside the chains, once something fits: where walking
+finds little this does, and the other way round.
 
 All that is random follows from one seed, chains do not see each other within a cycle, and the
 budget counts evaluations: the answer is the same whatever the threads do. The clock is looked at
@@ -21,22 +21,34 @@ import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from planner.search.bounds import DEEPEST, DIVES, Proof
 from planner.search.chain import DONE, Chain, run_chain
-from planner.search.descent import Place, descend, fastest, iterate, make_found, merge, place_of
+from planner.search.descent import (
+    Place,
+    beside,
+    fastest,
+    iterate,
+    make_found,
+    merge,
+    place_at,
+    place_of,
+    side_by_side,
+)
 from planner.search.engine import Budget, Record
 from planner.search.evaluate import Evaluator
 from planner.search.options import Assignment
-from planner.search.records import Scratch
+from planner.search.records import Ints, Scratch
 
 NUM_CHAINS = 4
 ROUND = 8_192  # proposals of a chain between two looks at the clock: a twentieth of a second
 FIRST_CYCLE = 4  # rounds of the first cycle
 HOT, COLD = 0.4, 0.004  # shares of proposals that are accepted
+KICKED = 8  # evaluations of kicked descents for each proposal of the chains
 STALE_CYCLES = 2  # without a better plan before the walk ends
 FIRST_BOXES = 1_000  # that are halved, where nothing fits, before the first are followed down
 
@@ -78,11 +90,14 @@ class _Walker:
         return int(self.chain.counts[1]) - before
 
     @property
-    def best(self) -> Place:
-        """Its best assignment that fits; where none does, the one that lacks least."""
+    def best(self) -> tuple[Ints, Ints]:
+        """Mesh and row of its best assignment that fits; where none does, of the one that lacks
+
+        least.
+        """
         found = self.chain.found
         kind = 0 if math.isfinite(found.values[0]) else 1
-        return Place(mesh=found.mesh[kind], row=found.row[kind], energy=math.inf)
+        return found.mesh[kind], found.row[kind]
 
 
 class Walk:
@@ -101,6 +116,7 @@ class Walk:
             record.score(start)
         places = sorted((place_of(evaluator, s) for s in starts), key=lambda place: place.energy)
         self.ends = [places[k % len(places)] for k in range(NUM_CHAINS)]
+        self.kicked, self.kicks_rng = places[0], random.Random(seed)
         self.rounds, self.stale = FIRST_CYCLE, 0
 
     def cycle(self) -> None:
@@ -108,18 +124,48 @@ class Walk:
 
         ``stale``: so many cycles in a row have found nothing better.
         """
-        record, before_s = self.record, self.record.best_score.step_s
-        before = record.evaluations
-        for walker, place in zip(self.walkers, self.ends, strict=True):
-            walker.start(place)
-        with ThreadPoolExecutor(min(NUM_CHAINS, os.cpu_count() or 1)) as pool:
-            _cycle(record, self.walkers, self.rounds, pool)
-            if record.spent:  # a chain may not even have begun
-                return
-            kicks = (record.evaluations - before) // NUM_CHAINS if self.kicks else None
-            self.ends = _polished(record, self.walkers, self.rng, pool, kicks)
-        self.stale = 0 if record.best_score.step_s < before_s * (1 - 1e-6) else self.stale + 1
+        before_s = self.record.best_score.step_s
+        if self.kicks and self.record.best is not None:
+            self._cycle_beside_kicks()
+        else:
+            self._cycle()
+        self.stale = 0 if self.record.best_score.step_s < before_s * (1 - 1e-6) else self.stale + 1
         self.rounds *= 2
+
+    def _cycle_beside_kicks(self) -> None:
+        record = self.record
+        left = record.budget.max_evaluations - record.evaluations
+        most = min(left // 2, KICKED * NUM_CHAINS * ROUND * self.rounds)
+        kicks = partial(iterate, start=self.kicked, rng=self.kicks_rng)
+        with beside(record, most, kicks) as line:
+            self._cycle()
+            self.kicked = line.result()
+
+    def _cycle(self) -> None:
+        """All chains from hot to cold, in rounds, and descents from where they have been."""
+        record = self.record
+        ends = self.ends
+        if record.best is not None:  # which others than the chains may have found
+            ends = [*ends, place_of(record.evaluator, record.best)]
+        best = min(ends, key=lambda place: place.energy)
+        for k, walker in enumerate(self.walkers):
+            walker.start(best if k % 2 == 0 else self.ends[k])
+        with ThreadPoolExecutor(min(NUM_CHAINS, os.cpu_count() or 1)) as pool:
+            for n in range(self.rounds):
+                left = (record.budget.max_evaluations - record.evaluations) // NUM_CHAINS
+                if record.spent or left <= 0:
+                    return
+                accept = HOT * (COLD / HOT) ** (n / max(1, self.rounds - 1))
+                proposals = min(ROUND, left)
+                jobs = [
+                    pool.submit(walker.run, record, proposals, accept) for walker in self.walkers
+                ]
+                record.evaluations += sum(job.result() for job in jobs)
+                for walker in self.walkers:
+                    merge(record, walker.chain.found)
+        if not record.spent:  # else a chain may not even have begun
+            places = [place_at(record.evaluator, *walker.best) for walker in self.walkers]
+            self.ends = side_by_side(record, places, self.rng)
 
     def interrupt(self) -> None:
         """Ctrl-C: what the chains have found is not lost."""
@@ -170,50 +216,3 @@ def _first_fit(record: Record, rng: random.Random) -> None:
         boxes *= 2
     if record.best is None and proof.closed:
         record.raise_bound(proof.lower_bound_s)
-
-
-def _cycle(
-    record: Record, walkers: Sequence[_Walker], rounds: int, pool: ThreadPoolExecutor
-) -> None:  # fmt: skip
-    """All chains from hot to cold, in rounds."""
-    for n in range(rounds):
-        left = (record.budget.max_evaluations - record.evaluations) // len(walkers)
-        if record.spent or left <= 0:
-            return
-        accept = HOT * (COLD / HOT) ** (n / max(1, rounds - 1))
-        proposals = min(ROUND, left)
-        jobs = [pool.submit(walker.run, record, proposals, accept) for walker in walkers]
-        record.evaluations += sum(job.result() for job in jobs)
-        for walker in walkers:
-            merge(record, walker.chain.found)
-
-
-def _polished(
-    record: Record, walkers: Sequence[_Walker], rng: random.Random, pool: ThreadPoolExecutor,
-    kicks: int | None,
-) -> list[Place]:  # fmt: skip
-    """Where the next cycle starts: a descent from each chain's best, every other from the best.
-
-    Descents run side by side and see nothing of each other, each with its share of the budget.
-    ``kicks``: evaluations of each chain's descents, which go on from kicks; None: one descent.
-    """
-    left = (record.budget.max_evaluations - record.evaluations) // len(walkers)
-    left, look = (left, descend) if kicks is None else (min(left, kicks), iterate)
-    share = replace(record.budget, max_evaluations=left, progress=None)
-    records, jobs = [], []
-    for walker in walkers:
-        place = walker.best
-        score = record.evaluator.score_vectors(place.mesh, place.row)
-        place = Place(mesh=place.mesh, row=place.row, energy=score.energy)
-        own = Record(
-            evaluator=record.evaluator, budget=share, best=record.best,
-            best_score=record.best_score, lower_bound_s=record.lower_bound_s,
-        )  # fmt: skip
-        records.append(own)
-        jobs.append(pool.submit(look, own, place, random.Random(rng.getrandbits(64))))
-    ends = [job.result() for job in jobs]
-    for own in records:
-        record.evaluations += own.evaluations
-        record.learn(own)
-    best = min(ends, key=lambda place: place.energy)
-    return [best if k % 2 == 0 else end for k, end in enumerate(ends)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,8 @@ from planner.plan_memory import check_memory, plan_memory
 from planner.program import compile_plan
 from planner.search import estimate_plan, search
 from planner.search.baselines import baselines
-from planner.search.engine import News
+from planner.search.descent import Place, beside, descend, fastest, iterate, place_of
+from planner.search.engine import Budget, News, Record
 from planner.search.evaluate import Evaluator
 from planner.search.moves import MOVES, State, move
 from planner.search.options import Assignment, Option, OptionSpace
@@ -267,6 +269,48 @@ def test_the_walk_finds_what_fits_where_all_that_lacks_a_little_is_faster() -> N
     )  # fmt: skip
     assert best.gap <= 1e-9
     assert best.step_s * (1 - 1e-9) <= walked.step_s <= best.step_s * 1.01
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_walk_finds_what_kicked_descents_find_in_half_its_budget(seed: int) -> None:
+    problem = ppo(make_test_cluster(2, 4), ["batch_size=32"])
+    few, limit_s = 20_000, 600.0
+    found = [
+        search(
+            problem, model_of(problem), engine=engine, gap=0.0, max_evaluations=budget, seed=seed,
+            time_limit_s=limit_s,
+        )
+        for engine, budget in (("descent", few), ("mcmc", 2 * few + 100))
+    ]  # fmt: skip
+    assert found[1].step_s <= found[0].step_s * (1 + 1e-9)
+
+
+def test_an_interrupt_ends_what_goes_on_beside_and_keeps_what_it_found() -> None:
+    """Its budget is counted, and the rest is the record's again."""
+    problem = ppo(make_test_cluster(1, 4), ["batch_size=32"])
+    evaluator = Evaluator(space_of(problem))
+    budget = Budget(max_evaluations=10**9, deadline_s=time.monotonic() + 600)
+    record = Record(evaluator=evaluator, budget=budget)
+    start = place_of(evaluator, fastest(evaluator))
+    began = threading.Event()
+
+    def look(own: Record) -> Place:
+        descend(own, start, random.Random(1))
+        began.set()
+        return iterate(own, start, random.Random(1))
+
+    def interrupted() -> None:
+        with beside(record, 10**8, look):
+            assert record.budget.max_evaluations == 9 * 10**8
+            assert began.wait(timeout=60)
+            assert record.best is None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert record.best is not None
+    assert 0 < record.evaluations < 10**8
+    assert record.budget == budget
 
 
 def test_no_call_fits_alone() -> None:
