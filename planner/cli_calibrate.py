@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from planner.calibrate import Judgement, RunRecord, fit, judge, observe
-from planner.console import note, output_console, say
+from planner.console import make_table, note, output_console, say
 from profiles.calibration import Calibration
 from profiles.errors import ConfigError
 from profiles.table import CostTable
@@ -67,9 +67,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 
 def _observation_table(runs: Sequence[RunRecord], calibration: Calibration) -> Table:
-    table = Table(title="predicted and measured seconds", title_justify="left")
-    for name in ("run", "call", "predicted", "corrected", "measured", "error", "corrected"):
-        table.add_column(name, justify="left" if name in ("run", "call") else "right")
+    numbers = ("predicted", "corrected", "measured", "error", "corrected")
+    table = make_table("predicted and measured seconds", ("run", "call", *numbers), whole=numbers)
     for run in runs:
         rows = [
             (o.label, o.predicted_s, o.predicted_s * calibration.factors[o.phase], o.measured_s)
@@ -93,9 +92,8 @@ def _observation_table(runs: Sequence[RunRecord], calibration: Calibration) -> T
 
 def _correction_table(calibration: Calibration, verdicts: Sequence[Judgement]) -> Table:
     title = "factors, and median errors before, after, and with the run itself left out"
-    table = Table(title=title, title_justify="left")
-    for name in ("phase", "factor", "90% interval", "seen", "before", "after", "left out"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+    numbers = ("factor", "90% interval", "seen", "before", "after", "left out")
+    table = make_table(title, ("phase", *numbers), whole=numbers)
     for verdict in verdicts:
         found = calibration.of(verdict.what)
         interval = factor = ""

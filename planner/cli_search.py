@@ -25,7 +25,7 @@ from rich.table import Table
 from planner.algorithm import find_algorithm, make_config, make_problem, role_paths
 from planner.arguments import seconds, whole
 from planner.confidence import confidence
-from planner.console import note, output_console, say
+from planner.console import make_table, note, output_console, say
 from planner.cost import Costs
 from planner.overrides import Overrides, parse_overrides
 from planner.plan import ExecutionPlan, Problem
@@ -252,9 +252,11 @@ def baseline_plans(problem: Problem, costs: Costs) -> Mapping[str, ExecutionPlan
 
 
 def _baselines_table(problem: Problem, plans: Mapping[str, ExecutionPlan]) -> Table:
-    table = Table(title=f"{problem.graph.name} on {problem.cluster.name}", title_justify="left")
-    for heading in ("baseline", "a step", "fullest device", "what it is"):
-        table.add_column(heading, overflow="fold")
+    title = f"{problem.graph.name} on {problem.cluster.name}"
+    table = make_table(
+        title, ("baseline", "a step", "fullest device", "what it is"),
+        whole=("a step", "fullest device"),
+    )  # fmt: skip
     for name, plan in sorted(plans.items(), key=lambda item: _step_s(item[1])):
         assert plan.estimate is not None
         table.add_row(

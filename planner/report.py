@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from planner.confidence import Confidence
+from planner.console import make_table
 from planner.layout import Layout
 from planner.memory import MemoryBreakdown
 from planner.mesh import DeviceMesh
@@ -80,10 +80,8 @@ def plan_table(plan: ExecutionPlan) -> Table:
     """One row a call: model, mesh, strategy, micro-batches, seconds alone, share of a step."""
     estimate, problem = plan.estimate, plan.problem
     title = f"{problem.graph.name} on {problem.cluster.name}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("call", "model", "devices", "strategy", "micro", "alone", "of a step"):
-        right = name in ("micro", "alone", "of a step")
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    numbers = ("micro", "alone", "of a\nstep")
+    table = make_table(title, ("call", "model", "devices", "strategy", *numbers), whole=numbers)
     for call in problem.graph.calls:
         allocation, spec = plan.allocations[call.name], problem.spec_of(call.name)
         table.add_row(
@@ -269,12 +267,9 @@ def _needs_table(what: str, first: str, rows: Sequence[tuple[str, MemoryBreakdow
     most = max(need.total for _, need, _ in rows)
     factor, unit = (GIB, "GiB") if most >= 8 * GIB else (MIB, "MiB")
     sizes = dict.fromkeys(f"{had / factor:,.1f}" for _, _, had in rows)
-    table = Table(
-        title=f"{unit} {what}, of {' or '.join(sizes)}", title_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column(first, no_wrap=True)
-    for name in (*(_SHORT.get(item, item) for item in items), "total", "used"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = [*(_SHORT.get(item, item) for item in items), "total", "used"]
+    title = f"{unit} {what}, of {' or '.join(sizes)}"
+    table = make_table(title, (first, *numbers), whole=numbers)
     for label, need, had in rows:
         values = [*(need.items()[item] for item in items), need.total]
         table.add_row(
@@ -302,10 +297,7 @@ def program_table(plan: ExecutionPlan, rank: int) -> Table:
             remedy=f"use 0 to {plan.num_devices - 1}",
         )  # fmt: skip
     program = compile_plan(plan)
-    table = Table(title=f"rank {rank}", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("#", justify="right")
-    table.add_column("instruction")
-    table.add_column("what")
+    table = make_table(f"rank {rank}", ("#", "instruction", "what"), whole=("#",))
     for instruction in program.setup.get(rank, ()):
         table.add_row("once", *_describe(plan, rank, instruction))
     for instruction in program.ahead.first.get(rank, ()) if program.ahead else ():

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from planner.compare import Comparison, Side
-from planner.console import say
+from planner.console import make_table, say
 from planner.cost.pipeline import PARTS
 from planner.explain import CriticalCycle, CycleStep, Explanation, RankGroup
 from planner.plan import ExecutionPlan
@@ -20,7 +19,7 @@ from profiles.units import format_bytes, format_seconds
 
 _SHORT_PARTS = {
     "tensor_parallel": "tp", "pipeline_bubble": "bubble", "pipeline_p2p": "p2p",
-    "data_parallel": "dp",
+    "data_parallel": "dp", "optimizer": "optim",
 }  # fmt: skip
 _LEAST_SHARE = 0.001  # of a step: what is shorter is told as a sum
 
@@ -39,9 +38,9 @@ def print_explanation(plan: ExecutionPlan, found: Explanation, console: Console)
 def cycle_table(cycle: CriticalCycle) -> Table:
     """The chain that sets the pace, in order; what is below a thousandth of it is one row."""
     steps = "one step" if cycle.num_steps == 1 else f"{cycle.num_steps} steps"
-    table = _table(f"what sets the pace: each waits for the one before it ({steps})")
-    for name in ("what", "ranks", "seconds", "share"):
-        table.add_column(name, justify="right" if name in ("seconds", "share") else "left")
+    title = f"what sets the pace: each waits for the one before it ({steps})"
+    numbers = ("seconds", "share")
+    table = make_table(title, ("what", "ranks", *numbers), whole=numbers)
     brief_s = 0.0
     for step in cycle.steps:
         if step.seconds < _LEAST_SHARE * cycle.seconds:
@@ -64,22 +63,17 @@ def parts_table(found: Explanation) -> Table:
     known = [part for part in PARTS if any(c.parts.get(part) for c in found.calls.values())]
     others = dict.fromkeys(part for cost in found.calls.values() for part in cost.parts)
     parts = [*known, *(part for part in others if part not in PARTS)]
-    table = _table("seconds of each call alone")
-    table.add_column("call")
-    for part in parts:
-        table.add_column(_SHORT_PARTS.get(part, part), justify="right")
+    numbers = [_SHORT_PARTS.get(part, part) for part in parts]
+    table = make_table("seconds of each call alone", ("call", *numbers), whole=numbers)
     for name, cost in found.calls.items():
         seconds = (cost.parts.get(part, 0.0) for part in parts)
-        table.add_row(name, *(format_seconds(s) if s > 0 else "-" for s in seconds))
+        table.add_row(name, *(f"{s:,.3f}" if s > 0 else "-" for s in seconds))
     return table
 
 
 def idle_table(groups: Sequence[RankGroup], *, most_rows: int = 12) -> Table:
     """Groups of ranks, those that wait most first."""
-    table = _table("who waits")
-    table.add_column("ranks")
-    table.add_column("idle", justify="right")
-    table.add_column("busy with", overflow="fold")
+    table = make_table("who waits", ("ranks", "idle", "busy with"), whole=("idle",))
     ordered = sorted(groups, key=lambda group: -group.idle_share)
     for group in ordered[:most_rows]:
         busy = sorted(group.busy_s.items(), key=lambda item: -item[1])
@@ -107,9 +101,8 @@ def memory_lines(found: Explanation) -> list[str]:
 
 def lever_table(found: Explanation, *, most_rows: int = 12) -> Table:
     """Where the next gain is: the same plan with one thing faster."""
-    table = _table("the same plan, were one thing faster")
-    for name in ("what", "a step", "saved"):
-        table.add_column(name, justify="left" if name == "what" else "right")
+    numbers = ("a step", "saved")
+    table = make_table("the same plan, were one thing faster", ("what", *numbers), whole=numbers)
     useful = [a for a in found.levers if a.step_s < found.step_s * (1.0 - _LEAST_SHARE)]
     for lever in useful[:most_rows]:
         saved = 1.0 - lever.step_s / found.step_s
@@ -132,12 +125,9 @@ def print_comparison(found: Comparison, console: Console) -> None:
 
 def comparison_table(found: Comparison) -> Table:
     """A row for each call and move, then step, memory; columns of both plans."""
-    table = _table(f"A: {found.a.name}   B: {found.b.name}")
-    table.add_column("")
-    for side in ("A", "B"):
-        table.add_column(f"{side} devices", no_wrap=True)
-        table.add_column(f"{side} strategy", no_wrap=True)
-        table.add_column(f"{side} alone", justify="right", no_wrap=True)
+    columns = [f"{side}\n{what}" for side in "AB" for what in ("devices", "strategy", "alone")]
+    numbers = [name for name in columns if name.endswith("alone")]
+    table = make_table(f"A: {found.a.name}   B: {found.b.name}", ("", *columns), whole=numbers)
     for call in found.a.plan.problem.graph.calls:
         cells = [cell for side in (found.a, found.b) for cell in _call_cells(side, call.name)]
         same = found.a.plan.allocations[call.name] == found.b.plan.allocations[call.name]
@@ -235,7 +225,3 @@ def comparison_to_dict(found: Comparison) -> dict[str, Any]:
         **sides, "faster": found.faster.name, "clusters_differ": clusters, "swaps": swaps,
         "confidence": sure,
     }  # fmt: skip
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

@@ -124,7 +124,7 @@ def test_every_call_says_its_kind_of_device(
         plan = load_plan(plan_file)
         for name, allocation in plan.allocations.items():
             device = plan.problem.cluster.group_of(allocation.mesh.first).device.name
-            (row,) = [line for line in printed.splitlines() if line.startswith(f"  {name} ")]
+            (row,) = [line for line in printed.splitlines() if line.startswith(f" {name} ")]
             assert f" {device} " in row
     assert "pace" in printed or "per step" in printed
 
