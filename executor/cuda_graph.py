@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -17,21 +19,48 @@ Action = Callable[[], object]
 Capture = Callable[[Action], Action]
 
 
-class GraphCapture:
-    """A ``Capture`` on ``device``; its graphs share their memory, so that only one may run at once.
+class GraphPool:
+    """Memory that graphs share, as long as one of them is there."""
 
-    What an action returns is that memory's, and another replay writes over it: results go into
-    tensors from outside. It is free again when all graphs are gone. An action must have run before,
-    so that its kernels are loaded and their libraries set up; while it is captured it does not run.
-    Shards capture and replay alike, for whether a collective is in a graph must be the same on all
-    its ranks (NVIDIA, "Using NCCL with CUDA Graphs"). Only this thread's errors end a capture:
-    NCCL's watchdog calls CUDA at all times. ``stream``: where kernels are captured, not run; each
-    has workspaces of cuBLAS's for good, so that one should do for all.
+    def __init__(self) -> None:
+        self.graphs: WeakSet[_Replay] = WeakSet()
+        self._handle: Any = None
+
+    def handle(self) -> Any:
+        """For one more graph; torch takes none again whose graphs are all gone."""
+        if not self.graphs:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+
+class _Replay:
+    """A graph that was captured; it is gone with this."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
+class GraphCapture:
+    """A ``Capture`` on ``device``, for one generation.
+
+    Graphs of one ``pool`` share their memory, so that only one may run at once. What an action
+    returns is that memory's, and another replay writes over it: results go into tensors from
+    outside. It is free again when all graphs are gone. An action must have run before, so that its
+    kernels are loaded and their libraries set up; while it is captured it does not run. Shards
+    capture and replay alike, for whether a collective is in a graph must be the same on all its
+    ranks (NVIDIA, "Using NCCL with CUDA Graphs"). Only this thread's errors end a capture: NCCL's
+    watchdog calls CUDA at all times. ``stream``: where kernels are captured, not run; each has
+    workspaces of cuBLAS's for good, so that one should do for all.
     """
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self, device: torch.device, stream: torch.cuda.Stream, pool: GraphPool | None = None
+    ) -> None:
         self.device, self.stream = device, stream
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = GraphPool() if pool is None else pool
         self.is_first = True
 
     def __call__(self, action: Action) -> Action:
@@ -49,7 +78,7 @@ class GraphCapture:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self.pool.handle(), capture_error_mode="thread_local")
             try:
                 action()
             except BaseException:
@@ -58,4 +87,6 @@ class GraphCapture:
                 raise
             graph.capture_end()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        return graph.replay
+        replay = _Replay(graph)
+        self.pool.graphs.add(replay)
+        return replay

@@ -32,9 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.buffers import ParameterBuffer
 from executor.coming import made_by
-from executor.cuda_graph import Action, Capture
+from executor.cuda_graph import Action, Capture, GraphPool
 from executor.dataset import Item
 from executor.generate.kv_cache import Turn
+from executor.generation import Generation
 from executor.model.attention import PackedLengths
 from executor.model.transformer import DecoderStage
 from executor.offload import Offloadable
@@ -292,13 +293,9 @@ class _FakeWorker(Worker):
             staging_bytes=STAGING_BYTES[kind], most_rounds=SAMPLED_ROUNDS, watch=watch,
         )  # fmt: skip
         self.watch = watch
-        self.captures = kind == "cuda"
+        self.generation = _FakeGeneration(run, self.device, watch)
         self.exchange = _Unanswered(self)
         self.versions = _Untold(self.store, rank)
-
-    def _capture(self, stage: DecoderStage) -> Capture | None:
-        assert isinstance(stage, _FewTurns), stage
-        return _FakeCapture(self.watch, stage) if self.captures else None
 
     def _carry_out(self, instruction: Instruction) -> None:
         self.watch.begin(label_of(instruction))
@@ -397,6 +394,19 @@ class _FirstMiniBatch(Passes):
 
     def mini_batches(self, epoch: int, dp: int) -> list[list[list[int]]]:
         return super().mini_batches(0, dp)[:1] if epoch == 0 else []
+
+
+class _FakeGeneration(Generation):
+    """Captures, where the plan is for GPUs."""
+
+    def __init__(self, run: Run, device: torch.device, watch: _Watch) -> None:
+        super().__init__(run, device)
+        self.watch = watch
+        self.captures = run.plan.problem.cluster.kind == "cuda"
+
+    def capture(self, stage: DecoderStage, pool: GraphPool) -> Capture | None:
+        assert isinstance(stage, _FewTurns), stage
+        return _FakeCapture(self.watch, stage) if self.captures else None
 
 
 class _FakeCapture:

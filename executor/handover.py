@@ -39,6 +39,7 @@ def go_over(old: Worker, new: Worker, step: int) -> int:
     assert old.problem.graph == new.problem.graph, "what is computed stays the same"
     new.step, new.turn = step, (step, 0)
     old.weights.drop_reserved()
+    old.generation.kept.clear()
     moves = _Moves(old, new, step)
     setup = new.program.setup.get(new.rank, ())
     received = 0

@@ -64,7 +64,10 @@ class Weights:
         self.offloadable: dict[tuple[str, Layout], Offloadable] = {}
 
     def stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
-        """The model without gradients in a layout whose weights are here."""
+        """The model without gradients in a layout whose weights are here.
+
+        It is the same one as long as they lie where they do.
+        """
         key = (role, layout, sequence_parallel)
         if key not in self.stages:
             self.stages[key] = DecoderStage(
@@ -171,6 +174,8 @@ class Weights:
     def offload(self, offload: Offload) -> int:
         """Bytes that crossed to the host's memory, which has what the instruction names."""
         key = (offload.role, offload.layout)
+        if offload.what == "weights":
+            self._drop_stages(*key)  # they come back to wherever there is memory then
         if key not in self.offloadable:
             self.offloadable[key] = self._offloadable(offload)
         return self.offloadable[key].offload()
@@ -232,8 +237,11 @@ class Weights:
         key = (free.role, free.layout)
         del self.buffers[key]
         if key not in self.reserved:
-            for split in (False, True):
-                self.stages.pop((*key, split), None)
+            self._drop_stages(*key)
+
+    def _drop_stages(self, role: str, layout: Layout) -> None:
+        for split in (False, True):
+            self.stages.pop((role, layout, split), None)
 
     def average(self, instruction: Average) -> None:
         """A small step is lost in a bf16 weight, so that the average is kept in fp32."""

@@ -18,13 +18,10 @@ from torch import Tensor
 
 from executor.batch import SequenceBatch, balanced_groups
 from executor.context import RankContext, build_contexts
-from executor.cuda_graph import Capture, GraphCapture
 from executor.dataset import Prompts
-from executor.generate.engine import generate
-from executor.generate.vllm import VLLM, one_tp
+from executor.generation import Generation
 from executor.metrics import REWARDS, evaluation_moment, post, post_samples, shows_samples
 from executor.model.hf_save import save
-from executor.model.transformer import DecoderStage
 from executor.out_of_memory import is_out_of_memory, out_of_memory
 from executor.parallel.pipeline import forward_only
 from executor.results import (
@@ -110,13 +107,7 @@ class Worker:
             run, self.contexts, rank=rank, device=device,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         )  # fmt: skip
-        cuda = device.type == "cuda"
-        self.capture_stream = torch.cuda.Stream(device) if cuda else None
-        self.generate: Callable[..., SequenceBatch] = self._generate_own
-        if run.config.generation_backend == "vllm":
-            longest = run.config.prompt_len + run.config.response_len
-            vllm = VLLM(tp=one_tp(run.plan), longest_tokens=longest, device=device)
-            self.generate = vllm.generate
+        self.generation = Generation(run, device)
         self.step_data = StepData(self.problem, data, device)
         self.samples = self.step_data.samples
         self.exchange = Exchange(self.samples)
@@ -281,8 +272,8 @@ class Worker:
             self._share(call, allocation, dp_rank), held.group_size(call)
         )
         whole = self.problem.workload.group_size
-        batch = self.generate(
-            self.weights.stage(call.role, layout),
+        generate = self.generation.engine(instruction, self.weights.stage(call.role, layout))
+        batch = generate(
             [items[sequence // whole].prompt.to(self.device) for sequence in sequences],
             samples=sequences,
             params=self.functions[call.name].sampling(self.text.stop_token_ids),
@@ -301,16 +292,6 @@ class Worker:
         if self._tells(call):
             statistics["staleness"] = float(step - self.versions.of(call.role, layout))
             post(self.store, str(step), call.name, statistics)
-
-    def _generate_own(self, stage: DecoderStage, *args: Any, **options: Any) -> SequenceBatch:
-        """With this package's engine."""
-        return generate(stage, *args, capture=self._capture(stage), **options)
-
-    def _capture(self, stage: DecoderStage) -> Capture | None:
-        """For one generation by ``stage``: its graphs leave no memory behind."""
-        if self.capture_stream is None:
-            return None
-        return GraphCapture(self.device, self.capture_stream)
 
     def _infer(self, instruction: Infer, counts: dict[str, int]) -> None:
         call, allocation, dp_rank = self._place(instruction.call)

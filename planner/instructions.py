@@ -18,10 +18,14 @@ from planner.transfers import Parcel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generate:
-    """Run a GENERATE call on every rank of its mesh, together."""
+    """Run a GENERATE call on every rank of its mesh, together.
+
+    ``keeps``: its cache stays for the next step's, and what it captured of its decode turns.
+    """
 
     index: int
     call: str
+    keeps: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -305,32 +305,67 @@ class _MicroBatch:
 def _running_generate(
     problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec, stage: int
 ) -> MemoryBreakdown:
-    """Keys and values of all sequences under way at their longest, one turn's activations
+    """``cache_memory``, one turn's activations (at most ``MAX_PROMPT_TOKENS`` or one prompt), and
 
-    (at most ``MAX_PROMPT_TOKENS`` or one prompt), and a group's logits: parts, whole, and three
-    fp32 copies while a token is chosen. Where decode turns are CUDA graphs, activations and logits
-    of one stay, in the memory that the graphs share, while prompts enter.
+    a group's logits.
     """
     s, workload = allocation.strategy, problem.workload_of(call.name)
     value_bytes = VALUE_BYTES[problem.cluster.kind]
     shape = stage_shapes(spec, s.pp)[stage]
-    num_sequences = ceil(workload.batch_size / s.dp) * workload.group_size
-    rows = min(allocation.generation_batch or num_sequences, num_sequences)
-    group = ceil(rows / min(allocation.num_micro_batches, rows))
-    kv_width = 2 * spec.cached_kv_heads(s.tp) * spec.head_dim
-    rows_bytes = rows * workload.max_tokens * kv_width * value_bytes
+    rows, group = generation_rows(problem, call, allocation)
     limit = max(MAX_PROMPT_TOKENS, workload.prompt_tokens)
     # Sequences of one prompt share its pass; rows that are no whole number of prompts cut one more.
     prompts = min(group, ceil(group / workload.group_size) + (group % workload.group_size > 0))
     tokens = min(prompts * workload.prompt_tokens, limit) + group
-    logits = group * spec.vocab * (2 * value_bytes + 3 * 4) if shape.last else 0
+    cache = cache_memory(problem, call, allocation, spec, stage)
     graphs = decodes_as_graph(spec, problem.cluster.kind)
-    return MemoryBreakdown(
-        kv_cache=shape.num_layers * rows_bytes,
-        activations=(tokens + group * graphs) * working_values(spec, s) * value_bytes,
-        logits=logits * (1 + graphs),
+    return cache + MemoryBreakdown(
+        activations=tokens * working_values(spec, s) * value_bytes,
+        logits=_chosen_bytes(spec, group, value_bytes) if shape.last else 0,
         # Without graphs, a block's keys or values are there twice while they grow.
-        buffers=(0 if graphs else rows_bytes // 2)
+        buffers=(0 if graphs else _row_bytes(problem, call, s, spec) * rows // 2)
         + packed_values(spec, shape, s.tp, problem.cluster.kind) * value_bytes
         + (2 * tokens * spec.hidden * value_bytes if s.pp > 1 else 0),
     )  # fmt: skip
+
+
+def cache_memory(
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation, spec: ModelSpec, stage: int
+) -> MemoryBreakdown:
+    """Of a GENERATE call's ``running_memory`` what may stay for the next step's generation.
+
+    Keys and values of all sequences under way at their longest. Where decode turns are CUDA graphs,
+    also the memory that these share: activations and logits of one turn.
+    """
+    s, kind = allocation.strategy, problem.cluster.kind
+    shape = stage_shapes(spec, s.pp)[stage]
+    rows, group = generation_rows(problem, call, allocation)
+    graphs = decodes_as_graph(spec, kind)
+    return MemoryBreakdown(
+        kv_cache=shape.num_layers * rows * _row_bytes(problem, call, s, spec),
+        activations=graphs * group * working_values(spec, s) * VALUE_BYTES[kind],
+        logits=graphs * _chosen_bytes(spec, group, VALUE_BYTES[kind]) if shape.last else 0,
+    )
+
+
+def generation_rows(
+    problem: Problem, call: ModelFunctionCall, allocation: Allocation
+) -> tuple[int, int]:
+    """Sequences that a GENERATE call has under way at once: (at most, of these in a group)."""
+    workload = problem.workload_of(call.name)
+    num_sequences = ceil(workload.batch_size / allocation.strategy.dp) * workload.group_size
+    rows = min(allocation.generation_batch or num_sequences, num_sequences)
+    return rows, ceil(rows / min(allocation.num_micro_batches, rows))
+
+
+def _row_bytes(
+    problem: Problem, call: ModelFunctionCall, s: ParallelStrategy, spec: ModelSpec
+) -> int:
+    """A block's keys and values of one sequence at its longest."""
+    width = 2 * spec.cached_kv_heads(s.tp) * spec.head_dim
+    return problem.workload_of(call.name).max_tokens * width * VALUE_BYTES[problem.cluster.kind]
+
+
+def _chosen_bytes(spec: ModelSpec, group: int, value_bytes: int) -> int:
+    """A group's logits while tokens are chosen: parts, whole, and three fp32 copies."""
+    return group * spec.vocab * (2 * value_bytes + 3 * 4)

@@ -1,8 +1,8 @@
 """Bytes on every device of a plan over a step: ``memory_over_time``, and whether it fits.
 
 One call's bytes are ``memory.py``'s; here is what stays between calls, what is borrowed for some
-of them, and what comes from the host's memory for one. Borrowed weights keep their memory between
-steps where there is enough of it: ``kept_layouts``.
+of them, and what comes from the host's memory for one. Borrowed weights and caches of generation
+keep their memory between steps where there is enough of it: ``kept_layouts``, ``kept_caches``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from planner.memory import (
     STAGING_BYTES,
     MemoryBreakdown,
     average_bytes,
+    cache_memory,
     held_memory,
     leaves_device,
     offloaded_memory,
     running_memory,
 )
+from planner.mesh import DeviceMesh
 from planner.plan import ExecutionPlan
 from planner.strategy import ParallelStrategy
 from profiles.errors import InfeasibleError
@@ -90,11 +92,40 @@ def kept_layouts(plan: ExecutionPlan) -> frozenset[Held]:
     kept: frozenset[Held] = frozenset()
     for held in dict.fromkeys((*_borrowed(plan, homes), *averaged)):
         moments = memory_over_time(plan, kept=kept | {held})
-        devices = held[1].mesh.devices
-        limit = KEPT_SHARE * memory_bytes_of(devices[0], plan)
-        if all(fullest(moments[device]).need.total <= limit for device in devices):
+        if _leaves_room(plan, moments, held[1].mesh):
             kept |= {held}
     return kept
+
+
+def kept_caches(plan: ExecutionPlan, kept: frozenset[Held]) -> frozenset[str]:
+    """Calls whose generation leaves its cache to the next step's, where a plan has room for it.
+
+    With a cache stay the graphs of its decode turns, which know where the weights lie: they stay
+    there too, at home or in a ``kept`` layout, and are not offloaded. In the order of the step each
+    cache is kept that leaves its devices at most ``KEPT_SHARE`` full at their fullest.
+    """
+    homes = home_strategies(plan)
+    caches: frozenset[str] = frozenset()
+    for call in plan.problem.graph.step_calls:
+        if call.kind is not CallKind.GENERATE or call.role is None:
+            continue
+        allocation = plan.allocations[call.name]
+        layout = Layout.of(plan.problem.models[call.role], allocation.mesh, allocation.strategy)
+        stays = layout in homes[call.role] or (call.role, layout) in kept
+        if allocation.offload or not stays:
+            continue
+        moments = memory_over_time(plan, kept=kept, caches=caches | {call.name})
+        if _leaves_room(plan, moments, allocation.mesh):
+            caches |= {call.name}
+    return caches
+
+
+def _leaves_room(
+    plan: ExecutionPlan, moments: Mapping[int, Sequence[MemoryMoment]], mesh: DeviceMesh
+) -> bool:
+    """Are a mesh's devices at most ``KEPT_SHARE`` full at their fullest?"""
+    limit = KEPT_SHARE * memory_bytes_of(mesh.first, plan)
+    return all(fullest(moments[device]).need.total <= limit for device in mesh.devices)
 
 
 class MemoryMoment(NamedTuple):
@@ -106,18 +137,22 @@ class MemoryMoment(NamedTuple):
 
 
 def memory_over_time(
-    plan: ExecutionPlan, *, kept: frozenset[Held] | None = None
-) -> Mapping[int, tuple[MemoryMoment, ...]]:
+    plan: ExecutionPlan, *, kept: frozenset[Held] | None = None,
+    caches: frozenset[str] = frozenset(),
+) -> Mapping[int, tuple[MemoryMoment, ...]]:  # fmt: skip
     """Every device's bytes over a step: between calls, then in each of its calls in their order.
 
     What stays, what the call needs while it runs, and weights that are borrowed for it, or for
-    calls before and after it. ``kept``: see ``kept_layouts``, whose answer is taken for None; with
-    none kept a plan needs least, and as much as the search counts.
+    calls before and after it. ``kept`` and ``caches``: see ``kept_layouts`` and ``kept_caches``,
+    whose answers are taken for ``kept`` None; with none kept a plan needs least, and as much as the
+    search counts.
     """
     problem, kind = plan.problem, plan.problem.cluster.kind
     homes = home_strategies(plan)
-    kept = kept_layouts(plan) if kept is None else kept
-    resident = _resident(plan, homes, kept)
+    if kept is None:
+        kept = kept_layouts(plan)
+        caches = kept_caches(plan, kept)
+    resident = _resident(plan, homes, kept, caches)
     borrowed = _borrowed(plan, homes)
     found = {device: [MemoryMoment("", need)] for device, need in resident.items()}
     for position, call in enumerate(problem.graph.step_calls):
@@ -127,6 +162,9 @@ def memory_over_time(
         if spec is not None:
             pp = allocation.strategy.pp
             stages = [running_memory(problem, call, allocation, spec, stage) for stage in range(pp)]
+            if call.name in caches:
+                there_anyway = _cache_of(plan, call.name)
+                stages = [need - own for need, own in zip(stages, there_anyway, strict=True)]
             if leaves_device(allocation, kind):
                 trained = call.kind is CallKind.TRAIN
                 held = [
@@ -179,13 +217,14 @@ def fullest(moments: Sequence[MemoryMoment]) -> MemoryMoment:
 
 
 def plan_memory(
-    plan: ExecutionPlan, *, kept: frozenset[Held] | None = None
-) -> Mapping[int, MemoryBreakdown]:
+    plan: ExecutionPlan, *, kept: frozenset[Held] | None = None,
+    caches: frozenset[str] = frozenset(),
+) -> Mapping[int, MemoryBreakdown]:  # fmt: skip
     """The fullest moment of every device of the cluster: what stays, and the worst call.
 
-    ``kept`` as ``memory_over_time`` has it.
+    ``kept`` and ``caches`` as ``memory_over_time`` has them.
     """
-    moments = memory_over_time(plan, kept=kept)
+    moments = memory_over_time(plan, kept=kept, caches=caches)
     return {device: fullest(own).need for device, own in moments.items()}
 
 
@@ -282,6 +321,7 @@ def _resident(
     plan: ExecutionPlan,
     homes: Mapping[str, Mapping[Layout, ParallelStrategy]],
     kept: frozenset[Held],
+    caches: frozenset[str],
 ) -> dict[int, MemoryBreakdown]:
     """What every device holds at all times."""
     kind = plan.problem.cluster.kind
@@ -315,7 +355,24 @@ def _resident(
     if kind == "cpu":
         for device in {device for _, layout in kept for device in layout.mesh.devices}:
             found[device] += MemoryBreakdown(buffers=STAGING_BYTES[kind])
+    for name in caches:
+        stages, mesh = _cache_of(plan, name), plan.allocations[name].mesh
+        width = mesh.num_devices // len(stages)
+        for device in mesh.devices:
+            found[device] += stages[(device - mesh.first) // width]
     return found
+
+
+def _cache_of(plan: ExecutionPlan, name: str) -> list[MemoryBreakdown]:
+    """What stays of a generation, on a device of each stage."""
+    call, allocation, spec = (
+        plan.problem.graph.call(name), plan.allocations[name], plan.problem.spec_of(name)
+    )  # fmt: skip
+    assert spec is not None, name
+    return [
+        cache_memory(plan.problem, call, allocation, spec, stage)
+        for stage in range(allocation.strategy.pp)
+    ]
 
 
 def _offloaded(plan: ExecutionPlan, role: str) -> set[Layout]:

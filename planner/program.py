@@ -40,7 +40,7 @@ from planner.instructions import (
 )
 from planner.layout import Layout
 from planner.plan import ExecutionPlan, validate_plan
-from planner.plan_memory import kept_layouts, read_ahead
+from planner.plan_memory import Held, kept_caches, kept_layouts, read_ahead
 from planner.transfers import Arrivals, Parcel, plan_transfers, readers_of
 
 __all__ = [
@@ -97,10 +97,13 @@ def what_leaves(call: ModelFunctionCall) -> Offloaded:
 
 
 class _Compiler:
-    """Builds instructions, numbered from ``first_index`` on; lives for one ``compile_plan``."""
+    """Builds instructions, numbered from ``first_index`` on; lives for one ``compile_plan``.
 
-    def __init__(self, plan: ExecutionPlan, first_index: int = 0) -> None:
-        self.plan = plan
+    ``caches``: calls whose cache stays.
+    """
+
+    def __init__(self, plan: ExecutionPlan, caches: frozenset[str], first_index: int = 0) -> None:
+        self.plan, self.caches = plan, caches
         self.problem = plan.problem
         self.graph = plan.problem.graph
         self.homes = home_layouts(plan)
@@ -117,7 +120,8 @@ class _Compiler:
         for rank in ranks:
             self.step[rank].append(instruction)
 
-    def setup(self) -> dict[int, tuple[Instruction, ...]]:
+    def setup(self, kept: frozenset[Held]) -> dict[int, tuple[Instruction, ...]]:
+        """Before the first step; ``kept``: borrowed layouts whose memory stays."""
         loads: dict[int, list[Instruction]] = defaultdict(list)
         offloaded = {
             (call.role, call_layout(self.plan, call.name)): what_leaves(call)
@@ -134,8 +138,7 @@ class _Compiler:
                     found.append(Offload(index=self.index(), role=role, layout=layout, what=what))
                 for rank in layout.mesh.devices:
                     loads[rank].extend(found)
-        order = sorted(kept_layouts(self.plan), key=lambda held: (held[0], held[1].key))
-        for role, layout in order:
+        for role, layout in sorted(kept, key=lambda held: (held[0], held[1].key)):
             (home,) = self.homes[role]
             reserve = Reserve(
                 index=self.index(), role=role, source=home, destination=layout,
@@ -179,9 +182,7 @@ class _Compiler:
             self.emit_borrowing(call, last_use, present)
             self.emit_swap(Reload, call)
             self.emit_receives(call, own, received)
-            self.emit(
-                mesh.devices, CALL_INSTRUCTIONS[call.kind](index=self.index(), call=call.name)
-            )
+            self.emit(mesh.devices, self.instruction_of(call))
             self.emit_swap(Offload, call)
             self.emit_sends(call, own)
             layout = call_layout(self.plan, call.name)
@@ -190,6 +191,11 @@ class _Compiler:
         for average in self.graph.averages if whole else ():
             self.emit_average(average)
         return {rank: tuple(instructions) for rank, instructions in self.step.items()}
+
+    def instruction_of(self, call: ModelFunctionCall) -> Instruction:
+        if call.kind is CallKind.GENERATE:
+            return Generate(index=self.index(), call=call.name, keeps=call.name in self.caches)
+        return CALL_INSTRUCTIONS[call.kind](index=self.index(), call=call.name)
 
     def emit_borrowing(
         self,
@@ -326,14 +332,16 @@ def compile_plan(plan: ExecutionPlan) -> Program:
         PlanError: the plan cannot run (see ``validate_plan``).
     """
     validate_plan(plan)
-    compiler, graph = _Compiler(plan), plan.problem.graph
-    setup = compiler.setup()
+    kept, graph = kept_layouts(plan), plan.problem.graph
+    caches = kept_caches(plan, kept)
+    compiler = _Compiler(plan, caches)
+    setup = compiler.setup(kept)
     if not graph.ahead:
         return Program(setup=setup, step=compiler.compile_step(graph.calls))
     first = compiler.compile_step(graph.ahead, whole=False)
     step = compiler.compile_step(graph.step_calls)
     last = compiler.compile_step([call for call in graph.calls if call not in graph.ahead])
-    alone = _Compiler(on_policy(plan), compiler.next_index)
+    alone = _Compiler(on_policy(plan), caches, compiler.next_index)
     return Program(
         setup=setup, step=step,
         ahead=Ahead(first=first, last=last, alone=alone.compile_step(graph.calls)),

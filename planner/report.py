@@ -23,6 +23,7 @@ from planner.plan_memory import alike, fullest_device, memory_bytes_of, memory_o
 from planner.program import (
     Average,
     Free,
+    Generate,
     Instruction,
     Load,
     Offload,
@@ -340,6 +341,8 @@ def _describe(plan: ExecutionPlan, rank: int, instruction: Instruction) -> tuple
         place += f" ep {dp_rank % s.ep}/{s.ep}"
     if instruction.call in (call.name for call in plan.problem.graph.ahead):
         place += ", for the step that follows"
+    if isinstance(instruction, Generate) and instruction.keeps:
+        place += ", keeps its cache"
     return name, f"{instruction.call} on {allocation} as {place}"
 
 

@@ -17,8 +17,8 @@ turns move one stage on and the last stage tells everybody its tokens. For pp 2 
 Replicas whose experts lie on one another's ranks tick together, to the last tick of the slowest: in
 a tick in which a stage holds no turn, its experts compute for the others' tokens.
 
-Which token is chosen is ``sampling.py``'s, where keys and values lie ``kv_cache.py``'s, and turns
-without prompts as CUDA graphs ``static_step.py``'s.
+Which token is chosen is ``sampling.py``'s, where keys and values lie ``kv_cache.py``'s, turns
+without prompts as CUDA graphs ``static_step.py``'s, and what stays of both ``caches.py``'s.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from torch import Tensor
 from executor.batch import SequenceBatch
 from executor.cuda_graph import Capture
 from executor.generate.answers import Answer, batch_of, begun
+from executor.generate.caches import Caches, shares
 from executor.generate.kv_cache import KVCache, Turn
 from executor.generate.prefixes import Alike, Prefixes
 from executor.generate.sampling import SamplingParams, sample, uniform
@@ -58,6 +59,7 @@ def generate(
     max_rows: int | None = None,
     max_prompt_tokens: int = MAX_PROMPT_TOKENS,
     capture: Capture | None = None,
+    caches: Caches | None = None,
 ) -> SequenceBatch:
     """Answers to ``prompts`` (int64 token ids [length] each), in their order.
 
@@ -72,6 +74,8 @@ def generate(
         max_prompt_tokens: prompt tokens of one turn, unless a single prompt has more.
         capture: what makes a graph of a turn without prompts, where the model has no experts;
             None: none is made. All ranks of a tensor-parallel group have one or none.
+        caches: of earlier generations by this call, which this one leaves to the next; None: its
+            own are gone with it. Where they are too small they give their memory up, for its own.
 
     Returns:
         per token: ``sequences`` (prompt and answer with its stop token) and ``log_probs`` fp32
@@ -89,13 +93,15 @@ def generate(
             raise ConfigError(f"{name} is {count}, not at least 1", where="generation")
     sequences = begun(stage.spec, prompts, samples, params)
     num_rows = min(len(sequences), max_rows or len(sequences))
+    rows = shares(num_rows, min(num_groups, num_rows))
+    longest = max((sequence.limit for sequence in sequences), default=0)
+    if caches is not None and not caches.hold(rows, longest):
+        caches.clear()
+        caches = None
+    held = (caches or Caches(rows, longest)).begin(stage, params, (seed, step), capture)
     groups = [
-        _Group(cache=_cache(stage, sequences, capacity))
-        for capacity in _shares(num_rows, min(num_groups, num_rows))
+        _Group(max_rows=own, cache=cache, static=static) for own, (cache, static) in zip(rows, held)
     ]
-    if capture is not None and stage.spec.decode_is_static:
-        for group in groups:
-            group.static = StaticDecode(stage, group.cache, params, (seed, step), capture)
     waiting = deque(sequences)
     with torch.no_grad(), packed_weights(stage.linear_weights()):
         _Ticks(stage, groups, waiting, params, (seed, step), max_prompt_tokens).run()
@@ -104,11 +110,12 @@ def generate(
 
 @dataclass(slots=True, kw_only=True)
 class _Group:
-    """Sequences that take their turns together, in the rows of one cache.
+    """Sequences that take their turns together, in at most ``max_rows`` rows of one cache.
 
     ``static``: runs the turns without prompts, or None: they run as the others do.
     """
 
+    max_rows: int
     cache: KVCache
     static: StaticDecode | None = None
     sequences: list[Answer] = field(default_factory=list)
@@ -199,7 +206,7 @@ class _Ticks:
         new: list[Answer] = []
         alike: list[Alike] = []
         old = group.sequences
-        free_rows = group.cache.max_rows - len(old)
+        free_rows = group.max_rows - len(old)
         if not self.waiting or not free_rows:
             return new, alike
         prefixes = Prefixes()
@@ -308,28 +315,6 @@ class _Ticks:
             waits_for += works
         for work in waits_for:
             work.wait()
-
-
-# ---- before and after -------------------------------------------------------------------------
-
-
-def _shares(count: int, parts: int) -> list[int]:
-    """``count`` in ``parts`` nearly equal shares."""
-    return [count // parts + (index < count % parts) for index in range(parts)]
-
-
-def _cache(stage: DecoderStage, sequences: Sequence[Answer], max_rows: int) -> KVCache:
-    spec = stage.spec
-    return KVCache(
-        num_layers=len(stage.layers),
-        num_kv_heads=spec.cached_kv_heads(stage.ctx.layout.tp),
-        head_dim=spec.head_dim,
-        max_rows=max_rows,
-        max_columns=max(sequence.limit for sequence in sequences),
-        dtype=stage.buffer.flat.dtype,
-        device=stage.ctx.device,
-        window=spec.sliding_window,
-    )
 
 
 def _input_ids(old: Sequence[Answer], new: Sequence[Answer], lengths: Sequence[int]) -> Tensor:

@@ -92,10 +92,20 @@ def uniform(seed: int, step: int, samples: Tensor, positions: Tensor) -> Tensor:
     in which every bit of the input moves half of the output's: each key is mixed into the hash
     of the keys before it.
     """
+    return uniform_of(samples ^ noise_key(seed, step), positions)
+
+
+def noise_key(seed: int, step: int) -> int:
+    """The hash of both, as a signed integer of 64 bits."""
     prefix = 0
     for word in (seed, step):
         prefix = _mix_int((prefix ^ (word & WORD)) + GOLDEN_GAMMA)
-    state = _mix((samples ^ _signed(prefix)) + _signed(GOLDEN_GAMMA))
+    return _signed(prefix)
+
+
+def uniform_of(keyed: Tensor, positions: Tensor) -> Tensor:
+    """``uniform``, from ``keyed`` = samples ^ ``noise_key``: no number but tensors' values."""
+    state = _mix(keyed + _signed(GOLDEN_GAMMA))
     state = _mix((state ^ positions) + _signed(GOLDEN_GAMMA))
     return _shift_right(state, 11).double() * 2.0**-53
 

@@ -14,11 +14,12 @@ reads, are read once for all; in return some ten shapes lie between a call's fir
 its last. Rows without a sequence are rows of the cache that are not in use; they write and read
 their own first column only.
 
-Graphs last for one ``generate``: they hold the addresses of a cache that is free memory between
-calls, by the planner's books. Capturing costs the host about what some turns without a graph do, so
-a shape is captured when it comes for the ``TURNS_BEFORE`` + 1st time: no graph is made for shapes
-that hardly come, and no more is lost than twice what the best choice costs (renting or buying skis;
-Karlin et al. 1988).
+Graphs last as long as their cache, whose addresses they hold (``caches.py``): what is another's in
+another generation, its noise too, is in the inputs. Capturing costs the host about what some turns
+without a graph do, so a shape is captured when it comes for the ``TURNS_BEFORE`` + 1st time: no
+graph is made for shapes that hardly come, and no more is lost than twice what the best choice costs
+(renting or buying skis; Karlin et al. 1988). A graph that a whole generation did not replay goes:
+each holds some memory of its own, and shapes change as answers do.
 
 Not here: turns that bring prompts, and experts, whose numbers of rows the device must be asked for
 (``ModelSpec.decode_is_static``).
@@ -36,7 +37,7 @@ from torch import Tensor
 from executor.cuda_graph import Action, Capture
 from executor.generate.answers import Answer
 from executor.generate.kv_cache import KVCache, Turn
-from executor.generate.sampling import SamplingParams, sample, uniform
+from executor.generate.sampling import SamplingParams, noise_key, sample, uniform_of
 from executor.model.attention import PackedLengths
 from executor.model.transformer import DecoderStage
 from executor.parallel.tensor import gather_vocab
@@ -70,26 +71,18 @@ def rounded_rows(live: int, most: int) -> int:
 
 
 class StaticDecode:
-    """The decode turns of the sequences in the rows of ``cache``, on one stage.
+    """The decode turns of the sequences in the rows of ``cache``, on one stage; ``begin`` first.
 
-    ``cache`` gets all of its columns. ``noise_key``: (seed, step). ``captured``: graphs by
-    (rows, columns).
+    ``cache`` gets all of its columns. ``captured``: graphs by (rows, columns), of which
+    ``replayed`` ones ran in this generation.
     """
 
-    def __init__(
-        self,
-        stage: DecoderStage,
-        cache: KVCache,
-        params: SamplingParams,
-        noise_key: tuple[int, int],
-        capture: Capture,
-    ) -> None:
+    def __init__(self, stage: DecoderStage, cache: KVCache, params: SamplingParams) -> None:
         self.stage, self.cache, self.params = stage, cache, params
-        self.noise_key, self.capture = noise_key, capture
         cache.hold_all()
         device, rows = stage.ctx.device, cache.max_rows
         dtype, width = stage.buffer.flat.dtype, stage.spec.hidden
-        # Of every row: its newest token, that token's position, its sample, may it stop.
+        # Of every row: its newest token, that token's position, its sample keyed, may it stop.
         self.inputs = torch.zeros(4, rows, dtype=torch.long, device=device)
         self.staging = torch.zeros(4, rows, dtype=torch.long, pin_memory=device.type == "cuda")
         self.first_slots = torch.arange(rows, device=device) * cache.max_columns
@@ -103,6 +96,13 @@ class StaticDecode:
         )
         self.turns: Counter[tuple[int, int]] = Counter()
         self.captured: dict[tuple[int, int], Action] = {}
+        self.replayed: set[tuple[int, int]] = set()
+
+    def begin(self, seed: int, step: int, capture: Capture) -> None:
+        """Before each generation, with what its noise is keyed by."""
+        self.key, self.capture = noise_key(seed, step), capture
+        self.captured = {key: self.captured[key] for key in self.replayed}
+        self.replayed = set()
 
     def run(self, sequences: Sequence[Answer], hidden: Tensor | None) -> Tensor:
         """One more token of each of ``sequences``, which are those of the cache's rows.
@@ -128,7 +128,8 @@ class StaticDecode:
         """Rows without a sequence get zeros: their first column, which nobody reads, is written."""
         least = self.params.min_new_tokens
         rows = [
-            (s.answer[-1], s.length - 1, s.sample, int(len(s.answer) >= least)) for s in sequences
+            (s.answer[-1], s.length - 1, s.sample ^ self.key, int(len(s.answer) >= least))
+            for s in sequences
         ]
         self.staging.zero_()
         self.staging[:, : len(rows)] = torch.tensor(rows, dtype=torch.long).T
@@ -143,6 +144,7 @@ class StaticDecode:
                 step()
                 return
             self.captured[key] = self.capture(step)
+        self.replayed.add(key)
         self.captured[key]()
 
     def step(self, rows: int, columns: int) -> None:
@@ -150,7 +152,7 @@ class StaticDecode:
 
         tokens. May be run any number of times for one turn.
         """
-        tokens, positions, samples, may_stop = self.inputs[:, :rows].unbind()
+        tokens, positions, keyed, may_stop = self.inputs[:, :rows].unbind()
         lengths = positions + 1  # with the newest token
         turn = Turn(
             cache=self.cache,
@@ -172,7 +174,7 @@ class StaticDecode:
             self.result[:rows].copy_(hidden)
             return
         logits = gather_vocab(self.stage.head(hidden), self.stage.ctx)  # [rows, vocab]
-        u = uniform(*self.noise_key, samples, lengths)
+        u = uniform_of(keyed, lengths)
         allow_stop = may_stop.bool() if self.params.min_new_tokens else None
         chosen = sample(logits, u, self.params, allow_stop, static=True)
         for row, values in zip(self.result, chosen, strict=True):

@@ -164,7 +164,9 @@ def static_decode(
         max_rows=max_rows, max_columns=columns, dtype=stage.buffer.flat.dtype,
         device=stage.ctx.device, window=spec.sliding_window,
     )  # fmt: skip
-    return StaticDecode(stage, cache, setting, (1, 2), Graphs())
+    decode = StaticDecode(stage, cache, setting)
+    decode.begin(1, 2, Graphs())
+    return decode
 
 
 def three_rows(stage: DecoderStage, garbage: float) -> tuple[Tensor, list[Tensor], StaticDecode]:

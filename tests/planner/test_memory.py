@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.generation.graph import ALGORITHM as GENERATION
 from experiments.ppo.graph import ALGORITHM
 from planner.activations import BlockKernels, kept_bytes, working_values
 from planner.algorithm import make_config, make_problem
@@ -19,6 +20,7 @@ from planner.memory import (
     RESERVE_BYTES,
     STAGING_BYTES,
     MemoryBreakdown,
+    cache_memory,
     call_memory,
     held_memory,
     running_bytes,
@@ -30,11 +32,12 @@ from planner.plan_memory import (
     KEPT_SHARE,
     check_memory,
     home_strategies,
+    kept_caches,
     kept_layouts,
     memory_over_time,
     plan_memory,
 )
-from planner.program import Reserve, compile_plan, home_layouts
+from planner.program import Generate, Reserve, compile_plan, home_layouts
 from planner.program_check import check_program
 from planner.strategy import ParallelStrategy
 from profiles.catalogue import MODELS, resolve_model
@@ -249,7 +252,7 @@ def test_homes_are_the_programs() -> None:
 def test_every_role_stays_and_the_worst_call_is_added() -> None:
     allocation = allocate(tp=8, m=16)
     plan = plan_of(allocation)
-    need = plan_memory(plan)
+    need = plan_memory(plan, kept=frozenset())
     assert set(need) == set(range(8))
     actor = call_memory(plan.problem, "actor_train", allocation)
     critic = call_memory(plan.problem, "critic_train", allocation)
@@ -306,7 +309,7 @@ def test_a_borrowed_layout_is_gone_when_the_role_trains_unless_its_memory_is_kep
     home, other = allocate(tp=8, m=1), allocate(tp=4, m=16)
     together, apart = plan_of(home), plan_of(home, actor_gen=other)
     # One micro-batch: training is the fullest moment, with or without the borrowed weights.
-    without = plan_memory(together)[0]
+    without = plan_memory(together, kept=frozenset())[0]
     assert plan_memory(apart, kept=frozenset())[0] == without
     assert without.gradients > 0
     layouts = [Layout.of(SPEC, one.mesh, one.strategy) for one in (home, other)]
@@ -315,14 +318,15 @@ def test_a_borrowed_layout_is_gone_when_the_role_trains_unless_its_memory_is_kep
     assert (
         stored_bytes > 0.9 * call_memory(apart.problem, "actor_gen", other).weights
     )  # norms are lent
-    assert plan_memory(apart)[0] == replace(without, weights=without.weights + stored_bytes)
-    assert plan_memory(apart)[7] == plan_memory(together)[7]
+    need = plan_memory(apart, kept=kept_layouts(apart))
+    assert need[0] == replace(without, weights=without.weights + stored_bytes)
+    assert need[7] == plan_memory(together, kept=frozenset())[7]
 
 
 def test_memory_is_kept_where_a_tenth_of_the_device_stays_free() -> None:
     """And the program says so: it reserves what is kept."""
     apart = plan_of(allocate(tp=8, m=1), actor_gen=allocate(tp=4, m=16))
-    need = plan_memory(apart)[0].total
+    need = plan_memory(apart, kept=kept_layouts(apart))[0].total
     for limit, kept in ((need / KEPT_SHARE + 1, True), (need / KEPT_SHARE - 1, False)):
         cluster = apart.problem.cluster.with_memory_limit(int(limit))
         plan = replace(apart, problem=replace(apart.problem, cluster=cluster))
@@ -340,6 +344,57 @@ def test_memory_is_kept_where_a_tenth_of_the_device_stays_free() -> None:
         check_program(plan, program)
 
 
+def test_a_kept_cache_is_there_at_all_times_and_counted_once() -> None:
+    """Also what decode graphs share, which on each stage is that stage's."""
+    plan = plan_of(allocate(pp=2, tp=4, m=4))
+    assert kept_caches(plan, frozenset()) == {"actor_gen"}
+    call, allocation = plan.problem.graph.call("actor_gen"), plan.allocations["actor_gen"]
+    moments = memory_over_time(plan)
+    for device, without in memory_over_time(plan, kept=frozenset()).items():
+        stage = device // 4
+        cache = cache_memory(plan.problem, call, allocation, SPEC, stage)
+        assert cache.kv_cache == BATCH * TOKENS * 16 * 2 * 4096 // 4 * 2
+        group = BATCH // 4
+        assert cache.logits == (group * SPEC.vocab * (2 * 2 + 3 * 4) if stage else 0)
+        assert cache.activations > 0
+        for before, now in zip(without, moments[device], strict=True):
+            more = MemoryBreakdown() if now.call == "actor_gen" else cache
+            assert now.need == before.need + more, (device, now.call)
+
+
+def test_a_cache_is_kept_where_a_tenth_of_the_device_stays_free() -> None:
+    """And the program says so, in an evaluation's step as well."""
+    whole = plan_of(allocate(tp=8, m=1))
+    need = plan_memory(whole, kept=frozenset(), caches=frozenset({"actor_gen"}))[0].total
+    graph = replace(whole.problem.graph, max_staleness=1)
+    for limit, kept in ((need / KEPT_SHARE + 1, True), (need / KEPT_SHARE - 1, False)):
+        cluster = whole.problem.cluster.with_memory_limit(int(limit))
+        problem = replace(whole.problem, cluster=cluster)
+        plan = replace(whole, problem=problem)
+        check_memory(plan)
+        assert kept_caches(plan, frozenset()) == ({"actor_gen"} if kept else set())
+        ahead = compile_plan(replace(plan, problem=replace(problem, graph=graph)))
+        assert ahead.ahead is not None
+        steps = [compile_plan(plan).step, ahead.step, ahead.ahead.first, ahead.ahead.alone]
+        for step in steps:
+            (generate,) = (i for i in step[3] if isinstance(i, Generate))
+            assert generate.keeps == kept
+
+
+def test_no_cache_is_kept_whose_weights_come_and_go() -> None:
+    """What is captured of its decode turns would know where they were."""
+    apart = plan_of(allocate(tp=8, m=16), actor_gen=allocate(tp=4, m=16))
+    layouts = kept_layouts(apart)
+    assert layouts
+    assert kept_caches(apart, layouts) == {"actor_gen"}
+    assert kept_caches(apart, frozenset()) == frozenset()
+    config = make_config(GENERATION.config_class, [f"batch_size={BATCH}"])
+    problem = make_problem(GENERATION, config, model=SPEC, critic=SPEC, cluster=CLUSTER)
+    for offload in (False, True):
+        plan = plan_of(replace(allocate(tp=8), offload=offload), problem=problem)
+        assert kept_caches(plan, frozenset()) == (frozenset() if offload else {"actor_gen"})
+
+
 def test_a_plan_that_fits_passes_and_one_that_does_not_is_explained() -> None:
     plan = plan_of(allocate(tp=8, m=16))
     check_memory(plan)
@@ -355,7 +410,7 @@ def test_a_plan_that_fits_passes_and_one_that_does_not_is_explained() -> None:
 
 def test_the_limit_is_sharp() -> None:
     plan = plan_of(allocate(tp=8, m=16))
-    need = plan_memory(plan)[0].total
+    need = plan_memory(plan, kept=frozenset())[0].total
     for limit, fits in ((need, True), (need - 1, False)):
         cluster = plan.problem.cluster.with_memory_limit(limit)
         limited = replace(plan, problem=replace(plan.problem, cluster=cluster))
