@@ -43,7 +43,7 @@ class Caches:
         self.caches: list[KVCache] = []
         self.decodes: list[StaticDecode] = []
 
-    def hold(self, rows: Sequence[int], longest: int) -> bool:
+    def suffice(self, rows: Sequence[int], longest: int) -> bool:
         """Is there a row for every sequence of such groups?"""
         enough = all(own <= here for own, here in zip(rows, self.rows))
         return enough and len(rows) <= len(self.rows) and longest <= self.longest

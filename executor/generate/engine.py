@@ -95,7 +95,7 @@ def generate(
     num_rows = min(len(sequences), max_rows or len(sequences))
     rows = shares(num_rows, min(num_groups, num_rows))
     longest = max((sequence.limit for sequence in sequences), default=0)
-    if caches is not None and not caches.hold(rows, longest):
+    if caches is not None and not caches.suffice(rows, longest):
         caches.clear()
         caches = None
     held = (caches or Caches(rows, longest)).begin(stage, params, (seed, step), capture)

@@ -106,9 +106,9 @@ def test_a_generation_that_needs_more_has_memory_of_its_own_and_nothing_else_is_
     got = run(stage, short, caches=caches, **prompts_of(0))
     assert caches.caches
     assert_equal(got, run(stage, short, **prompts_of(0)))
-    assert not Caches((3,), 40).hold((4,), 40)
-    assert not Caches((3,), 40).hold((2, 2), 40)
-    assert Caches((3, 3), 40).hold((2,), 8)
+    assert not Caches((3,), 40).suffice((4,), 40)
+    assert not Caches((3,), 40).suffice((2, 2), 40)
+    assert Caches((3, 3), 40).suffice((2,), 8)
 
 
 # ---- graphs, of recorded operators ---------------------------------------------------------------

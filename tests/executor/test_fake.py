@@ -21,10 +21,11 @@ from experiments.grpo.graph import ALGORITHM as GRPO
 from experiments.ppo.graph import ALGORITHM as PPO
 from experiments.sft.graph import ALGORITHM as SFT
 from planner.algorithm import Algorithm, make_config, make_problem
+from planner.memory import cache_memory
 from planner.mesh import DeviceMesh
 from planner.plan import Allocation, ExecutionPlan, validate_plan
 from planner.plan_schema import save_plan
-from planner.program import compile_plan
+from planner.program import Generate, Program, compile_plan
 from planner.strategy import ParallelStrategy
 from profiles.catalogue import MODELS
 from profiles.clusters import make_cluster
@@ -130,6 +131,34 @@ def test_what_a_rank_holds_is_what_the_planner_says(name: str, tmp_path: Path) -
     )
     for report in reports:
         assert abs(report.error) < 0.10, (report.ranks, report.peak_at, report.error, report.by)
+
+
+@pytest.mark.parametrize("device", ["a100", "cpu"])
+def test_what_stays_of_a_generation_is_what_the_planner_says(device: str, tmp_path: Path) -> None:
+    """While every later call runs: keys and values, and the memory of a GPU's decode graphs."""
+    plan = plan_of(
+        THIN, 2, allocate(pp=2, m=2), algorithm=GRPO, device=device,
+        sizes=["batch_size=4", "samples_per_prompt=8", "prompt_len=384", "response_len=64"],
+    )  # fmt: skip
+    run = configure(plan, ["init=random"])
+    program = compile_plan(run.plan)
+    call, allocation = plan.problem.graph.call("actor_gen"), plan.allocations["actor_gen"]
+    for rank in (0, 1):
+        kept = check_rank(run, program, (rank,), tmp_path).by
+        without = check_rank(run, without_caches(program), (rank,), tmp_path).by
+        planned = cache_memory(plan.problem, call, allocation, THIN, stage=rank)
+        for name in ("ref_inf", "actor_train"):
+            assert kept[name] - without[name] == pytest.approx(planned.total, rel=0.1), name
+        assert kept["actor_gen"] == pytest.approx(without["actor_gen"], rel=0.01)
+
+
+def without_caches(program: Program) -> Program:
+    """The same, but no generation keeps anything."""
+    step = {
+        rank: tuple(replace(i, keeps=False) if isinstance(i, Generate) else i for i in own)
+        for rank, own in program.step.items()
+    }
+    return replace(program, step=step)
 
 
 def test_a_micro_batch_under_way_keeps_what_its_stage_was_given_and_gave_on(tmp_path: Path) -> None:
