@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from executor.batch import SequenceBatch
+from executor.cuda_graph import GraphCapture
 from executor.dataset import MockData
 from executor.generate import engine
 from executor.generate.caches import Caches
@@ -27,7 +28,7 @@ from planner.plan_memory import kept_caches, kept_layouts
 from planner.program import Generate
 from tests.executor.graphs import Graphs
 from tests.executor.small_models import random_buffer, single_layout, single_stage, small_spec
-from tests.executor.test_decode_graph import assert_same
+from tests.executor.test_decode_graph import assert_same, cuda_stage
 from tests.executor.test_engine import params, run
 from tests.executor.test_staleness import ahead
 from tests.runs import OVERRIDES, Outcome, make_plan, run_rank
@@ -171,6 +172,29 @@ def test_graphs_are_captured_anew_for_another_stage_and_other_sampling(unpacked:
         captured.append(caches.decodes[0])
     assert len(set(captured[:3])) == 3
     assert captured[2] is captured[3]
+
+
+def capture_in(caches: Caches, stage: DecoderStage, stream: torch.cuda.Stream) -> GraphCapture:
+    return GraphCapture(stage.ctx.device, stream, caches.pool)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_that_stay_on_cuda_choose_what_new_ones_choose() -> None:
+    """With new weights, prompts and noise; also after what was there was given up."""
+    stage, stream, rows = cuda_stage(small_spec(), torch.bfloat16), torch.cuda.Stream(), (7,)
+    caches = Caches(rows, LONGEST)
+    for generation in range(4):
+        change_weights(stage, generation)
+        more = prompts_of(generation)
+        more["prompts"] = [prompt.cuda() for prompt in more["prompts"]]
+        if generation == 3:
+            caches.clear()
+        kept, own = (
+            run(stage, SETTING, caches=held, capture=capture_in(held, stage, stream), **more)
+            for held in (caches, Caches(rows, LONGEST))
+        )
+        assert_equal(kept, own)
 
 
 # ---- real workers over steps ---------------------------------------------------------------------

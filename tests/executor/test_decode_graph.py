@@ -265,7 +265,7 @@ def test_replays_with_collectives_and_between_stages(name: str) -> None:
 # ---- on a GPU -----------------------------------------------------------------------------------
 
 
-def _cuda_stage(spec: ModelSpec, dtype: torch.dtype) -> DecoderStage:
+def cuda_stage(spec: ModelSpec, dtype: torch.dtype) -> DecoderStage:
     device = torch.device("cuda", 0)
     layout = single_layout(spec)
     buffer = ParameterBuffer.for_rank(layout, 0, dtype=dtype, device=device)
@@ -281,7 +281,7 @@ def test_graphs_on_cuda_choose_what_eager_turns_choose(name: str, dtype: torch.d
     """Token by token. In bf16, where the number of rows decides roundings and so tokens, the oracle
     is the same step without graphs; in fp32 it is the engine without any.
     """
-    stage, stream = _cuda_stage(DENSE[name], dtype), torch.cuda.Stream()
+    stage, stream = cuda_stage(DENSE[name], dtype), torch.cuda.Stream()
     prompts = [prompt.cuda() for prompt in random_prompts(stage.spec)]
     oracle: Capture | None = (lambda action: action) if dtype == torch.bfloat16 else None
     for setting in SETTINGS.values():
@@ -295,7 +295,7 @@ def test_graphs_on_cuda_choose_what_eager_turns_choose(name: str, dtype: torch.d
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_of_graphs_is_free_after_a_generation() -> None:
-    stage, stream = _cuda_stage(small_spec(), torch.bfloat16), torch.cuda.Stream()
+    stage, stream = cuda_stage(small_spec(), torch.bfloat16), torch.cuda.Stream()
     prompts = [prompt.cuda() for prompt in random_prompts(stage.spec)]
     held = []
     for _ in range(4):
