@@ -8,17 +8,21 @@ previous one is unpacked, the next one packed, and a share of what stays in this
 What came over the network goes on inside a node in a second phase, out of the destination's buffer:
 a rank begins it when all that it receives in the first is in its place.
 
+A rank that holds nothing of the destination only sends, and need not wait: ``carry_out`` then posts
+all that it sends at once and leaves the wait to its caller.
+
 No deadlock: a rank posts all sends and receives of a round at once, waits for them before it posts
 the round after the next, and for all of one phase before it posts any of the other. Both ends cut a
 stream alike, so every round's operations match, in order, between the two ranks of a pair. And each
 waits for operations of the same phase and round only, whose ranks wait for earlier ones before they
 post them: nobody waits for a later phase, nor in one phase for a later round, so no wait is
-circular, also where a rank's operations run in the order in which they were posted (NCCL).
+circular, also where a rank's operations run in the order in which they were posted (NCCL). Who
+leaves its sends behind has posted all that others wait for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,12 +87,14 @@ def carry_out(
     wire_dtype: torch.dtype | None = None,
     staging: Tensor | None = None,
     most_rounds: int | None = None,
+    left: list[Callable[[], None]] | None = None,
 ) -> int:
     """``execute`` with a schedule that was made before, and can be run again and again.
 
     ``staging``: memory to go through, flat and as much as the schedule was made for; None: new.
     ``most_rounds``: leave out all later ones of each phase, where only memory matters
-    (``fake.py``).
+    (``fake.py``). ``left``: where a rank that only sends adds what waits for its sends, if all that
+    it has to pack for them fits the staging at once; until then its source stays as it is.
     """
     one = destination if source is None else source
     assert one is not None, schedule.rank
@@ -102,10 +108,16 @@ def carry_out(
     with torch.no_grad():
         for streams, sends_from in zip(schedule.phases, (source, destination), strict=True):
             rounds = min(num_rounds(streams), most_rounds or num_rounds(streams))
-            # No name keeps its staging while the next phase takes its own.
-            received += _Exchange(streams, schedule.rank, sends_from, destination, like).run(
-                rounds, copies
-            )
+            leaves = left is not None and destination is None and bool(streams)
+            exchange = _Exchange(
+                streams, schedule.rank, sends_from, destination, like,
+                at_once=schedule.staging_values if leaves else None,
+            )  # fmt: skip
+            if left is not None and exchange.all_at_once:
+                left.append(exchange.post(rounds))
+            else:
+                received += exchange.run(rounds, copies)
+            del exchange  # no name keeps its staging while the next phase takes its own
         copies.finish()
     return received * dtype.itemsize
 
@@ -156,11 +168,15 @@ class _Copies:
 
 
 class _Exchange:
-    """A phase's rounds of one rank over a staging buffer of two halves, each one segment a pair."""
+    """A phase's rounds of one rank over a staging buffer of two halves, each one segment a pair.
+
+    ``at_once``: of a rank that only sends, the values that its staging may have. Where that is
+    enough for every round to have its own, all can be posted at once (``all_at_once``).
+    """
 
     def __init__(
         self, streams: Streams, rank: int, source: FlatBoxes | None,
-        destination: FlatBoxes | None, like: Tensor,
+        destination: FlatBoxes | None, like: Tensor, *, at_once: int | None,
     ) -> None:  # fmt: skip
         self.streams, self.rank, self.dtype = streams, rank, like.dtype
         self.source, self.destination = source, destination
@@ -175,10 +191,12 @@ class _Exchange:
             )
             for pair, parts in streams.items()
         }
-        halves, width = min(2, num_rounds(streams)), sum(self.sizes.values())
-        if like.numel() < halves * width:
-            like = like.new_empty(halves * width)
-        self.staging = like[: halves * width].view(halves, width)
+        rounds, width = num_rounds(streams), sum(self.sizes.values())
+        self.all_at_once = at_once is not None and rounds * width <= at_once
+        held = rounds if self.all_at_once else min(2, rounds)
+        if like.numel() < held * width:
+            like = like.new_empty(held * width)
+        self.staging = like[: held * width].view(held, width)
         self.under_way: dict[int, _Round] = {}
 
     def _own(self, pair: Pair) -> FlatBoxes:
@@ -206,11 +224,21 @@ class _Exchange:
             received += self.finish(index)
         return received
 
+    def post(self, num_rounds: int) -> Callable[[], None]:
+        """Begins all rounds; returns what waits for them."""
+        for index in range(num_rounds):
+            self.start(index)
+        return self._wait
+
+    def _wait(self) -> None:
+        for index in sorted(self.under_way):
+            self.finish(index)
+
     def start(self, index: int) -> None:
         """Packs and posts round ``index``."""
         operations: list[dist.P2POp] = []
         incoming: list[tuple[Chunk, Tensor]] = []
-        segments = self.staging[index % 2].split(list(self.sizes.values()))
+        segments = self.staging[index % len(self.staging)].split(list(self.sizes.values()))
         for (pair, parts), segment in zip(self.streams.items(), segments, strict=True):
             if index >= len(parts):
                 continue

@@ -47,9 +47,11 @@ class Schedule:
     """One rank's share of a reallocation: by pair its rounds in each of two phases, and what it
 
     copies from itself. In phase 0 it sends from what it had, in phase 1 from what came in phase 0.
+    ``staging_values``: of all chunks that are on their way at once.
     """
 
     rank: int
+    staging_values: int
     phases: tuple[Streams, Streams]
     copies: tuple[ParameterSlice, ...]
 
@@ -84,7 +86,7 @@ def make_schedule(
         for phase, ends in enumerate(all_ends)
     )
     copies = tuple(copy.slice for copy in plan.copies if copy.dst == rank)
-    return Schedule(rank=rank, phases=(first, second), copies=copies)
+    return Schedule(rank=rank, staging_values=staging_values, phases=(first, second), copies=copies)
 
 
 def _boxes(

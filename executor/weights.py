@@ -7,7 +7,7 @@ it moved. What the weights are used for is ``worker.py``'s, which messages bring
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -213,8 +213,12 @@ class Weights:
             num_values = self.staging_bytes // self.dtype.itemsize
             self.staging = torch.empty(num_values, dtype=self.dtype, device=self.device)
 
-    def reallocate(self, instruction: Reallocate) -> int:
-        """Bring a role into another layout; returns the bytes that this rank received."""
+    def reallocate(self, instruction: Reallocate) -> tuple[int, list[Callable[[], None]]]:
+        """Bring a role into another layout; returns the bytes that this rank received.
+
+        And what waits for sends that are left behind (``carry_out``). On CUDA there are none: every
+        instruction ends with all that the device was given.
+        """
         role, layout = instruction.role, instruction.destination
         source = self.buffers.get((role, instruction.source))
         target = None
@@ -228,9 +232,13 @@ class Weights:
             plan = reallocate(*key, devices_per_node=grid.size, first_device=grid.first)
             num_values = self.staging_bytes // self.dtype.itemsize
             self.schedules[key] = make_schedule(plan, self.rank, num_values)
-        return carry_out(
-            self.schedules[key], source, target, staging=self.staging, most_rounds=self.most_rounds
-        )
+        left: list[Callable[[], None]] = []
+        received = carry_out(
+            self.schedules[key], source, target, staging=self.staging,
+            most_rounds=self.most_rounds,
+            left=left if self.problem.cluster.kind == "cpu" else None,
+        )  # fmt: skip
+        return received, left
 
     def free(self, free: Free) -> None:
         """What ``reallocate`` brought is not read again; its memory goes unless it is reserved."""

@@ -7,7 +7,8 @@ order is the program's; the mathematics of a call is the algorithm's (``calls.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from executor.text import TextCodec
 from executor.trace import TraceWriter
 from executor.training import Passes, evaluate, train
 from executor.transfer import Exchange
+from executor.under_way import UnderWay
 from executor.versions import Versions
 from executor.weights import Weights
 from planner.graph import CallKind, ModelFunctionCall
@@ -111,6 +113,7 @@ class Worker:
         self.step_data = StepData(self.problem, data, device)
         self.samples = self.step_data.samples
         self.exchange = Exchange(self.samples)
+        self.under_way = UnderWay(self.problem.graph)
         self.handlers: dict[type, Callable[[Any, dict[str, int]], None]] = {
             Load: self._load,
             Generate: self._generate,
@@ -178,21 +181,36 @@ class Worker:
 
     def _carry_out_all(self, program: ByRank) -> None:
         self.carry_out(program.get(self.rank, ()))
+        self._finish_sends()
         self.exchange.finish()
         self.samples.clear()
 
     def _carry_out(self, instruction: Instruction) -> None:
-        label = label_of(instruction)
+        if self.under_way.holds_back(instruction):
+            self._finish_sends()
+        kind = type(instruction).__name__.lower()
+        with self._at(instruction, kind, label_of(instruction)) as counts:
+            self._handle(instruction, counts)
+
+    def _finish_sends(self) -> None:
+        """Wait for what a reallocation has left under way."""
+        instruction = self.under_way.instruction
+        if instruction is not None:
+            with self._at(instruction, "wait", f"wait for {label_of(instruction)}"):
+                self.under_way.finish()
+
+    @contextmanager
+    def _at(self, instruction: Instruction, kind: str, label: str) -> Iterator[dict[str, int]]:
+        """The watchdog knows of it meanwhile; its span may get counts. Evaluations leave none."""
         evaluating = "evaluating: " if self.evaluating else ""
         self.on_instruction(*self.turn, instruction.index, evaluating + label)
         if self.evaluating:
-            self._handle(instruction, {})
+            yield {}
             return
-        kind = type(instruction).__name__.lower()
         with self.trace.span(
             step=self.step, index=instruction.index, kind=kind, label=label
         ) as counts:
-            self._handle(instruction, counts)
+            yield counts
 
     def _handle(self, instruction: Instruction, counts: dict[str, int]) -> None:
         try:
@@ -216,7 +234,8 @@ class Worker:
         told = self.program.ahead is not None and not self.evaluating
         if told:
             self.versions.tell(instruction, step=self.step)
-        counts["num_bytes"] = self.weights.reallocate(instruction)
+        counts["num_bytes"], left = self.weights.reallocate(instruction)
+        self.under_way.begin(instruction, left)
         if told:
             self.versions.hear(instruction, step=self.step)
 

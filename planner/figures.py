@@ -117,7 +117,8 @@ def timeline(plan: ExecutionPlan, steps: Timeline | None = None) -> Any:
 def executed(spans: Sequence[TraceSpan], *, steps: int = 1) -> Any:
     """The first ``steps`` warm steps of a run as its ranks executed them.
 
-    A transfer is also the wait for what is received, and counts as idle.
+    A transfer is also the wait for what is received, and counts as idle; so does a ``wait``, for
+    weights that leave.
 
     Raises:
         ConfigError: the trace has no step.
@@ -148,7 +149,9 @@ def executed(spans: Sequence[TraceSpan], *, steps: int = 1) -> Any:
 def _kind(kind: str) -> str:
     """Of a bar, from an instruction's."""
     calls = ("generate", "infer", "train", "function")
-    return "call" if kind in calls else "transfer" if kind == "transfer" else "reallocation"
+    if kind in calls:
+        return "call"
+    return "transfer" if kind in ("transfer", "wait") else "reallocation"
 
 
 def _simulated(plan: ExecutionPlan) -> Timeline:

@@ -5,7 +5,8 @@ the whole simulation. A call or a reallocation is a rendezvous: it starts when t
 ranks is free and ends on all of them together. Before a call its ranks together take what its
 producers have made, one producer after another in the graph's order, each as soon as it has ended
 and for the seconds of all that it brings (``transfer_bytes``). The executor's ranks take their
-messages each for itself, and no more than that; what a rank waits less it waits at the call. A
+messages each for itself, and no more than that; what a rank waits less it waits at the call. On
+CPUs those that only give weights go on before these have left, and are priced as if they waited. A
 send, Load and Free take no time; an Average is each rank's own, as long on all; Reload and Offload
 take theirs right before and after their call, which waits for its data while weights come.
 

@@ -20,6 +20,7 @@ from profiles.errors import ConfigError
 class TraceSpan:
     """One instruction of one rank; wall-clock seconds since the epoch.
 
+    Of kind ``wait``: what a rank waited, later, for weights that it had given away to leave.
     ``peak_bytes``: the most memory that the rank held in it (allocated on its GPU, resident on a
     CPU); 0 where it is not known.
     """

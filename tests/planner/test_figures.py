@@ -108,7 +108,7 @@ def test_the_course_of_a_search_is_that_of_its_plan() -> None:
 
 
 def test_an_executed_step_is_drawn_from_its_first_span() -> None:
-    """Oracle: two ranks, a first step that is warm-up, then one of 4 s in which rank 1 idles."""
+    """Oracle: two ranks, a first step that is warm-up, then one of 5 s in which rank 1 idles."""
 
     def span(rank: int, kind: str, label: str, start_s: float, end_s: float) -> TraceSpan:
         step = 0 if start_s < 200 else 1
@@ -121,6 +121,7 @@ def test_an_executed_step_is_drawn_from_its_first_span() -> None:
         span(1, "transfer", "receive sequences", 200, 201), span(1, "infer", "ref_inf", 201, 202),
         span(0, "reallocate", "reallocate actor", 203, 204),
         span(0, "free", "free actor", 204, 204),
+        span(0, "wait", "wait for reallocate actor", 204, 205),
     ]  # fmt: skip
     figure = figures.executed(spans)
     drawn = {
@@ -131,8 +132,9 @@ def test_an_executed_step_is_drawn_from_its_first_span() -> None:
     assert drawn == {
         ("ref_inf", "rank 0"): (0, 3), ("ref_inf", "rank 1"): (1, 1),
         ("transfer", "rank 1"): (0, 1), ("reallocation", "rank 0"): (3, 1),
+        ("transfer", "rank 0"): (4, 1),
     }  # fmt: skip
     shown = {note.y: note.text for note in figure.layout.annotations}
-    assert shown == {"rank 0": "0% idle", "rank 1": "75% idle"}  # what waits to receive is idle
+    assert shown == {"rank 0": "20% idle", "rank 1": "80% idle"}  # whoever waits is idle
     with pytest.raises(ConfigError, match="no step"):
         figures.executed([])
