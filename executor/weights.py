@@ -216,8 +216,8 @@ class Weights:
     def reallocate(self, instruction: Reallocate) -> tuple[int, list[Callable[[], None]]]:
         """Bring a role into another layout; returns the bytes that this rank received.
 
-        And what waits for sends that are left behind (``carry_out``). On CUDA there are none: every
-        instruction ends with all that the device was given.
+        And what waits for sends that are left behind (``carry_out``). On CUDA there are none: two
+        communicators of NCCL that are busy at once may hang where ranks began them in two orders.
         """
         role, layout = instruction.role, instruction.destination
         source = self.buffers.get((role, instruction.source))
