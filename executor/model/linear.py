@@ -11,7 +11,8 @@ kept. Nothing is watched at run time as by torch's selective checkpointing: what
 said where it is computed.
 
 While generating, a CPU multiplies few rows by all weights again and again: ``packed_weights`` gives
-``linear`` copies in the order in which the kernels read them.
+``linear`` copies in the order in which the kernels read them. Which of torch's two libraries
+multiplies by other weights on a CPU is ``_product``'s.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows that are multiplied faster by a packed weight, of one thread's products of SmolLM2-135M's
-# shapes (torch 2.13, which multiplies by MKL what is not packed). On a Xeon with AVX-512 up to 1.7
-# times: fewer rows read a weight once as it is, for more MKL packs it itself. On an EPYC with
-# AVX-512 all of 1 to 2,048 rows: 1.2 to 3.1 times, since MKL's best kernels are for Intel's CPUs.
+# torch multiplies fp32 by MKL, whose best kernels are for Intel's CPUs, or by oneDNN (torch 2.13,
+# one thread's products of SmolLM2-135M's shapes). On a Xeon with AVX-512 MKL is the faster one, and
+# a packed weight for few rows only, up to 1.7 times: fewer rows read a weight once as it is, for
+# more MKL packs it itself. On an EPYC with AVX-512 oneDNN is faster: by a packed weight 1.2 to 3.1
+# times, of 1 to 2,048 rows; by another, of 8 to 1,280 rows, 1.0 to 1.6 times in the product and in
+# the gradient of its input, mostly 1.1. In the weight's gradient, whose rows it must turn first, it
+# is no faster.
 PACKED_ROWS_ON_INTEL = range(4, 64)
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -55,14 +59,18 @@ def packed_weights(weights: Iterable[Tensor]) -> Iterator[None]:
 
 
 @cache
+def onednn_is_faster() -> bool:
+    """On this machine than MKL: its CPU is known not to be Intel's."""
+    return CPU_INFO.is_file() and "GenuineIntel" not in CPU_INFO.read_text(errors="replace")
+
+
 def packed_rows() -> range:
     """Numbers of rows for which ``linear`` takes the packed copy on this machine."""
-    others = CPU_INFO.is_file() and "GenuineIntel" not in CPU_INFO.read_text(errors="replace")
-    return range(1, sys.maxsize) if others else PACKED_ROWS_ON_INTEL
+    return range(1, sys.maxsize) if onednn_is_faster() else PACKED_ROWS_ON_INTEL
 
 
 def packable(weight: Tensor) -> bool:
-    """Is there a faster order for this weight's kind?"""
+    """Does oneDNN multiply by this weight's kind, and in an order of its own?"""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
@@ -89,14 +97,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     A weight without ``.grad``, or with one of another type, is autograd's as always.
     """
-    if weight.grad is None or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         copy = getattr(weight, _PACKED, None)
-        if copy is not None and x.shape[0] in packed_rows() and not torch.is_grad_enabled():
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
-            return product
+        if copy is not None and x.shape[0] in packed_rows():
+            return _by_onednn(x, copy, bias)
+        return _product(x, weight, bias)
+    if weight.grad is None:
         return F.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x, weight, bias)
     return out
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] weight^T [in, out] + bias, by the faster library; no gradient."""
+    if onednn_is_faster() and packable(weight) and x.numel():
+        return _by_onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 def linear_of(
@@ -128,14 +149,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            grad @ weight if of_x else None,
+            _product(grad, weight.T) if of_x else None,
             _weight_gradient(weight, grad, x) if of_weight else None,
             grad.flatten(0, -2).sum(0) if ctx.has_bias and of_bias else None,
         )
@@ -149,7 +170,7 @@ class _LinearOf(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.make, ctx.has_bias = make, bias is not None
         ctx.save_for_backward(weight, *inputs)
-        return F.linear(make(*inputs), weight, bias)
+        return _product(make(*inputs), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -166,7 +187,7 @@ class _LinearOf(torch.autograd.Function):
             of_weight = _weight_gradient(weight, grad, made.detach())
         of_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         leaves = [value for value in inputs if value is not None and value.requires_grad]
-        found = iter(torch.autograd.grad(made, leaves, grad @ weight) if leaves else ())
+        found = iter(torch.autograd.grad(made, leaves, _product(grad, weight.T)) if leaves else ())
         of_inputs = [
             next(found) if value is not None and value.requires_grad else None for value in inputs
         ]

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from executor.model import linear as linear_module
 from executor.model.linear import (
     linear,
     linear_of,
+    onednn_is_faster,
     overwrite_gradient,
     packable,
     packed_rows,
@@ -121,7 +123,7 @@ def test_copies_end_with_their_block_and_gradients_never_use_them() -> None:
         assert not torch.allclose(stale, F.linear(x, weight))
         assert torch.equal(linear(x, weight), F.linear(x, weight))
     with torch.no_grad():
-        assert torch.equal(linear(x, weight), F.linear(x, weight))
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,42 @@ def test_copies_end_with_their_block_and_gradients_never_use_them() -> None:
 def test_which_rows_take_the_copy_is_the_makers(vendor, rows, monkeypatch, tmp_path) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
     monkeypatch.setattr("executor.model.linear.CPU_INFO", tmp_path / "cpuinfo")
-    assert {n for n in (0, 1, 4, 63, 64, 2048) if n in packed_rows.__wrapped__()} == rows
+    faster = onednn_is_faster.__wrapped__()
+    monkeypatch.setattr("executor.model.linear.onednn_is_faster", lambda: faster)
+    assert {n for n in (0, 1, 4, 63, 64, 2048) if n in packed_rows()} == rows
+
+
+@pytest.mark.skipif(not packable(torch.zeros(1, 1)), reason="a torch without oneDNN")
+@pytest.mark.parametrize("shape", [(0, 24), (1, 24), (37, 24), (2, 5, 24)])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("faster", [False, True])
+def test_either_library_gives_the_same_product_and_gradients(
+    shape: tuple[int, ...], recompute: bool, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def by_onednn(*args: Tensor) -> Tensor:
+        calls.append(args)
+        return multiply(*args)
+
+    multiply = linear_module._by_onednn
+    monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(linear_module, "_by_onednn", by_onednn)
+    torch.manual_seed(1)
+    x, weight, bias = (torch.randn(s).requires_grad_() for s in (shape, (40, 24), (40,)))
+    weight.grad = total = torch.zeros(40, 24)
+    if recompute:
+        out = linear_of(double_silu, weight, bias, x)
+    else:
+        out = linear(double_silu(x), weight, bias)
+    wanted = F.linear(double_silu(x), weight, bias)
+    torch.testing.assert_close(out, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(double_silu(x), weight, bias), wanted)
+    found = *torch.autograd.grad(out.sin().sum(), (x, bias)), total
+    wanted_gradients = torch.autograd.grad(wanted.sin().sum(), (x, bias, weight))
+    torch.testing.assert_close(found, wanted_gradients)
+    assert len(calls) == (3 if faster and x.numel() else 0)  # forward, backward, without gradients
 
 
 def test_what_is_not_fp32_on_a_cpu_stays_as_it_is() -> None:
