@@ -8,6 +8,7 @@ needs them, and knows what the graph alone decides. ``score`` gives what ``simul
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,7 @@ class Evaluator:
         self.index = make_index(space)
         self.tables = make_tables(self.index)
         self.reallocations = ReallocationPrices(self.index, self.tables, space.prices)
-        self._scratch = make_scratch(self.tables)
+        self._own = threading.local()
         position = {call.name: i for i, call in enumerate(self.calls)}
         # The call in whose layout a trained role lives; None for frozen roles and functions.
         self.home = [None if i < 0 else int(i) for i in self.tables.calls["home"]]
@@ -92,6 +93,14 @@ class Evaluator:
         """Room for the evaluations of one thread."""
         return make_scratch(self.tables)
 
+    @property
+    def _scratch(self) -> Scratch:
+        """Of the thread that asks."""
+        if not hasattr(self._own, "scratch"):
+            self._own.scratch = self.make_scratch()
+        found: Scratch = self._own.scratch
+        return found
+
     # ---- scores ----
 
     def score(self, assignment: Assignment) -> Score:
@@ -100,14 +109,12 @@ class Evaluator:
 
     def score_vectors(self, mesh: Ints, row: Ints) -> Score:
         """As ``score``, of (mesh, row) of each call."""
+        known, scratch = self.reallocations, self._scratch
         while True:
-            known = self.reallocations
-            step_s, overshoot = evaluate(
-                self.tables, known.table, mesh, row, math.inf, self._scratch
-            )
-            if self._scratch.missing[0] == NO_KEY:
+            step_s, overshoot = evaluate(self.tables, known.table, mesh, row, math.inf, scratch)
+            if scratch.missing[0] == NO_KEY:
                 return Score(step_s, overshoot)
-            known.add(int(self._scratch.missing[0]))
+            known.add(int(scratch.missing[0]))
 
     def score_many(self, mesh: Ints, row: Ints) -> Floats:
         """(seconds, overshoot) [N, 2] of assignments [N, calls] whose prices were asked before.

@@ -47,7 +47,7 @@ from planner.search.records import Ints, Scratch
 NUM_CHAINS = 4
 ROUND = 8_192  # proposals of a chain between two looks at the clock: a twentieth of a second
 FIRST_CYCLE = 4  # rounds of the first cycle
-HOT, COLD = 0.4, 0.004  # shares of proposals that are accepted
+HOT, COLD = 0.2, 0.004  # shares of proposals that are accepted
 KICKED = 8  # evaluations of kicked descents for each proposal of the chains
 STALE_CYCLES = 2  # without a better plan before the walk ends
 FIRST_BOXES = 1_000  # that are halved, where nothing fits, before the first are followed down

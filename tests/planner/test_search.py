@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from planner.search import estimate_plan, search
 from planner.search.baselines import baselines
 from planner.search.descent import Place, beside, descend, fastest, iterate, place_of
 from planner.search.engine import Budget, News, Record
-from planner.search.evaluate import Evaluator
+from planner.search.evaluate import Evaluator, Score
 from planner.search.moves import MOVES, State, move
 from planner.search.options import Assignment, Option, OptionSpace
 from planner.search.records import Ints, Tables
@@ -283,6 +284,25 @@ def test_the_walk_finds_what_kicked_descents_find_in_half_its_budget(seed: int) 
         for engine, budget in (("descent", few), ("mcmc", 2 * few + 100))
     ]  # fmt: skip
     assert found[1].step_s <= found[0].step_s * (1 + 1e-9)
+
+
+def test_several_threads_score_at_once_what_each_scores_alone() -> None:
+    """Kernels hold no lock: each thread needs room of its own."""
+    rng = random.Random(1)
+    space = space_of(ppo(make_test_cluster(2, 4), ["batch_size=32"]))
+    evaluator = Evaluator(space)
+    assignments = [random_assignment(rng, space) for _ in range(400)]
+    alone = [evaluator.score(assignment) for assignment in assignments]
+    vectors = [evaluator.index.vectors(assignment) for assignment in assignments]
+
+    def score(first: int) -> list[Score]:
+        order = [*vectors[first:], *vectors[:first]]
+        return [evaluator.score_vectors(*pair) for _ in range(10) for pair in order][-400:]
+
+    with ThreadPoolExecutor(4) as pool:
+        starts = (0, 100, 200, 300)
+        for first, found in zip(starts, pool.map(score, starts), strict=True):
+            assert found == [*alone[first:], *alone[:first]]
 
 
 def test_an_interrupt_ends_what_goes_on_beside_and_keeps_what_it_found() -> None:
