@@ -19,6 +19,7 @@ from rich.table import Table
 
 from executor.fake import RankReport, check_rank, rank_kinds
 from executor.run import Run, configure
+from planner.console import make_table
 from planner.cost.stage import VALUE_BYTES
 from planner.memory import RESERVE_BYTES
 from planner.mesh import node_grid
@@ -160,9 +161,9 @@ def _reallocated(run: Run, program: Program) -> dict[str, Mapping[str, int]]:
 
 
 def _table(reports: Sequence[RankReport]) -> Table:
-    table = Table(title="bytes of a rank at its fullest moment, without the framework's reserve")
-    for name in ("ranks", "fullest at", "held", "planned", "planned / held"):
-        table.add_column(name, justify="left" if name in ("ranks", "fullest at") else "right")
+    title = "bytes of a rank at its fullest moment, without the framework's reserve"
+    numbers = ("held", "planned", "planned / held")
+    table = make_table(title, ("ranks", "fullest at", *numbers), whole=numbers)
     for report in reports:
         table.add_row(
             ranges_text(report.ranks, most=8), report.peak_at, format_bytes(report.peak_bytes),

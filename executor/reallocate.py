@@ -94,7 +94,8 @@ def carry_out(
     ``staging``: memory to go through, flat and as much as the schedule was made for; None: new.
     ``most_rounds``: leave out all later ones of each phase, where only memory matters
     (``fake.py``). ``left``: where a rank that only sends adds what waits for its sends, if all that
-    it has to pack for them fits the staging at once; until then its source stays as it is.
+    it has to pack for them fits the staging at once; until these have returned nobody may write
+    its source.
     """
     one = destination if source is None else source
     assert one is not None, schedule.rank
@@ -108,11 +109,12 @@ def carry_out(
     with torch.no_grad():
         for streams, sends_from in zip(schedule.phases, (source, destination), strict=True):
             rounds = min(num_rounds(streams), most_rounds or num_rounds(streams))
-            leaves = left is not None and destination is None and bool(streams)
+            at_once = None
+            if left is not None and destination is None and streams:
+                at_once = schedule.staging_values
             exchange = _Exchange(
-                streams, schedule.rank, sends_from, destination, like,
-                at_once=schedule.staging_values if leaves else None,
-            )  # fmt: skip
+                streams, schedule.rank, sends_from, destination, like, at_once=at_once
+            )
             if left is not None and exchange.all_at_once:
                 left.append(exchange.post(rounds))
             else:

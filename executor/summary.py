@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from executor.run import Run
 from executor.trace import write_json
+from planner.console import make_table
 from planner.graph import CallKind
 from planner.trace import first_warm_step, measured_seconds, read_trace, step_seconds
 from profiles.units import format_seconds
@@ -61,9 +61,9 @@ def compare(run: Run) -> list[Comparison]:
 
 
 def print_comparison(rows: list[Comparison], console: Console) -> None:
-    table = Table(title="predicted and measured seconds of a step")
-    for name in ("call", "predicted", "measured", "error"):
-        table.add_column(name, justify="left" if name == "call" else "right")
+    numbers = ("predicted", "measured", "error")
+    title = "predicted and measured seconds of a step"
+    table = make_table(title, ("call", *numbers), whole=numbers)
     for row in rows:
         table.add_row(
             row.call,

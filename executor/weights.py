@@ -66,7 +66,7 @@ class Weights:
     def stage(self, role: str, layout: Layout, *, sequence_parallel: bool = False) -> DecoderStage:
         """The model without gradients in a layout whose weights are here.
 
-        It is the same one as long as they lie where they do.
+        It is the same one as long as they stay, or come back to memory that is kept for them.
         """
         key = (role, layout, sequence_parallel)
         if key not in self.stages:
@@ -174,8 +174,6 @@ class Weights:
     def offload(self, offload: Offload) -> int:
         """Bytes that crossed to the host's memory, which has what the instruction names."""
         key = (offload.role, offload.layout)
-        if offload.what == "weights":
-            self._drop_stages(*key)  # they come back to wherever there is memory then
         if key not in self.offloadable:
             self.offloadable[key] = self._offloadable(offload)
         return self.offloadable[key].offload()

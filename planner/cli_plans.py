@@ -11,11 +11,9 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
-from rich.table import Table
-
 from planner.arguments import whole
 from planner.compare import compare
-from planner.console import note, output_console, say
+from planner.console import make_table, note, output_console, say
 from planner.cost import Costs
 from planner.doctor import examine
 from planner.explain import explain
@@ -182,9 +180,7 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], headings: Iterable[str], as_j
     if as_json:
         print(json.dumps(list(rows)))
         return 0
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+    table = make_table(None, headings)
     for row in rows:
         table.add_row(*(str(row[heading]) for heading in headings))
     output_console().print(table)

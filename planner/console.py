@@ -18,7 +18,7 @@ def output_console() -> Console:
 
 
 def make_table(
-    title: str, columns: Iterable[str], *, whole: Collection[str] = ()
+    title: str | None, columns: Iterable[str], *, whole: Collection[str] = ()
 ) -> Table:  # fmt: skip
     """Narrow, so that it fits a terminal of 80 columns where it can.
 

@@ -150,6 +150,7 @@ def memory_over_time(
     problem, kind = plan.problem, plan.problem.cluster.kind
     homes = home_strategies(plan)
     if kept is None:
+        assert not caches, "caches that stay are known with the layouts that do"
         kept = kept_layouts(plan)
         caches = kept_caches(plan, kept)
     resident = _resident(plan, homes, kept, caches)

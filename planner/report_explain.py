@@ -64,10 +64,12 @@ def parts_table(found: Explanation) -> Table:
     others = dict.fromkeys(part for cost in found.calls.values() for part in cost.parts)
     parts = [*known, *(part for part in others if part not in PARTS)]
     numbers = [_SHORT_PARTS.get(part, part) for part in parts]
-    table = make_table("seconds of each call alone", ("call", *numbers), whole=numbers)
+    longest_s = max((s for cost in found.calls.values() for s in cost.parts.values()), default=0.0)
+    unit, each_s = ("seconds", 1.0) if longest_s >= 1.0 else ("milliseconds", 1e-3)
+    table = make_table(f"{unit} of each call alone", ("call", *numbers), whole=numbers)
     for name, cost in found.calls.items():
         seconds = (cost.parts.get(part, 0.0) for part in parts)
-        table.add_row(name, *(f"{s:,.3f}" if s > 0 else "-" for s in seconds))
+        table.add_row(name, *(f"{s / each_s:,.3f}" if s > 0 else "-" for s in seconds))
     return table
 
 

@@ -101,7 +101,8 @@ class StaticDecode:
     def begin(self, seed: int, step: int, capture: Capture) -> None:
         """Before each generation, with what its noise is keyed by."""
         self.key, self.capture = noise_key(seed, step), capture
-        self.captured = {key: self.captured[key] for key in self.replayed}
+        for key in self.captured.keys() - self.replayed:
+            del self.captured[key], self.turns[key]
         self.replayed = set()
 
     def run(self, sequences: Sequence[Answer], hidden: Tensor | None) -> Tensor:

@@ -36,6 +36,7 @@ from torch import Tensor
 # the gradient of its input, mostly 1.1. In the weight's gradient, whose rows it must turn first, it
 # is no faster.
 PACKED_ROWS_ON_INTEL = range(4, 64)
+LEAST_ROWS = 8  # that oneDNN multiplies faster by a weight that is not packed
 CPU_INFO = Path("/proc/cpuinfo")
 
 _STALE, _PACKED = "gradient_is_stale", "packed"
@@ -60,8 +61,8 @@ def packed_weights(weights: Iterable[Tensor]) -> Iterator[None]:
 
 @cache
 def onednn_is_faster() -> bool:
-    """On this machine than MKL: its CPU is known not to be Intel's."""
-    return CPU_INFO.is_file() and "GenuineIntel" not in CPU_INFO.read_text(errors="replace")
+    """On this machine than MKL: its CPU is known to be AMD's."""
+    return CPU_INFO.is_file() and "AuthenticAMD" in CPU_INFO.read_text(errors="replace")
 
 
 def packed_rows() -> range:
@@ -110,12 +111,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] weight^T [in, out] + bias, by the faster library; no gradient."""
-    if onednn_is_faster() and packable(weight) and x.numel():
+    if onednn_is_faster() and packable(weight) and x.numel() >= max(1, LEAST_ROWS * x.shape[-1]):
         return _by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert bias is None or bias.is_contiguous(), bias.stride()  # its stride is not looked at
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 

@@ -158,7 +158,7 @@ def beside(
     """While the block runs, ``look`` does on a thread of its own, at ``most`` assignments.
 
     Neither sees what the other finds, so that the answer does not depend on the threads; the record
-    learns of it at the end. An interrupt (Ctrl-C) in the block ends it, and what it found is kept.
+    learns of it at the end. Ctrl-C, or an error, in the block ends it, and what it found is kept.
     """
     budget = record.budget
     own = Record(
@@ -171,12 +171,13 @@ def beside(
         with ThreadPoolExecutor(1) as thread:
             try:
                 yield thread.submit(look, own)
-            except KeyboardInterrupt:
+            except BaseException:
                 own.interrupted = True
                 raise
     finally:
         record.budget = budget
         record.evaluations += own.evaluations
+        record.cut_by_time |= own.cut_by_time
         record.learn(own)
 
 

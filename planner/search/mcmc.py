@@ -116,6 +116,7 @@ class Walk:
             record.score(start)
         places = sorted((place_of(evaluator, s) for s in starts), key=lambda place: place.energy)
         self.ends = [places[k % len(places)] for k in range(NUM_CHAINS)]
+        # As the ``descent`` engine begins, so that the line finds what that finds.
         self.kicked, self.kicks_rng = places[0], random.Random(seed)
         self.rounds, self.stale = FIRST_CYCLE, 0
 
@@ -134,12 +135,15 @@ class Walk:
 
     def _cycle_beside_kicks(self) -> None:
         record = self.record
+        assert record.best is not None
         left = record.budget.max_evaluations - record.evaluations
         most = min(left // 2, KICKED * NUM_CHAINS * ROUND * self.rounds)
+        if record.evaluator.score_vectors(self.kicked.mesh, self.kicked.row).overshoot > 0:
+            self.kicked = place_of(record.evaluator, record.best)
         kicks = partial(iterate, start=self.kicked, rng=self.kicks_rng)
         with beside(record, most, kicks) as line:
             self._cycle()
-            self.kicked = line.result()
+            self.kicked = line.result()  # all of it, though the gap be reached: its share is fixed
 
     def _cycle(self) -> None:
         """All chains from hot to cold, in rounds, and descents from where they have been."""

@@ -322,7 +322,6 @@ def test_graphs_stay_where_the_weights_do(tmp_path: Path) -> None:
             first, *later = kept[1]
             assert first > 0, name
             if name.endswith(":offload"):
-                assert kept[1] == without[1]
                 assert kept[2] == 0
             else:
                 assert later[-1] - first < (without[1][-1] - without[1][0]) / 2, name

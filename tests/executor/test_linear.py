@@ -9,6 +9,7 @@ from torch import Tensor
 
 from executor.model import linear as linear_module
 from executor.model.linear import (
+    LEAST_ROWS,
     linear,
     linear_of,
     onednn_is_faster,
@@ -127,7 +128,8 @@ def test_copies_end_with_their_block_and_gradients_never_use_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vendor", "rows"), [("GenuineIntel", {4, 63}), ("AuthenticAMD", {1, 4, 63, 64, 2048})]
+    ("vendor", "rows"),
+    [("GenuineIntel", {4, 63}), ("AuthenticAMD", {1, 4, 63, 64, 2048}), ("", {4, 63})],
 )
 def test_which_rows_take_the_copy_is_the_makers(vendor, rows, monkeypatch, tmp_path) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
@@ -167,7 +169,8 @@ def test_either_library_gives_the_same_product_and_gradients(
     found = *torch.autograd.grad(out.sin().sum(), (x, bias)), total
     wanted_gradients = torch.autograd.grad(wanted.sin().sum(), (x, bias, weight))
     torch.testing.assert_close(found, wanted_gradients)
-    assert len(calls) == (3 if faster and x.numel() else 0)  # forward, backward, without gradients
+    enough = x.numel() >= LEAST_ROWS * 24
+    assert len(calls) == (3 if faster and enough else 0)  # forward, backward, without gradients
 
 
 def test_what_is_not_fp32_on_a_cpu_stays_as_it_is() -> None:
