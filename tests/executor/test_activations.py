@@ -89,7 +89,7 @@ def test_what_sharing_keeps_besides(name: str, recompute: Recompute) -> None:
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products, of either library."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,10 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         aten = torch.ops.aten
-        self.count += func in (aten.mm.default, aten.addmm.default, aten.addmm_.default)
+        products = [aten.mm.default, aten.addmm.default, aten.addmm_.default]
+        if torch.backends.mkldnn.is_available():
+            products.append(torch.ops.mkldnn._linear_pointwise.default)
+        self.count += func in products
         return func(*args, **(kwargs or {}))
 
 
