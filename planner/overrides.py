@@ -5,6 +5,7 @@
 | ``lock.CALL=plan.json`` | the call's allocation of that plan |
 | ``lock.CALL.mesh=[0,8]`` | first device, number of devices |
 | ``lock.CALL.strategy=d4p1m2`` | dp, pp, tp; with experts split over 2 ranks ``d4p1m2e2`` |
+| ``lock.CALL=d4p1m2`` | the same |
 | ``lock.CALL.num_micro_batches=4`` | as in a plan |
 | ``lock.CALL.offload=true`` | as in a plan |
 | ``memory_limit=70GiB`` | of each device, at most what it has |
@@ -19,6 +20,7 @@ All other words are the algorithm's options.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,7 +33,7 @@ from planner.graph import DataflowGraph
 from planner.lock import Lock
 from planner.mesh import DeviceMesh
 from planner.plan_schema import load_plan
-from planner.strategy import parse_strategy
+from planner.strategy import looks_like_strategy, parse_strategy
 from profiles.errors import ConfigError, PlanError, unknown_name
 from profiles.hardware import Cluster
 from profiles.units import format_bytes, parse_bytes
@@ -159,6 +161,8 @@ def _gap(value: Any) -> float:
 
 def _locked(lock: Lock, name: str, part: str, value: Any) -> Lock:
     where = f"lock.{name}" + (f".{part}" if part else "")
+    if not part and looks_like_strategy(str(value)):
+        part = "strategy"
     if not part:
         return replace(lock, allocation=_allocation(str(value), name, where))
     if part == "mesh":
@@ -181,6 +185,11 @@ def _locked(lock: Lock, name: str, part: str, value: Any) -> Lock:
 
 
 def _allocation(path: str, name: str, where: str) -> Any:
+    if not os.path.isfile(path):  # of any text, as Path's is not
+        raise ConfigError(
+            f"'{path}' is neither a plan nor a layout", where=where,
+            remedy="give a plan.json, or dp, pp and tp like d4p1m2",
+        )  # fmt: skip
     plan = load_plan(path)
     if name not in plan.allocations:
         raise PlanError(

@@ -86,6 +86,11 @@ class ParallelStrategy:
         return rank // (self.dp * self.tp), rank // self.tp % self.dp, rank % self.tp
 
 
+def looks_like_strategy(text: str) -> bool:
+    """Letters of axes with numbers, and nothing else?"""
+    return re.fullmatch(r"([dpme]\d+)+", text) is not None
+
+
 def parse_strategy(text: str, *, where: str = "--layout") -> ParallelStrategy:
     """``d4p2m1`` in any order of its letters; with experts split, ``d4p2m1e2``.
 
@@ -98,7 +103,7 @@ def parse_strategy(text: str, *, where: str = "--layout") -> ParallelStrategy:
     parts = re.findall(r"([dpme])(\d+)", text)
     letters = sorted(letter for letter, _ in parts)
     known = letters in (["d", "m", "p"], ["d", "e", "m", "p"])
-    if re.fullmatch(r"([dpme]\d+)+", text) is None or not known:
+    if not looks_like_strategy(text) or not known:
         raise PlanError(
             f"'{text}' is not a layout", where=where,
             remedy="write dp, pp and tp like d4p2m1, and ep like d4p2m1e2",

@@ -50,6 +50,13 @@ def test_a_lock_of_a_plan_is_its_allocation(tmp_path: Path) -> None:
     assert found.locks == {"actor_gen": Lock(allocation=one)}
 
 
+def test_a_lock_of_a_layout_is_its_strategy() -> None:
+    found = parse_overrides(["lock.actor_gen=d4p1m2"])
+    assert found.locks == {"actor_gen": Lock(strategy=ParallelStrategy(dp=4, tp=2))}
+    with pytest.raises(ConfigError, match=r"lock\.actor_gen: 'zzz' is neither a plan nor a layout"):
+        parse_overrides(["lock.actor_gen=zzz"])
+
+
 def test_a_lock_allows_what_it_does_not_fix() -> None:
     there = Allocation(
         mesh=DeviceMesh(0, 4), strategy=ParallelStrategy(dp=4, zero=1), num_micro_batches=2
