@@ -15,7 +15,7 @@ source scripts/environment.sh
 WORKERS="${WORKERS:-2}"
 BATCH_SIZE="${BATCH_SIZE:-16}"     # sequences per step
 MINI_BATCHES="${MINI_BATCHES:-2}"  # optimizer steps per batch
-PROMPT_LEN="${PROMPT_LEN:-64}"     # tokens; the longest prompt has 45 with its chat template
+PROMPT_LEN="${PROMPT_LEN:-45}"     # tokens; the longest prompt has so many with its chat template
 RESPONSE_LEN="${RESPONSE_LEN:-32}" # tokens
 STEPS="${STEPS:-3}"
 
