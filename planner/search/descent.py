@@ -2,7 +2,7 @@
 
 A coordinate is a call, or all calls of its role in one layout; each in turn takes the best of all
 its options, until none improves. Then two calls are kicked anywhere, and it starts again from
-there; the result is kept if it is no worse. The walk uses the descent alone for its last steps.
+there; the result is kept if it is no worse. A walk's cycles end in descents.
 """
 
 from __future__ import annotations
