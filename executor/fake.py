@@ -14,7 +14,6 @@ differ in their place in tp and dp only are one kind.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -28,18 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.buffers import ParameterBuffer
 from executor.coming import made_by
 from executor.cuda_graph import Action, Capture, GraphPool
 from executor.dataset import Item
+from executor.generate.caches import shares
 from executor.generate.kv_cache import Turn
 from executor.generation import Generation
 from executor.model.attention import PackedLengths
 from executor.model.transformer import DecoderStage
 from executor.offload import Offloadable
 from executor.run import Run, functions_of
+from executor.storage_count import StorageCount
 from executor.text import TextCodec
 from executor.trace import TraceWriter
 from executor.training import Passes
@@ -152,71 +152,6 @@ def _fake_world(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class StorageCount(TorchDispatchMode):
-    """Counts the bytes of all storages that come about under it.
-
-    ``peaks``: most bytes at once, by what ``begin`` said was under way.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = 0
-        self.seen: dict[int, weakref.ref[Any]] = {}
-        self.peaks: dict[str, int] = {}
-        self.label = "setup"
-
-    def begin(self, label: str) -> None:
-        self.label = label
-        self.peaks[label] = max(self.held, self.peaks.get(label, 0))
-
-    def most_during(self, action: Action) -> int:
-        """Bytes that are held at most while ``action`` runs, beyond those held before it."""
-        label, held = self.label, self.held
-        self.begin("apart")
-        action()
-        most = self.peaks.pop("apart")
-        self.begin(label)
-        return most - held
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = self._run(func, args, kwargs or {})
-        if isinstance(out, Tensor):
-            self._count(out)
-        elif isinstance(out, tuple | list):
-            for part in out:
-                if isinstance(part, Tensor):
-                    self._count(part)
-        return out
-
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-        return func(*args, **kwargs)
-
-    def _count(self, tensor: Tensor) -> None:
-        if tensor.is_mkldnn:  # opaque, but as large
-            num_bytes = tensor.numel() * tensor.element_size()
-            weakref.finalize(tensor, self.hold, -num_bytes)
-            self.hold(num_bytes)
-            return
-        storage = tensor.untyped_storage()
-        key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-
-        def gone(_: object) -> None:
-            self.seen.pop(key)
-            self.held -= num_bytes
-
-        self.seen[key] = weakref.ref(storage, gone)
-        self.hold(num_bytes)
-
-    def hold(self, num_bytes: int) -> None:
-        """So many bytes more are held from now on."""
-        self.held += num_bytes
-        self.peaks[self.label] = max(self.held, self.peaks.get(self.label, 0))
-
-
 class _Watch(StorageCount):
     """Makes new tensors of floats fake besides."""
 
@@ -232,7 +167,8 @@ class _Watch(StorageCount):
             if func is _aten._local_scalar_dense.default:
                 return 1.0 if first.dtype.is_floating_point else 1
             if func is _aten.bincount.default:
-                return _even_counts(first.numel(), kwargs.get("minlength", (*args, 0, 0)[2]))
+                num_bins = kwargs.get("minlength", (*args, 0, 0)[2])
+                return torch.tensor(shares(first.numel(), num_bins))  # with values
             if func is _mkldnn._reorder_linear_weight.default:
                 return torch.empty_like(first)
             if func is _mkldnn._linear_pointwise.default:
@@ -268,12 +204,6 @@ def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
         else:
             found += index.nonzero().unbind(1)
     return found
-
-
-def _even_counts(total: int, parts: int) -> Tensor:
-    """``total`` in ``parts`` nearly equal counts, with values."""
-    counts = [total // parts + (part < total % parts) for part in range(parts)]
-    return torch.tensor(counts)
 
 
 class _FakeWorker(Worker):

@@ -243,11 +243,8 @@ class Weights:
         key = (free.role, free.layout)
         del self.buffers[key]
         if key not in self.reserved:
-            self._drop_stages(*key)
-
-    def _drop_stages(self, role: str, layout: Layout) -> None:
-        for split in (False, True):
-            self.stages.pop((role, layout, split), None)
+            for split in (False, True):
+                self.stages.pop((*key, split), None)
 
     def average(self, instruction: Average) -> None:
         """A small step is lost in a bf16 weight, so that the average is kept in fp32."""

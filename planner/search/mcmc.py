@@ -91,10 +91,7 @@ class _Walker:
 
     @property
     def best(self) -> tuple[Ints, Ints]:
-        """Mesh and row of its best assignment that fits; where none does, of the one that lacks
-
-        least.
-        """
+        """(mesh, row) of its best that fits; where none does, of what lacks least."""
         found = self.chain.found
         kind = 0 if math.isfinite(found.values[0]) else 1
         return found.mesh[kind], found.row[kind]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from executor.fake import StorageCount
+from executor.storage_count import StorageCount
 from planner.memory import RESERVE_BYTES
 from planner.plan import ExecutionPlan
 from planner.plan_memory import plan_memory
