@@ -170,8 +170,9 @@ class _Moves:
 
         plan = reallocate_state(src, dst, devices_per_node=self.per_node)
         found, received = move_states(
-            plan, states, allocate, rank=self.rank, staging_bytes=weights.staging_bytes
-        )
+            plan, states, allocate, rank=self.rank, staging_bytes=weights.staging_bytes,
+            memory=weights.memory,
+        )  # fmt: skip
         return buffer() if here else None, found, received
 
     # ---- frozen roles ---------------------------------------------------------------------------
@@ -197,8 +198,9 @@ class _Moves:
                 dtype = torch.float32 if averaged else new.dtype
                 target = new.new_buffer(layout, dtype=dtype)
             received += execute(
-                plan, source, target, rank=self.rank, staging_bytes=new.staging_bytes
-            )
+                plan, source, target, rank=self.rank, staging_bytes=new.staging_bytes,
+                memory=new.memory,
+            )  # fmt: skip
             if target is not None:
                 new.keep(role, layout, target, averaged=averaged)
         for layout in self.before[role]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from executor.buffers import Range, row_in
+from executor.cross_memory import CrossMemory
 from executor.parallel.optimizer import Adam
 from executor.reallocate import carry_out
 from executor.reallocation_rounds import make_schedule
@@ -81,6 +82,7 @@ def move_states(
     *,
     rank: int,
     staging_bytes: int,
+    memory: CrossMemory | None = None,
 ) -> tuple[States | None, int]:
     """This rank's states under ``plan.dst`` (None outside), and the bytes that it received.
 
@@ -101,5 +103,5 @@ def move_states(
         if there:
             found[name] = [allocate(name, section) for section in there]
             destination = StateBuffer(there, found[name])
-        received += carry_out(schedule, source, destination)
+        received += carry_out(schedule, source, destination, memory=memory)
     return (found if there else None), received

@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from executor.cross_memory import CrossMemory, place_of
 from executor.parallel import data
 from executor.profile_measure import Action, Lockstep, Probe
 from profiles.clusters import machine_memory_bytes
 from profiles.hardware import DeviceSpec
 from profiles.units import KIB, MIB
 
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "p2p")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "p2p", "read")
+PAIRWISE = frozenset({"p2p", "read"})
 COLLECTIVE_BYTES = (KIB, 32 * KIB, 256 * KIB, MIB, 8 * MIB, 64 * MIB)
 COPY_BYTES = 256 * MIB
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -155,12 +157,12 @@ def build_groups(workers: int, rank: int) -> Mapping[int, tuple[list[int], dist.
 
 def collective_action(
     operation: str, num_bytes: int, *, ranks: Sequence[int], group: dist.ProcessGroup,
-    device: torch.device,
+    device: torch.device, memory: CrossMemory | None = None,
 ) -> Action:  # fmt: skip
     """``operation`` on fp32 values of ``num_bytes``: the whole tensor's, before it is cut or
 
     after it is joined. ``p2p`` goes from the group's first rank to its last and back: two
-    messages.
+    messages. ``read``: of two ranks each reads all of the other's, both at once.
     """
     size = len(ranks)
     num_values = max(1, num_bytes // 4 // size) * size
@@ -171,8 +173,11 @@ def collective_action(
         return lambda: data.all_gather(flat, group)
     if operation == "reduce_scatter":
         return lambda: data.reduce_scatter(flat, group)
-    assert operation == "p2p", operation
     first, last, me = ranks[0], ranks[-1], dist.get_rank()
+    if operation == "read":
+        assert memory is not None
+        return _reading(num_values, memory, first if me == last else last, group)
+    assert operation == "p2p", operation
 
     def there_and_back() -> None:
         if me == first:
@@ -183,3 +188,16 @@ def collective_action(
             dist.send(flat, first)
 
     return there_and_back
+
+
+def _reading(
+    num_values: int, memory: CrossMemory, other: int, group: dist.ProcessGroup
+) -> Action:  # fmt: skip
+    """Both of two ranks call it: they tell each other where the values lie."""
+    # One storage, so that what is read lives as long as the action.
+    shown, target = torch.zeros(2, num_values)
+    own = torch.tensor(place_of(shown))
+    places = [torch.empty_like(own) for _ in range(2)]
+    dist.all_gather(places, own, group=group)
+    theirs = places[dist.get_group_rank(group, other)].tolist()
+    return lambda: memory.read(other, [theirs], [target])

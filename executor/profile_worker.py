@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 
 from executor.allocator import keep_freed_memory
+from executor.cross_memory import CrossMemory
 from executor.profile_device import (
     COLLECTIVE_BYTES,
     COLLECTIVES,
+    PAIRWISE,
     build_groups,
     collective_action,
     group_sizes,
@@ -266,20 +268,22 @@ class _Worker:
 
     def _collectives(self, task: Task, budget_s: float) -> None:
         groups = build_groups(self.job.workers, self.rank)
+        memory = CrossMemory.between_workers() if self.device.type == "cpu" else None
         sizes = group_sizes(self.job.workers)
         points = [
             (operation, size, num_bytes)
             for size in sizes
             for operation in COLLECTIVES
             for num_bytes in COLLECTIVE_BYTES
-            if operation != "p2p" or size == 2
+            if size == 2 or operation not in PAIRWISE
+            if operation != "read" or (memory is not None and memory.all_readable)
         ]
         rows: list[CostRow] = []
         for operation, size, num_bytes in points:
             self.report(Report(kind="step", text=f"{operation} of {size}: {num_bytes} bytes"))
             ranks, group = groups[size]
             action = collective_action(
-                operation, num_bytes, ranks=ranks, group=group, device=self.device
+                operation, num_bytes, ranks=ranks, group=group, device=self.device, memory=memory
             )
             # There and back: two messages.
             weight = 0.5 if operation == "p2p" else 1.0

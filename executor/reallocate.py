@@ -11,6 +11,9 @@ a rank begins it when all that it receives in the first is in its place.
 A rank that holds nothing of the destination only sends, and need not wait: ``carry_out`` then posts
 all that it sends at once and leaves the wait to its caller.
 
+Of a pair on one machine of which the receiver may read the sender's memory (``cross_memory.py``)
+only where it lies is sent, and back that it has been read: each phase tells all that first.
+
 No deadlock: a rank posts all sends and receives of a round at once, waits for them before it posts
 the round after the next, and for all of one phase before it posts any of the other. Both ends cut a
 stream alike, so every round's operations match, in order, between the two ranks of a pair. And each
@@ -30,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from executor.buffers import FlatBoxes, Range
+from executor.cross_memory import PLACE_VALUES, CrossMemory, place_of
 from executor.reallocation_rounds import (
     Chunk,
     Pair,
@@ -52,6 +56,7 @@ def execute(
     rank: int,
     staging_bytes: int | None = None,
     wire_dtype: torch.dtype | None = None,
+    memory: CrossMemory | None = None,
 ) -> int:
     """Fills ``destination`` with this rank's part of ``plan.dst``; returns the bytes received.
 
@@ -61,7 +66,7 @@ def execute(
     unlike types (what goes on inside a node has been through the destination's); None: the type
     that the buffers share. Copies inside this rank are not counted. Memory beyond the buffers: at
     most ``staging_bytes`` (but at least two values for each partner); None: ``STAGING_BYTES`` of
-    the device.
+    the device. ``memory``: what need not be converted is read through it where that is allowed.
 
     With NCCL the world's communicator must exist: let all ranks pass a barrier once before.
     """
@@ -76,7 +81,7 @@ def execute(
     schedule = make_schedule(
         plan, rank, staging_bytes // dtype.itemsize, converted=wire_dtype is not None
     )
-    return carry_out(schedule, source, destination, wire_dtype=wire_dtype)
+    return carry_out(schedule, source, destination, wire_dtype=wire_dtype, memory=memory)
 
 
 def carry_out(
@@ -88,6 +93,7 @@ def carry_out(
     staging: Tensor | None = None,
     most_rounds: int | None = None,
     left: list[Callable[[], None]] | None = None,
+    memory: CrossMemory | None = None,
 ) -> int:
     """``execute`` with a schedule that was made before, and can be run again and again.
 
@@ -106,8 +112,11 @@ def carry_out(
         like = staging
     copies = _Copies(schedule, source, destination)
     received = 0
+    read: list[Callable[[], None]] = []  # what waits until others have read this rank's memory
     with torch.no_grad():
-        for streams, sends_from in zip(schedule.phases, (source, destination), strict=True):
+        for every, sends_from in zip(schedule.phases, (source, destination), strict=True):
+            near, streams = _near_and_far(every, memory if wire_dtype is None else None)
+            reads = _Reads(near, schedule.rank, sends_from, destination)
             rounds = min(num_rounds(streams), most_rounds or num_rounds(streams))
             at_once = None
             if left is not None and destination is None and streams:
@@ -120,7 +129,16 @@ def carry_out(
             else:
                 received += exchange.run(rounds, copies)
             del exchange  # no name keeps its staging while the next phase takes its own
+            if memory is not None:
+                received += reads.take(memory)
+            if reads.pending:
+                read.append(reads.wait)
         copies.finish()
+    if left is not None and destination is None:
+        left += read
+    else:
+        for wait in read:
+            wait()
     return received * dtype.itemsize
 
 
@@ -167,6 +185,66 @@ class _Copies:
         theirs, mine = self.left.pop()
         mine.copy_(theirs)
         self.copied += theirs.numel()
+
+
+def _near_and_far(streams: Streams, memory: CrossMemory | None) -> tuple[Streams, Streams]:
+    """Pairs whose receiver may read the sender's memory, and all others; alike at both ends."""
+    near = {
+        pair: parts for pair, parts in streams.items()
+        if memory is not None and (pair[1], pair[0]) in memory.readable
+    }  # fmt: skip
+    return near, {pair: parts for pair, parts in streams.items() if pair not in near}
+
+
+class _Reads:
+    """A phase's pairs of which the receiver reads; begun when it is made.
+
+    Two messages for a pair: where the values lie, and that they have been read.
+    """
+
+    def __init__(
+        self, streams: Streams, rank: int, source: FlatBoxes | None,
+        destination: FlatBoxes | None,
+    ) -> None:  # fmt: skip
+        self.pending: list[tuple[dist.Work | None, Tensor]] = []
+        self.wanted: list[tuple[dist.Work | None, Tensor, int, list[Tensor]]] = []
+        for (src, dst), parts in streams.items():
+            buffer = destination if dst == rank else source
+            assert buffer is not None, (src, dst, rank)
+            tensors = [_row(buffer, row.first, row.num_values) for p in parts for row in p.rows]
+            tensors += [buffer.box(box) for part in parts for box in part.chunk]
+            if dst == rank:
+                places = torch.empty(len(tensors), PLACE_VALUES, dtype=torch.int64)
+                self.wanted.append((dist.irecv(places, src), places, src, tensors))
+            else:
+                places = torch.tensor([place_of(tensor) for tensor in tensors])
+                self.pending.append((dist.isend(places, dst), places))
+        for src, dst in streams:
+            if src == rank:  # what a reader says comes after where its own values lie
+                answer = torch.empty(1, dtype=torch.uint8)
+                self.pending.append((dist.irecv(answer, dst), answer))
+
+    def take(self, memory: CrossMemory) -> int:
+        """All that this rank wants, as others come to it; returns the values."""
+        received = 0
+        for work, places, owner, tensors in self.wanted:
+            _finish(work)
+            memory.read(owner, places.tolist(), tensors)
+            answer = torch.ones(1, dtype=torch.uint8)
+            self.pending.append((dist.isend(answer, owner), answer))
+            received += sum(tensor.numel() for tensor in tensors)
+        return received
+
+    def wait(self) -> None:
+        """Until others have read what they want of this rank's."""
+        for work, _ in self.pending:
+            _finish(work)
+        self.pending.clear()
+
+
+def _finish(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
 
 
 class _Exchange:

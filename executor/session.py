@@ -17,6 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from executor.boards import open_boards
+from executor.cross_memory import CrossMemory
 from executor.dataset import Prompts
 from executor.handover import go_over
 from executor.inputs import model_folder, open_data, open_evaluation
@@ -82,6 +83,7 @@ def run_worker(
     data = open_data(run, text)
     evaluation = open_evaluation(run, text)
     functions = functions_of(run)
+    memory = CrossMemory.between_workers() if device.type == "cpu" else None
     first = Checkpoint(run.resume_from).step if run.resume_from is not None else 0
     metrics = None
     if rank == 0:
@@ -94,7 +96,7 @@ def run_worker(
             return Worker(
                 run, compile_plan(run.plan), rank=rank, device=device, functions=functions,
                 data=data, text=text, store=store, trace=trace, on_instruction=heart.at,
-                message_deadline=message_deadline(run),
+                message_deadline=message_deadline(run), memory=memory,
             )  # fmt: skip
 
         steps = _Steps(run, worker_of, metrics, heart, first, evaluation, job)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from executor.buffers import ParameterBuffer
 from executor.context import RankContext
+from executor.cross_memory import CrossMemory
 from executor.model.hf_load import load as load_folder
 from executor.model.random_weights import init_random
 from executor.model.transformer import DecoderStage
@@ -36,13 +37,13 @@ from profiles.hardware import DeviceKind
 class Weights:
     """By (role, layout): the values; by role: who trains it. ``contexts``: the rank's places.
 
-    ``staging_bytes`` and ``most_rounds`` of reallocations, as ``execute`` has them.
+    ``staging_bytes``, ``most_rounds`` and ``memory`` of reallocations, as ``carry_out`` has them.
     """
 
     def __init__(
         self, run: Run, contexts: Mapping[Layout, RankContext], *, rank: int,
         device: torch.device, dtype: torch.dtype, staging_bytes: int | None = None,
-        most_rounds: int | None = None,
+        most_rounds: int | None = None, memory: CrossMemory | None = None,
     ) -> None:  # fmt: skip
         self.run = run
         self.problem = run.plan.problem
@@ -53,6 +54,7 @@ class Weights:
         kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
         self.staging_bytes = staging_bytes or STAGING_BYTES[kind]
         self.most_rounds = most_rounds
+        self.memory = memory
         self.buffers: dict[tuple[str, Layout], ParameterBuffer] = {}
         self.reserved: dict[tuple[str, Layout], ParameterBuffer] = {}
         self.schedules: dict[tuple[Layout, Layout], Schedule] = {}
@@ -234,7 +236,7 @@ class Weights:
         received = carry_out(
             self.schedules[key], source, target, staging=self.staging,
             most_rounds=self.most_rounds,
-            left=left if self.problem.cluster.kind == "cpu" else None,
+            left=left if self.problem.cluster.kind == "cpu" else None, memory=self.memory,
         )  # fmt: skip
         return received, left
 

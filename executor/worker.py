@@ -19,6 +19,7 @@ from torch import Tensor
 
 from executor.batch import SequenceBatch, balanced_groups
 from executor.context import RankContext, build_contexts
+from executor.cross_memory import CrossMemory
 from executor.dataset import Prompts
 from executor.generation import Generation
 from executor.metrics import REWARDS, evaluation_moment, post, post_samples, shows_samples
@@ -85,6 +86,7 @@ class Worker:
         trace: TraceWriter,
         on_instruction: Callable[[int, int, int, str], None] = lambda *where: None,
         message_deadline: timedelta | None = None,
+        memory: CrossMemory | None = None,
     ) -> None:
         self.run = run
         self.plan = run.plan
@@ -107,7 +109,7 @@ class Worker:
         self.contexts = build_contexts(layouts, rank=rank, device=device, timeout=message_deadline)
         self.weights = Weights(
             run, self.contexts, rank=rank, device=device,
-            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, memory=memory,
         )  # fmt: skip
         self.generation = Generation(run, device)
         self.step_data = StepData(self.problem, data, device)

@@ -111,6 +111,9 @@ class _Collectives(Collectives):
     def p2p(self, num_bytes: float, src: int, dst: int) -> Cost:
         return _seen(self.inner.p2p(num_bytes, src, dst), self.source, self.names)
 
+    def read(self, num_bytes: float, src: int, dst: int) -> Cost:
+        return _seen(self.inner.read(num_bytes, src, dst), self.source, self.names)
+
     def _collective(self, operation: CollectiveOperation, num_bytes: float, devices: range) -> Cost:
         cost = getattr(self.inner, operation)(num_bytes, devices)
         return _seen(cost, self.source, self.names)

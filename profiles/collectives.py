@@ -1,4 +1,4 @@
-"""Seconds of an all-reduce, all-gather, reduce-scatter, all-to-all and point-to-point message.
+"""Seconds of an all-reduce, all-gather, reduce-scatter, all-to-all, a message and a direct read.
 
 A group of devices is a Python ``range`` (first, stop, stride): consecutive devices for tensor
 parallelism, ``stride = tp`` for data parallelism, ``stride = dp * tp`` for neighbouring pipeline
@@ -153,6 +153,16 @@ class Collectives:
         if answer is None:
             answer = self._messages[num_bytes, near] = self._message(num_bytes, near)
         return answer
+
+    def read(self, num_bytes: float, src: int, dst: int) -> Cost:
+        """``dst`` reads the memory of ``src``, where that was measured; elsewhere a message.
+
+        CPU workers do so with weights that move from layout to layout inside a node.
+        """
+        near = self.cluster.node_of(src) == self.cluster.node_of(dst)
+        if "read" not in self._measured or not near or src == dst or num_bytes <= 0:
+            return self.p2p(num_bytes, src, dst)
+        return self._from_rows("read", max(1, round(num_bytes)), 2)
 
     def _message(self, num_bytes: float, near: bool) -> Cost:
         link = self.cluster.intra_link if near else self.cluster.inter_link

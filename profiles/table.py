@@ -32,7 +32,8 @@ OPERATIONS: Mapping[str, frozenset[str]] = {
     "embedding": _LAYER_OPERATIONS,
     "head": _LAYER_OPERATIONS | {"decode_graph", "decode_alone"},
     "optimizer": frozenset({"step"}),
-    "collective": frozenset({"all_reduce", "all_gather", "reduce_scatter", "p2p"}),
+    # A read of another worker's memory only where the machine allows it.
+    "collective": frozenset({"all_reduce", "all_gather", "reduce_scatter", "p2p", "read"}),
 }
 
 UNIT = "s"

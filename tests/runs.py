@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from executor.cross_memory import CrossMemory
 from executor.dataset import MockData, Prompts
 from executor.handover import go_over
 from executor.run import Run, functions_of
@@ -163,6 +164,7 @@ def run_rank(
     run = Run(plan=plan, algorithm=algorithm, config=config)
     functions = functions_of(run)
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
+    memory = CrossMemory.between_workers()
     tokens: dict[tuple[int, int], list[int]] = {}
     with TraceWriter(Path(folder) / "trace", rank) as trace:
 
@@ -170,7 +172,7 @@ def run_rank(
             return worker_class(
                 replace(run, plan=plan), compile_plan(plan), rank=rank, device=torch.device("cpu"),
                 functions=functions, store=store, trace=trace, text=TextCodec(None),
-                data=data or mock_data(plan, config),
+                data=data or mock_data(plan, config), memory=memory,
             )  # fmt: skip
 
         worker = worker_of(plan)

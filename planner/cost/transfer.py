@@ -40,7 +40,8 @@ def reallocation_seconds(src: Layout, dst: Layout, *, bytes_per_value: int, mode
     for each message, and of both phases the sum; plus max over devices of the passes over memory:
     what is sent is packed, what comes is unpacked and what stays is copied, one read and one write
     each; but blocks that a device holds alike are lent, not copied. The executor does these on the
-    device that also sends, so they add up.
+    device that also sends, so they add up. CPU workers that read each other's memory pack nothing;
+    there these passes stand for what strided rows take longer than the rows that were measured.
     """
     if isinstance(model, MixedCosts):
         if _apart(src.mesh, dst.mesh, model):
@@ -151,7 +152,7 @@ def _slowest_lane_s(
     """
     return max(
         (
-            collectives.p2p(float(num_values * bytes_per_value), *peers).seconds
+            collectives.read(float(num_values * bytes_per_value), *peers).seconds
             + (count - 1) * latency_s
             for num_values, count in heaviest
         ),

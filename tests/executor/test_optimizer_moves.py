@@ -19,6 +19,7 @@ import torch
 
 from executor.buffers import ParameterBuffer
 from executor.context import build_contexts
+from executor.cross_memory import CrossMemory
 from executor.optimizer_moves import STATES, States, move_states, states_of
 from executor.parallel.optimizer import Adam
 from planner.layout import Layout, parameters
@@ -104,7 +105,7 @@ def fill(adam: Adam) -> None:
 
 def moved(
     old: Adam | None, pair: Pair, contexts: Mapping[Layout, object], rank: int,
-    staging_bytes: int, dtype: torch.dtype = torch.float32,
+    staging_bytes: int, dtype: torch.dtype = torch.float32, memory: CrossMemory | None = None,
 ) -> tuple[Adam | None, int]:  # fmt: skip
     """An optimizer under the second layout with the state of ``old``, and the bytes received."""
     layout = pair[1].layout
@@ -123,8 +124,9 @@ def moved(
 
     states: States | None = None if old is None else states_of(old)
     found, received = move_states(
-        reallocate_state(*pair), states, allocate, rank=rank, staging_bytes=staging_bytes
-    )
+        reallocate_state(*pair), states, allocate, rank=rank, staging_bytes=staging_bytes,
+        memory=memory,
+    )  # fmt: skip
     if buffer is None or found is None:
         assert buffer is found
         return None, received
@@ -141,6 +143,7 @@ def move_all(rank: int, world_size: int, pairs: list[Pair], dtype: torch.dtype) 
     layouts = dict.fromkeys(state.layout for pair in pairs for state in pair)
     contexts = build_contexts(layouts, rank=rank, device=torch.device("cpu"))
     total = 0
+    memory = CrossMemory.between_workers()
     for number, pair in enumerate(pairs):
         src, dst = pair
         label = f"{src.key} -> {dst.key}, rank {rank}"
@@ -149,7 +152,9 @@ def move_all(rank: int, world_size: int, pairs: list[Pair], dtype: torch.dtype) 
             _, old = made(contexts[src.layout], CONFIG, src.zero, dtype)
             fill(old)
         staging_bytes = 64 if number % 40 == 7 else (1000, 1 << 20)[number % 2]
-        adam, received = moved(old, pair, contexts, rank, staging_bytes, dtype)
+        adam, received = moved(
+            old, pair, contexts, rank, staging_bytes, dtype, memory if number // 2 % 2 else None
+        )
         before, after = kept_masks(src, rank), kept_masks(dst, rank)
         lacking = sum(int((after[name] & ~before[name]).sum()) for name in after)
         assert received == 3 * 4 * lacking, label

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from executor import profile_graph, profiler
+from executor.cross_memory import CrossMemory
 from executor.profile_device import driver_version
 from executor.profile_grid import Allowance, Found, Grid, Point, Target, explore
 from executor.profile_layers import LayerBench
@@ -62,6 +63,10 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[str], 
     return left, heard, what.output
 
 
+def reads_all(rank: int, world_size: int) -> bool:
+    return CrossMemory.between_workers().all_readable
+
+
 def test_every_question_of_a_planner_has_rows(resumed: tuple[dict, list[str], Path]) -> None:
     table = CostTable.load(resumed[2])  # validates every row
     found = {(row.component, row.operation, row.tp) for row in table.rows}
@@ -71,9 +76,10 @@ def test_every_question_of_a_planner_has_rows(resumed: tuple[dict, list[str], Pa
         for operation in ("forward", "backward", "decode")
         for tp in (1, 2)
     }
-    collectives = {
-        ("collective", name, 1) for name in ("all_reduce", "all_gather", "reduce_scatter", "p2p")
-    }
+    names = {"all_reduce", "all_gather", "reduce_scatter", "p2p"}
+    if all(spawn(2, reads_all)):
+        names.add("read")
+    collectives = {("collective", name, 1) for name in names}
     alone = {(component, "decode_alone", 1) for component in ("block", "head")}
     assert found == layers | collectives | alone | {("optimizer", "step", 1)}
     heads = {row.shape.rsplit("-")[-1] for row in table.rows if row.component == "head"}

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.buffers import ParameterBuffer
+from executor.cross_memory import CrossMemory
 from executor.reallocate import carry_out, execute
 from executor.reallocation_rounds import Part, cut, make_schedule
 from planner.layout import Layout, ParameterSlice, parameters
@@ -105,9 +106,12 @@ def run_pairs(
 ) -> tuple[int, int]:
     """Bytes received in all, and messages that were sent on.
 
-    Every second pair's destination borrows what the rank holds alike.
+    Every second pair's destination borrows what the rank holds alike. All is sent, or all is read
+    that the machine allows, or only within the first and the last ranks, as on two machines.
     """
     moved, lent, relayed = 0, 0, 0
+    every = CrossMemory.between_workers()
+    memories = [None, every, halves(every, world_size)]
     for number, (src, dst, staging_bytes) in enumerate(pairs):
         if rank not in src.mesh and rank not in dst.mesh:
             continue
@@ -120,7 +124,10 @@ def run_pairs(
             destination.flat[: destination.num_values] = float("nan")
         per_node = NODES[number // 2 % len(NODES)]
         plan = reallocate(src, dst, devices_per_node=per_node, least_share=1 + number % 40)
-        received = execute(plan, source, destination, rank=rank, staging_bytes=staging_bytes)
+        received = execute(
+            plan, source, destination, rank=rank, staging_bytes=staging_bytes,
+            memory=memories[number // 3 % len(memories)],
+        )  # fmt: skip
         relayed += sum(m.phase for m in plan.messages if m.src == rank)
         label = (
             f"{src.key} -> {dst.key}, nodes of {per_node}, {staging_bytes} bytes of staging, "
@@ -140,6 +147,12 @@ def run_pairs(
         moved += received
     assert rank or lent, "no pair that could borrow"
     return moved, relayed
+
+
+def halves(memory: CrossMemory, world_size: int) -> CrossMemory:
+    """Only ranks of one half may read each other."""
+    near = {(a, b) for a, b in memory.readable if 2 * a // world_size == 2 * b // world_size}
+    return CrossMemory(memory.pids, frozenset(near))
 
 
 def lent_values(buffer: ParameterBuffer) -> int:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from executor.buffers import ParameterBuffer
+from executor.cross_memory import CrossMemory
 from executor.reallocate import carry_out
 from executor.reallocation_rounds import make_schedule
 from executor.under_way import UnderWay
@@ -76,9 +77,13 @@ def test_a_giver_does_not_wait_for_takers_and_later_messages_do_not_mix() -> Non
     assert found[1:] == [[8], [9]]
 
 
-def leave_where_possible(rank: int, world_size: int) -> tuple[int, int]:
-    """Reallocations that were left under way, and those that did not fit the staging."""
+def leave_where_possible(rank: int, world_size: int, reads: bool) -> tuple[int, int]:
+    """Reallocations that were left under way, and those that did not fit the staging.
+
+    ``reads``: takers read the givers' memory where they may.
+    """
     left_behind, waited = 0, 0
+    memory = CrossMemory.between_workers() if reads else None
     for src, dst, staging_bytes in random_pairs(30, seed=8):
         source, expected = fill(src, rank), fill(dst, rank)
         if source is None and expected is None:
@@ -89,7 +94,7 @@ def leave_where_possible(rank: int, world_size: int) -> tuple[int, int]:
         if expected is not None:
             target = ParameterBuffer.for_rank(dst, rank, dtype=torch.float32, device="cpu")
             target.flat.fill_(float("nan"))
-        carry_out(schedule, source, target, left=left)
+        carry_out(schedule, source, target, left=left, memory=memory)
         assert target is None or not left, "who receives waits for it"
         left_behind += bool(left)
         waited += target is None and bool(schedule.phases[0]) and not left
@@ -103,10 +108,13 @@ def leave_where_possible(rank: int, world_size: int) -> tuple[int, int]:
     return left_behind, waited
 
 
-def test_what_is_sent_at_once_arrives_exactly_and_fits_the_staging_or_is_waited_for() -> None:
-    left_behind, waited = (sum(each) for each in zip(*spawn(8, leave_where_possible)))
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_is_sent_at_once_arrives_exactly_and_fits_the_staging_or_is_waited_for(
+    reads: bool,
+) -> None:
+    left_behind, waited = (sum(each) for each in zip(*spawn(8, leave_where_possible, reads)))
     assert left_behind
-    assert waited
+    assert waited or reads, "what is read needs no staging"
 
 
 def give_to_the_dead(rank: int, world_size: int, folder: str) -> None:

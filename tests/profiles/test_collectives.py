@@ -156,6 +156,14 @@ def test_measured_rows_say_nothing_of_the_network() -> None:
     assert model.p2p(1000, 0, 4).seconds == pytest.approx(14e-6 + 100 / 0.72)
 
 
+def test_reads_are_messages_where_none_was_measured_and_between_nodes() -> None:
+    rows = ("p2p", 2, 1000, 3.0), ("read", 2, 1000, 0.5)
+    assert measured(*rows).read(1000, 0, 1).seconds == 0.5
+    assert measured(rows[0]).read(1000, 0, 1).seconds == 3.0
+    assert measured(*rows).read(1000, 0, 4) == measured(rows[0]).p2p(1000, 0, 4)
+    assert measured(*rows).read(1000, 1, 1).seconds == 0
+
+
 def test_messages_inside_a_node_are_the_shipped_ones() -> None:
     dgx = make_cluster("dgx-h100", 16)
     model = Collectives(dgx, shipped="h100")
