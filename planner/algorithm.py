@@ -215,14 +215,16 @@ def _keys_near(config: Any, text: str) -> str:
 
 
 def planned_workload(algorithm: Algorithm, config: RunConfig) -> Workload:
-    """What the algorithm says of a step's data, with the answers' lengths as ``config.data`` says.
+    """What the algorithm says of a step's data, with lengths as ``config.data`` says.
 
     Raises:
-        ConfigError: lengths that no answer can have.
+        ConfigError: lengths that no prompt or no answer can have.
     """
-    workload = algorithm.workload(config)
-    lengths = config.data.answer_lengths(workload.response_tokens)
-    return replace(workload, response_lengths=lengths)
+    workload, data = algorithm.workload(config), config.data
+    return replace(
+        workload, response_lengths=data.answer_lengths(workload.response_tokens),
+        mean_prompt_tokens=data.mean_prompt(workload.prompt_tokens) or workload.mean_prompt_tokens,
+    )  # fmt: skip
 
 
 def make_problem(

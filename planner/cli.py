@@ -255,7 +255,12 @@ def _add_problem(parser: argparse.ArgumentParser) -> None:
         help="measured costs (realexec profile); without: shipped tables of the device",
     )
     add("--algorithm", "--experiment", default="ppo", metavar="NAME|FILE.py", help="default ppo")
-    add("--prompt-len", metavar="N", help="longest prompt, in tokens: prompt_len=N")
+    add(
+        "--prompt-len",
+        metavar="N",
+        help="longest prompt, in tokens: prompt_len=N; seconds are for prompts of that length, or "
+        "of data.prompt_mean=N",
+    )
     add("--response-len", metavar="N", help="longest answer, in tokens: response_len=N")
     add("--batch-size", metavar="N", help="sequences per step: batch_size=N")
 

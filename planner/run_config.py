@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from planner.lengths import lognormal_lengths, lognormal_sigma, summary
 from profiles.errors import ConfigError
@@ -49,16 +49,29 @@ class DataConfig:
 
 @dataclass
 class StepDataConfig(DataConfig):
-    """The data of the steps; and for estimates, how long the answers are, in tokens.
+    """The data of the steps; and for estimates, how long prompts and answers are, in tokens.
 
-    Lognormal by mean and 95th percentile (or sigma), or a list of lengths that were seen; without
-    either every answer counts as long as it may be.
+    Prompts by their mean. Answers lognormal by mean and 95th percentile (or sigma), or a list of
+    lengths that were seen. What nothing is said of counts as long as it may be.
     """
 
+    prompt_mean: float = 0.0  # 0: as long as the longest, prompt_len
     response_mean: float = 0.0  # before the longest are cut off; 0: no lognormal
     response_p95: float = 0.0  # 95th percentile
     response_sigma: float = 0.0  # standard deviation of the logarithm, in place of response_p95
     response_lengths: list[int] = field(default_factory=list)
+
+    def mean_prompt(self, longest: int) -> float | None:
+        """For ``Workload.mean_prompt_tokens``; None where nothing is said of it.
+
+        Raises:
+            ConfigError: not from 1 to ``longest``.
+        """
+        self._check_not_negative("prompt_mean")
+        if self.prompt_mean == 0:
+            return None
+        self._check_mean("prompt", longest)
+        return self.prompt_mean
 
     def answer_lengths(self, longest: int) -> tuple[int, ...]:
         """For ``Workload.response_lengths``; () where nothing is said of lengths.
@@ -70,23 +83,33 @@ class StepDataConfig(DataConfig):
             return self._seen(longest)
         mean, p95, sigma = self.response_mean, self.response_p95, self.response_sigma
         for name in ("response_mean", "response_p95", "response_sigma"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{getattr(self, name)} is below 0", where=f"data.{name}")
+            self._check_not_negative(name)
         if mean == 0:
             if p95 or sigma:
                 raise ConfigError("a distribution needs its mean", where="data.response_mean")
             return ()
-        if not 1 <= mean <= longest:
-            raise ConfigError(
-                f"{mean:g} is not from 1 to the longest answer, {longest}",
-                where="data.response_mean", remedy="lower it or raise response_len",
-            )  # fmt: skip
+        self._check_mean("response", longest)
         if bool(p95) == bool(sigma):
             raise ConfigError(
                 "a lognormal distribution needs its 95th percentile or its sigma, not both",
                 where="data.response_p95",
             )
         return lognormal_lengths(mean, sigma or lognormal_sigma(mean, p95), longest)
+
+    def _check_not_negative(self, name: str) -> None:
+        value = getattr(self, name)
+        if not 0 <= value < math.inf:
+            problem = f"{value} is below 0" if value < 0 else f"{value} is no number of tokens"
+            raise ConfigError(problem, where=f"data.{name}")
+
+    def _check_mean(self, what: Literal["prompt", "response"], longest: int) -> None:
+        mean = getattr(self, f"{what}_mean")
+        if not 1 <= mean <= longest:
+            noun = "prompt" if what == "prompt" else "answer"
+            raise ConfigError(
+                f"{mean:g} is not from 1 to the longest {noun}, {longest}",
+                where=f"data.{what}_mean", remedy=f"lower it or raise {what}_len",
+            )  # fmt: skip
 
     def _seen(self, longest: int) -> tuple[int, ...]:
         if self.response_mean or self.response_p95 or self.response_sigma:

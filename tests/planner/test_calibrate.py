@@ -174,6 +174,12 @@ def test_lengths_are_those_of_the_run() -> None:
     assert found.expected_prompt_tokens == pytest.approx(10, rel=0.05)
     assert found.expected_response_tokens == 4
     assert as_run(plan, spans, 1, None) == workload
+    # What a run has seen is heard before what its plan was told.
+    told = replace(workload, mean_prompt_tokens=15.0, response_lengths=(7,))
+    plan = replace(plan, problem=replace(plan.problem, workload=told))
+    assert as_run(plan, spans, 1, 4.0) == replace(
+        told, mean_prompt_tokens=found.mean_prompt_tokens, response_lengths=(4,)
+    )
 
 
 # ---- how sure -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Protects lengths of answers: the lognormal's mean and percentile, cuts, and refused options."""
+"""Protects lengths of prompts and answers: what options make of them, and which are refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from hypothesis import strategies as st
 from experiments.ppo.graph import ALGORITHM
 from planner.algorithm import make_config, planned_workload
 from planner.lengths import MOST_LENGTHS, lognormal_lengths, lognormal_sigma, summary
-from planner.plan import Workload
+from planner.plan import ExecutionPlan, Workload
+from planner.plan_memory import plan_memory
 from planner.plan_schema import plan_from_dict, plan_to_dict
+from planner.program import compile_plan
+from planner.resolve import make_costs
+from planner.simulate import StepPrices, run_program
 from profiles.errors import ConfigError, PlanError
 from tests.planner.plans import random_plan
 
@@ -64,6 +68,41 @@ def test_a_configuration_gives_its_lengths_to_the_plan() -> None:
     assert seen.max_tokens == workload().max_tokens  # memory stays for the longest
 
 
+def test_a_configuration_gives_the_mean_of_its_prompts_to_the_plan() -> None:
+    assert workload().mean_prompt_tokens is None
+    some = workload("prompt_len=64", "data.prompt_mean=45.5")
+    assert (some.prompt_tokens, some.expected_prompt_tokens) == (64, 45.5)
+    # An algorithm may say it itself, as a user's file does; the option is heard before it.
+    own = replace(ALGORITHM, workload=lambda _: replace(some, mean_prompt_tokens=20.0))
+    config = make_config(ALGORITHM.config_class)
+    assert planned_workload(own, config).mean_prompt_tokens == 20
+    config.data.prompt_mean = 30.0
+    assert planned_workload(own, config).mean_prompt_tokens == 30
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_prompts_are_priced_at_their_mean_and_held_at_their_longest(seed: int) -> None:
+    """Oracles: all prompts as long as the mean; all as long as the longest."""
+    plan = random_plan(random.Random(seed))
+
+    def with_prompts(longest: int, mean: float | None = None) -> ExecutionPlan:
+        known = replace(
+            plan.problem.workload, prompt_tokens=longest, mean_prompt_tokens=mean, group_size=3
+        )
+        return replace(plan, problem=replace(plan.problem, workload=known))
+
+    def step_s(plan: ExecutionPlan) -> float:
+        prices = StepPrices(plan.problem, make_costs(plan.problem.cluster, None))
+        return run_program(plan, compile_plan(plan), prices).step_s
+
+    unlike, mean_ones, longest_ones = (
+        with_prompts(640, 80), with_prompts(80), with_prompts(640)
+    )  # fmt: skip
+    assert step_s(unlike) == pytest.approx(step_s(mean_ones), rel=1e-12)
+    assert step_s(unlike) < step_s(longest_ones)
+    assert plan_memory(unlike) == plan_memory(longest_ones) != plan_memory(mean_ones)
+
+
 @pytest.mark.parametrize(
     "overrides, sentence",
     [
@@ -75,6 +114,14 @@ def test_a_configuration_gives_its_lengths_to_the_plan() -> None:
         (["data.response_mean=-1"], "data.response_mean: -1.0 is below 0"),
         (["data.response_lengths=[5,1025]"], "data.response_lengths: 1025 is not from 1 to"),
         (["data.response_lengths=[5]", "data.response_mean=3"], "give one of them"),
+        (
+            ["prompt_len=32", "data.prompt_mean=33"],
+            "33 is not from 1 to the longest prompt, 32; lower it or raise prompt_len",
+        ),
+        (["data.prompt_mean=0.5"], "data.prompt_mean: 0.5 is not from 1 to the longest prompt"),
+        (["data.prompt_mean=-1"], "data.prompt_mean: -1.0 is below 0"),
+        (["data.prompt_mean=inf"], "data.prompt_mean: inf is no number of tokens"),
+        (["data.prompt_mean=many"], "override 'data.prompt_mean=many': Value 'many'"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(overrides: list[str], sentence: str) -> None:
@@ -84,7 +131,7 @@ def test_lengths_that_cannot_be_are_refused(overrides: list[str], sentence: str)
 
 def test_a_plans_file_keeps_its_lengths() -> None:
     plan = random_plan(random.Random(1))
-    known = replace(plan.problem.workload, response_lengths=(1, 2, 2))
+    known = replace(plan.problem.workload, response_lengths=(1, 2, 2), mean_prompt_tokens=12.25)
     plan = replace(plan, problem=replace(plan.problem, workload=known))
     again = plan_from_dict(json.loads(json.dumps(plan_to_dict(plan))))
     assert again.problem.workload == known

@@ -72,11 +72,16 @@ def random_assignment(rng: random.Random, space: OptionSpace) -> Assignment:
     return tuple(chosen)
 
 
+@pytest.mark.parametrize("mean_prompt", [None, 6.5])
 @pytest.mark.parametrize("seed", range(12))
-def test_the_evaluator_agrees_with_the_simulator_and_the_memory_model(seed: int) -> None:
+def test_the_evaluator_agrees_with_the_simulator_and_the_memory_model(
+    seed: int, mean_prompt: float | None
+) -> None:
     """On random plans: step_s to 1e-9, the fullest device to the byte, no floor above it."""
     rng = random.Random(seed)
     problem = random_problem(rng)
+    known = replace(problem.workload, mean_prompt_tokens=mean_prompt)
+    problem = replace(problem, workload=known)
     space = space_of(problem)
     evaluator = Evaluator(space)
     for _ in range(12):

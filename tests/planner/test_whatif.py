@@ -194,6 +194,14 @@ def test_tokens_are_those_of_all_answers() -> None:
     assert row["tokens_per_s"] == pytest.approx(4 * 3 * 32 / row["seconds"])
 
 
+def test_shorter_prompts_take_less_time_and_the_longest_is_no_longer_held(what: WhatIf) -> None:
+    frame = what.sweep(**{"data.prompt_mean": [0, 4]}, gpus=1)
+    assert frame["seconds"][1] < frame["seconds"][0]
+    assert what.sweep(prompt_len=4, gpus=1)["seconds"][0] <= frame["seconds"][1] * 1.02
+    with pytest.raises(ConfigError, match=r"data\.prompt_mean: 17 is not from 1 to the longest"):
+        what.sweep(**{"data.prompt_mean": 17})
+
+
 def test_pareto_is_what_no_other_beats(what: WhatIf) -> None:
     frame = what.sweep(gpus=[1, 2, 4], device=["a100", "h100"])
     front = what.pareto("seconds", "dollars")
