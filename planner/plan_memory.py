@@ -176,10 +176,10 @@ def memory_over_time(
                     need + offloaded_memory(own, trained=trained)
                     for need, own in zip(stages, held, strict=True)
                 ]
-        width = allocation.mesh.num_devices // len(stages)
         there = [held for held, (a, b) in borrowed.items() if a <= position <= b]
         for device in allocation.mesh.devices:
-            need = resident[device] + stages[(device - allocation.mesh.first) // width]
+            stage, _, _ = allocation.strategy.coordinates(device - allocation.mesh.first)
+            need = resident[device] + stages[stage]
             for held_there in there:
                 if device in held_there[1].mesh:
                     need += _borrowed_memory(held_there, device, kind, kept)
@@ -357,10 +357,10 @@ def _resident(
         for device in {device for _, layout in kept for device in layout.mesh.devices}:
             found[device] += MemoryBreakdown(buffers=STAGING_BYTES[kind])
     for name in caches:
-        stages, mesh = _cache_of(plan, name), plan.allocations[name].mesh
-        width = mesh.num_devices // len(stages)
-        for device in mesh.devices:
-            found[device] += stages[(device - mesh.first) // width]
+        stages, allocation = _cache_of(plan, name), plan.allocations[name]
+        for device in allocation.mesh.devices:
+            stage, _, _ = allocation.strategy.coordinates(device - allocation.mesh.first)
+            found[device] += stages[stage]
     return found
 
 

@@ -226,8 +226,9 @@ class OptionSpace:
 
 def more_memory(problem: Problem, item: str) -> str:
     """What a user can do where ``item`` of a ``MemoryBreakdown`` takes too much."""
+    count = problem.cluster.num_devices
     remedies = [
-        f"use more than {problem.cluster.num_devices} devices",
+        f"use more than {'one device' if count == 1 else f'{count} devices'}",
         "devices with more memory",
         "a smaller model",
     ]

@@ -162,7 +162,7 @@ def test_what_does_not_fit_together_says_which_roles_on_which_device_lack_how_mu
         with pytest.raises(
             InfeasibleError,
             match=r"device 0 needs .*B while \w+ runs and has .*B, .*B too little; most is \w+ "
-            r"with .*roles that stay there: .*actor.*more than 1 devices",
+            r"with .*roles that stay there: .*actor.*more than one device, ",
         ):
             search(problem, model_of(problem))
         return
