@@ -11,6 +11,9 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from planner.arguments import whole
 from planner.compare import compare
 from planner.console import make_table, note, output_console, say
@@ -180,11 +183,24 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], headings: Iterable[str], as_j
     if as_json:
         print(json.dumps(list(rows)))
         return 0
+    output_console().print(_table(rows, headings))
+    return 0
+
+
+def _table(rows: Sequence[Mapping[str, Any]], headings: Iterable[str]) -> Table:
     table = make_table(None, headings)
     for row in rows:
         table.add_row(*(str(row[heading]) for heading in headings))
-    output_console().print(table)
-    return 0
+    return table
+
+
+def _print_catalogue(rows: Sequence[Mapping[str, Any]], as_json: bool) -> int:
+    """A line for each name; sources, which are sentences, below where they do not fit beside."""
+    all_columns = Console(width=10_000).measure(_table(rows, rows[0])).maximum
+    if as_json or all_columns <= output_console().width:
+        return _print_rows(rows, rows[0], as_json)
+    _print_rows(rows, [heading for heading in rows[0] if heading != "source"], as_json)
+    return _print_rows(rows, ("name", "source"), as_json)
 
 
 def run_models(args: argparse.Namespace) -> int:
@@ -195,7 +211,7 @@ def run_models(args: argparse.Namespace) -> int:
          "source": s.source}
         for s in MODELS.values()
     ]  # fmt: skip
-    return _print_rows(rows, rows[0], args.json)
+    return _print_catalogue(rows, args.json)
 
 
 def run_devices(args: argparse.Namespace) -> int:
@@ -210,7 +226,7 @@ def run_devices(args: argparse.Namespace) -> int:
          "source": d.source + (f"; price: {d.price_source}" if d.price_source else "")}
         for d in DEVICES.values()
     ]  # fmt: skip
-    return _print_rows(rows, rows[0], args.json)
+    return _print_catalogue(rows, args.json)
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -108,6 +108,25 @@ def test_the_catalogue_is_listed(verb: str, capsys: pytest.CaptureFixture[str]) 
     assert main([verb]) == 0
 
 
+@pytest.mark.parametrize("columns, times", [("80", 2), ("400", 1)])
+@pytest.mark.parametrize("verb", ["models", "devices"])
+def test_a_row_of_the_catalogue_is_a_line(
+    verb: str, columns: str, times: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Sources would fold every row; in 80 columns they are in a table of their own."""
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main([verb, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert main([verb]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in rows:
+        (first, *rest) = (line for line in lines if line[:1] == [row["name"]])
+        words = " ".join(str(value) for key, value in row.items() if key != "source").split()
+        assert first[: len(words)] == words
+        assert len(rest) == times - 1
+
+
 def _hf_folder(path: Path) -> Path:
     spec = MODELS["tiny"]
     path.mkdir()
