@@ -21,7 +21,7 @@ def built_wheel(folder: Path) -> zipfile.ZipFile:
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", ".ipynb_checkpoints")
     for name in PACKAGES:
         shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("realplan.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     subprocess.run([*command, "-w", str(folder), str(source)], check=True, timeout=120)
@@ -45,11 +45,12 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
     }
     assert shipped
     assert shipped <= names, sorted(shipped - names)[:5]
-    strange = {name.split("/")[0] for name in names if ".dist-info/" not in name} - set(PACKAGES)
-    assert not strange
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
+        "realplan.py", *PACKAGES,
+    }  # fmt: skip
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
     text = wheel.read(entry_points).decode()
-    for line in ("realplan = planner.cli:main", "realexec = executor.entry:main"):
+    for line in ("realplan = realplan:main", "realexec = executor.entry:main"):
         assert line in text
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

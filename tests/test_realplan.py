@@ -1,0 +1,55 @@
+"""Protects Ctrl-C in the first second of ``realplan``: one line and exit code 130, no traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from realplan import main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Takes for ever to load, and takes what interrupts it for its own.
+NUMBA = """
+import time
+print("loading", flush=True)
+while True:
+    try:
+        time.sleep(1)
+    except BaseException:
+        pass
+"""
+
+
+def test_ctrl_c_while_it_loads(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text(NUMBA)
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "realplan", "models"], env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, told) == (130, "realplan: interrupted\n")
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_is_as_it_was_once_it_is_loaded(
+    handler: signal.Handlers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        assert main(["models"]) == 0
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "llama-70b" in capsys.readouterr().out
