@@ -15,7 +15,8 @@ source scripts/environment.sh
 WORKERS="${WORKERS:-2}"
 BATCH_SIZE="${BATCH_SIZE:-16}"     # sequences per step
 MINI_BATCHES="${MINI_BATCHES:-2}"  # optimizer steps per batch
-PROMPT_LEN="${PROMPT_LEN:-45}"     # tokens; the longest prompt has so many with its chat template
+PROMPT_LEN="${PROMPT_LEN:-64}"     # tokens; longer prompts are refused
+PROMPT_MEAN="${PROMPT_MEAN:-40}"   # tokens of its prompts on average, with their chat template
 RESPONSE_LEN="${RESPONSE_LEN:-32}" # tokens
 STEPS="${STEPS:-3}"
 
@@ -51,6 +52,7 @@ realexec profile --model "$MODEL" --device cpu --workers "$WORKERS" -o "$OUT/pro
 workload=(
   "batch_size=$BATCH_SIZE"
   "prompt_len=$PROMPT_LEN"
+  "data.prompt_mean=$PROMPT_MEAN"
   "response_len=$RESPONSE_LEN"
   "ppo.num_mini_batches=$MINI_BATCHES"
   "reward.source=vader"
