@@ -23,7 +23,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """On which nothing listened just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -64,7 +65,7 @@ def spawn(
     """
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         children = [
             context.Process(
                 target=_child, args=(rank, world_size, port, folder, timeout_s, fn, args)

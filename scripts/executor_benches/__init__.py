@@ -1,0 +1,1 @@
+"""The subjects of ``bench_executor.py``, a file each; ``turns.py``: how each is timed."""
