@@ -223,7 +223,7 @@ class _FakeWorker(Worker):
             staging_bytes=STAGING_BYTES[kind], most_rounds=SAMPLED_ROUNDS, watch=watch,
         )  # fmt: skip
         self.watch = watch
-        self.generation = _FakeGeneration(self.generation, watch)
+        self.generation = _FakeGeneration(run, self.device, watch)
         self.exchange = _Unanswered(self)
         self.versions = _Untold(self.store, rank)
 
@@ -329,10 +329,10 @@ class _FirstMiniBatch(Passes):
 class _FakeGeneration(Generation):
     """Captures, where the plan is for GPUs."""
 
-    def __init__(self, real: Generation, watch: _Watch) -> None:
-        self.__dict__ = real.__dict__
+    def __init__(self, run: Run, device: torch.device, watch: _Watch) -> None:
+        super().__init__(run, device)
         self.watch = watch
-        self.captures = self.plan.problem.cluster.kind == "cuda"
+        self.captures = run.plan.problem.cluster.kind == "cuda"
 
     def capture(self, stage: DecoderStage, pool: GraphPool) -> Capture | None:
         assert isinstance(stage, _FewTurns), stage

@@ -189,19 +189,6 @@ def test_a_check_leaves_no_process_group(tmp_path: Path) -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_a_check_makes_what_generates_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's process groups were made twice."""
-    made: list[object] = []
-    monkeypatch.setattr("executor.generation.VLLM", lambda **options: made.append(options))
-    plan = plan_of(
-        GROUPED, 1, allocate(m=2), algorithm=SFT,
-        sizes=["batch_size=2", "prompt_len=8", "response_len=8"],
-    )  # fmt: skip
-    run = configure(plan, ["init=random", "generation_backend=vllm"])
-    check_rank(run, compile_plan(run.plan), (0,), tmp_path)
-    assert len(made) == 1
-
-
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from executor.cli import main
 
