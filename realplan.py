@@ -20,13 +20,14 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``planner.cli.main``, once it is loaded."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # a job in the background ignores Ctrl-C
+    # A job in the background ignores Ctrl-C, and goes on to.
+    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if listens:
         signal.signal(signal.SIGINT, _leave)
-    try:
-        from planner.cli import main as cli_main
-    finally:
-        signal.signal(signal.SIGINT, before)
+    from planner.cli import main as cli_main
+
+    if listens:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli_main(argv)
 
 

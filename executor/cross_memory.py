@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,14 @@ _PIECE_BYTES = 1 << 20  # so that a call has at most 1 GiB; Linux would cut it a
 _PR_SET_PTRACER = 0x59616D61  # <linux/prctl.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# Linux has it; elsewhere nobody is read.
+_readv = getattr(_libc, "process_vm_readv", None)
+if _readv is not None:
+    _readv.restype = ctypes.c_ssize_t
+    _readv.argtypes = (
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong,
+        ctypes.c_ulong,
+    )  # fmt: skip
 
 
 def place_of(tensor: Tensor) -> list[int]:
@@ -41,9 +50,10 @@ def place_of(tensor: Tensor) -> list[int]:
 
 
 class CrossMemory:
-    """``pids`` by rank; ``readable``: pairs (reader, owner)."""
+    """``pids`` by rank; ``readable``: pairs of ranks that read each other, both ways round."""
 
     def __init__(self, pids: Sequence[int], readable: frozenset[tuple[int, int]]) -> None:
+        assert all((b, a) in readable for a, b in readable), readable
         self.pids = tuple(pids)
         self.readable = readable
 
@@ -56,31 +66,34 @@ class CrossMemory:
     def between_workers(cls) -> CrossMemory:
         """All processes of the group together: each tries to read what every other one shows."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        shown = torch.randint(1 << 62, (1,))
-        # Yama lets nobody read but a process's own children, unless it names somebody: whoever
-        # started it, and with that all that the same one started. Elsewhere this says nothing.
-        _libc.prctl(_PR_SET_PTRACER, os.getppid(), 0, 0, 0)
+        shown = torch.tensor([secrets.randbits(62)])
+        if _readv is not None:
+            # Yama lets a process be read by its ancestors only, and by whom it names: whoever
+            # started it, and with that all that the same one started. Without Yama it is refused.
+            _libc.prctl(_PR_SET_PTRACER, os.getppid(), 0, 0, 0)
         told: list[tuple[str, int, list[int], int]] = [("", 0, [], 0)] * world
         own = (_process_space(), os.getpid(), place_of(shown), int(shown))
         dist.all_gather_object(told, own)
-        found = cls([pid for _, pid, _, _ in told], frozenset())
-        tried = []
-        for owner, (space, _, place, value) in enumerate(told):
-            seen = torch.zeros_like(shown)
-            if owner != rank and space == own[0] and found._can_read(owner, place, seen):
-                assert int(seen) == value, f"rank {rank} read another process than rank {owner}"
-                tried.append((rank, owner))
+        pids = [pid for _, pid, _, _ in told]
+        alone = cls(pids, frozenset())
+        tried = [
+            (rank, owner)
+            for owner, (space, _, place, value) in enumerate(told)
+            if owner != rank and space == own[0] and alone._reads(owner, place, value)
+        ]
         every: list[list[tuple[int, int]]] = [[]] * world
         dist.all_gather_object(every, tried)  # after which what is shown may go
-        found.readable = frozenset(pair for pairs in every for pair in pairs)
-        return found
+        found = {pair for pairs in every for pair in pairs}
+        return cls(pids, frozenset((a, b) for a, b in found if (b, a) in found))
 
-    def _can_read(self, owner: int, place: Sequence[int], target: Tensor) -> bool:
+    def _reads(self, owner: int, place: Sequence[int], value: int) -> bool:
+        """It may, and it is the process that shows ``value``."""
+        seen = torch.zeros(1, dtype=torch.int64)
         try:
-            self.read(owner, [place], [target])
+            self.read(owner, [place], [seen])
         except OSError:
             return False
-        return True
+        return int(seen) == value
 
     def read(self, owner: int, places: Sequence[Sequence[int]], targets: Sequence[Tensor]) -> None:
         """Fill ``targets`` from where the owner's tensors of the same shapes and type lie.
@@ -88,11 +101,17 @@ class CrossMemory:
         Raises:
             OSError: the owner has ended, or may not be read.
         """
-        here, there = list[Ints](), list[Ints]()
+        here, there, count = list[Ints](), list[Ints](), 0
         for place, target in zip(places, targets, strict=True):
-            mine, theirs = _side_by_side(place_of(target), target), _side_by_side(place, target)
-            for found, runs in ((here, mine), (there, theirs)):
-                found.append(_cut(runs, min(int(mine[0, 1]), int(theirs[0, 1]), _PIECE_BYTES)))
+            ends = _side_by_side(place_of(target), target), _side_by_side(place, target)
+            # The longer run is so many of the shorter: the pieces are alike at both ends.
+            shorter = min(int(runs[0, 1]) for runs in ends)
+            for found, runs in zip((here, there), ends, strict=True):
+                found.append(_cut(_cut(runs, shorter), _PIECE_BYTES))
+            count += len(here[-1])
+            if count >= _MOST_VECTORS:  # a list of all would take a tenth of what short rows hold
+                self._read(owner, np.concatenate(there), np.concatenate(here))
+                here, there, count = [], [], 0
         if here:
             self._read(owner, np.concatenate(there), np.concatenate(here))
 
@@ -102,20 +121,16 @@ class CrossMemory:
             pieces = slice(first, first + _MOST_VECTORS)
             mine, theirs = _joined(here[pieces]), _joined(there[pieces])
             wanted, count = int(mine[:, 1].sum()), -1
-            count = _libc.process_vm_readv(
-                ctypes.c_int(self.pids[owner]),
-                mine.ctypes.data_as(ctypes.c_void_p), ctypes.c_ulong(len(mine)),
-                theirs.ctypes.data_as(ctypes.c_void_p), ctypes.c_ulong(len(theirs)),
-                ctypes.c_ulong(0),
-            )  # fmt: skip
+            if _readv is not None:
+                count = _readv(
+                    self.pids[owner], mine.ctypes.data, len(mine), theirs.ctypes.data,
+                    len(theirs), 0,
+                )  # fmt: skip
             if count < 0:
                 code = ctypes.get_errno()
                 raise OSError(code, f"cannot read the memory of rank {owner}: {os.strerror(code)}")
             if count != wanted:
                 raise OSError(f"{count} of {wanted} bytes could be read of rank {owner}")
-
-
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 
 def _process_space() -> str:
@@ -124,7 +139,7 @@ def _process_space() -> str:
     try:
         return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"unknown, of process {os.getpid()}"
+        return secrets.token_hex()  # nobody else's
 
 
 def _side_by_side(place: Sequence[int], like: Tensor) -> Ints:

@@ -166,6 +166,10 @@ def collective_action(
     """
     size = len(ranks)
     num_values = max(1, num_bytes // 4 // size) * size
+    first, last, me = ranks[0], ranks[-1], dist.get_rank()
+    if operation == "read":
+        assert memory is not None
+        return _reading(num_values, memory, first if me == last else last, group)
     flat = torch.zeros(num_values, device=device)
     if operation == "all_reduce":
         return lambda: data.all_reduce(flat, group)
@@ -173,10 +177,6 @@ def collective_action(
         return lambda: data.all_gather(flat, group)
     if operation == "reduce_scatter":
         return lambda: data.reduce_scatter(flat, group)
-    first, last, me = ranks[0], ranks[-1], dist.get_rank()
-    if operation == "read":
-        assert memory is not None
-        return _reading(num_values, memory, first if me == last else last, group)
     assert operation == "p2p", operation
 
     def there_and_back() -> None:
@@ -190,9 +190,7 @@ def collective_action(
     return there_and_back
 
 
-def _reading(
-    num_values: int, memory: CrossMemory, other: int, group: dist.ProcessGroup
-) -> Action:  # fmt: skip
+def _reading(num_values: int, memory: CrossMemory, other: int, group: dist.ProcessGroup) -> Action:
     """Both of two ranks call it: they tell each other where the values lie."""
     # One storage, so that what is read lives as long as the action.
     shown, target = torch.zeros(2, num_values)

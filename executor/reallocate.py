@@ -11,8 +11,9 @@ a rank begins it when all that it receives in the first is in its place.
 A rank that holds nothing of the destination only sends, and need not wait: ``carry_out`` then posts
 all that it sends at once and leaves the wait to its caller.
 
-Of a pair on one machine of which the receiver may read the sender's memory (``cross_memory.py``)
-only where it lies is sent, and back that it has been read: each phase tells all that first.
+Two ranks of one machine that may read each other's memory (``cross_memory.py``) send only where
+the values lie, and back that they have been read. The former every rank does as a phase begins; the
+reading follows the phase's rounds with others; the answers are waited for at the very end.
 
 No deadlock: a rank posts all sends and receives of a round at once, waits for them before it posts
 the round after the next, and for all of one phase before it posts any of the other. Both ends cut a
@@ -20,7 +21,8 @@ stream alike, so every round's operations match, in order, between the two ranks
 waits for operations of the same phase and round only, whose ranks wait for earlier ones before they
 post them: nobody waits for a later phase, nor in one phase for a later round, so no wait is
 circular, also where a rank's operations run in the order in which they were posted (NCCL). Who
-leaves its sends behind has posted all that others wait for.
+leaves its sends behind has posted all that others wait for. Who reads waits for what the owner
+tells before it waits for anything in that phase; an answer waits for the reading only.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from executor.reallocation_rounds import (
     make_schedule,
     num_rounds,
 )
+from executor.transfer import Pending, wait_for_all
 from planner.layout import ParameterSlice
 from planner.memory import STAGING_BYTES
 from planner.reallocation import Reallocation
@@ -100,8 +103,8 @@ def carry_out(
     ``staging``: memory to go through, flat and as much as the schedule was made for; None: new.
     ``most_rounds``: leave out all later ones of each phase, where only memory matters
     (``fake.py``). ``left``: where a rank that only sends adds what waits for its sends, if all that
-    it has to pack for them fits the staging at once; until these have returned nobody may write
-    its source.
+    it has to pack for them fits the staging at once, and until others have read it; until these
+    have returned nobody may write its source.
     """
     one = destination if source is None else source
     assert one is not None, schedule.rank
@@ -206,7 +209,7 @@ class _Reads:
         self, streams: Streams, rank: int, source: FlatBoxes | None,
         destination: FlatBoxes | None,
     ) -> None:  # fmt: skip
-        self.pending: list[tuple[dist.Work | None, Tensor]] = []
+        self.pending: list[Pending] = []
         self.wanted: list[tuple[dist.Work | None, Tensor, int, list[Tensor]]] = []
         for (src, dst), parts in streams.items():
             buffer = destination if dst == rank else source
@@ -225,10 +228,10 @@ class _Reads:
                 self.pending.append((dist.irecv(answer, dst), answer))
 
     def take(self, memory: CrossMemory) -> int:
-        """All that this rank wants, as others come to it; returns the values."""
+        """All that this rank wants, owner by owner; returns the values."""
         received = 0
         for work, places, owner, tensors in self.wanted:
-            _finish(work)
+            wait_for_all([(work, places)])
             memory.read(owner, places.tolist(), tensors)
             answer = torch.ones(1, dtype=torch.uint8)
             self.pending.append((dist.isend(answer, owner), answer))
@@ -237,14 +240,7 @@ class _Reads:
 
     def wait(self) -> None:
         """Until others have read what they want of this rank's."""
-        for work, _ in self.pending:
-            _finish(work)
-        self.pending.clear()
-
-
-def _finish(work: dist.Work | None) -> None:
-    if work is not None:
-        work.wait()
+        wait_for_all(self.pending)
 
 
 class _Exchange:

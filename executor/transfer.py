@@ -137,6 +137,17 @@ def _counted(key: DataKey) -> bool:
     return key.per == "token"
 
 
+Pending = tuple[dist.Work | None, Tensor]  # a message, and its memory until it is there
+
+
+def wait_for_all(pending: list[Pending]) -> None:
+    """Until every message has left or come; empties the list."""
+    for work, _ in pending:
+        if work is not None:
+            work.wait()
+    pending.clear()
+
+
 class Exchange:
     """Carries out a rank's ``Transfer`` instructions over the world group.
 
@@ -145,7 +156,7 @@ class Exchange:
 
     def __init__(self, store: SampleStore) -> None:
         self.store = store
-        self.pending: list[tuple[dist.Work | None, Tensor]] = []
+        self.pending: list[Pending] = []
 
     def run(self, transfer: Transfer) -> int:
         """Bytes sent and received by this rank."""
@@ -179,10 +190,7 @@ class Exchange:
 
     def finish(self) -> None:
         """Wait until every send of the step has left."""
-        for work, _ in self.pending:
-            if work is not None:
-                work.wait()
-        self.pending.clear()
+        wait_for_all(self.pending)
 
 
 # Apart from the tags of pipeline stages and reallocations, which start at 0.

@@ -1,9 +1,9 @@
 """``UnderWay``: sends of a reallocation that a rank has left behind, to go on with other work.
 
 A rank that only gives weights away (it holds the source and nothing of the destination) has
-nothing to wait for but that they have left, before it changes them. Its sends are posted in the
-program's order, so that between two ranks every message still matches. All that it may not do
-meanwhile is in ``holds_back``.
+nothing to wait for but that they have left, or been read, before it changes them. Its sends are
+posted in the program's order, so that between two ranks every message still matches. All that it
+may not do meanwhile is in ``holds_back``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class UnderWay:
         self._waits: Sequence[Callable[[], None]] = ()
 
     def begin(self, instruction: Reallocate, waits: Sequence[Callable[[], None]]) -> None:
-        """Sends of ``instruction`` have been posted; each of ``waits`` returns when some left."""
+        """Sends of ``instruction`` have been posted; each of ``waits`` is for some of them."""
         assert self.instruction is None, self.instruction
         if waits:
             self.instruction, self._waits = instruction, waits
@@ -39,7 +39,7 @@ class UnderWay:
         return isinstance(instruction, Reallocate)
 
     def finish(self) -> None:
-        """Returns when all has left.
+        """Returns when all has left or been read.
 
         Raises:
             RuntimeError: a receiver is gone, or did not come before the messages' deadline.

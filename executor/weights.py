@@ -37,7 +37,8 @@ from profiles.hardware import DeviceKind
 class Weights:
     """By (role, layout): the values; by role: who trains it. ``contexts``: the rank's places.
 
-    ``staging_bytes``, ``most_rounds`` and ``memory`` of reallocations, as ``carry_out`` has them.
+    ``staging_bytes``, ``most_rounds`` and ``memory`` of reallocations, as ``execute`` and
+    ``carry_out`` have them.
     """
 
     def __init__(

@@ -40,8 +40,9 @@ def reallocation_seconds(src: Layout, dst: Layout, *, bytes_per_value: int, mode
     for each message, and of both phases the sum; plus max over devices of the passes over memory:
     what is sent is packed, what comes is unpacked and what stays is copied, one read and one write
     each; but blocks that a device holds alike are lent, not copied. The executor does these on the
-    device that also sends, so they add up. CPU workers that read each other's memory pack nothing;
-    there these passes stand for what strided rows take longer than the rows that were measured.
+    device that also sends, so they add up. CPU workers that read each other's memory pack
+    nothing and send two small messages; there passes and latencies stand for what strided rows
+    take longer than the rows that were measured.
     """
     if isinstance(model, MixedCosts):
         if _apart(src.mesh, dst.mesh, model):

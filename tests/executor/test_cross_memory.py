@@ -68,6 +68,21 @@ def test_large_and_many(
     assert torch.equal(mine, theirs)
 
 
+def test_pieces_are_alike_at_both_ends_also_where_runs_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows that end within a piece come from, or into, what lies side by side."""
+    monkeypatch.setattr(cross_memory, "_PIECE_BYTES", 64)
+    rows = torch.rand(1500, 30)[:, :24]
+    whole = torch.zeros(1500, 24)
+    OWN.read(0, [place_of(rows)], [whole])
+    assert torch.equal(whole, rows)
+    back = torch.zeros(1500, 30)
+    OWN.read(0, [place_of(whole)], [back[:, :24]])
+    assert torch.equal(back[:, :24], whole)
+    assert not back[:, 24:].any()
+
+
 def test_whoever_has_ended_is_named() -> None:
     ended = os.fork()
     if ended == 0:
@@ -84,15 +99,17 @@ def test_what_is_not_there_is_an_error_and_no_crash() -> None:
 
 
 def who_reads(rank: int, world_size: int) -> tuple[frozenset[tuple[int, int]], float]:
-    """Rank 2 says that it is on another machine."""
+    """Rank 2 says that it is on another machine; rank 3 tells of another process than its own."""
     if rank == 2:
         cross_memory._process_space = lambda: "elsewhere"
+    elif rank == 3:
+        cross_memory.os.getpid = os.getppid
     memory = CrossMemory.between_workers()
     values = torch.full((1000,), float(rank))
     told: list[list[int]] = [[]] * world_size
     dist.all_gather_object(told, place_of(values))
     seen = torch.zeros(1000)
-    other = {0: 1, 1: 0, 2: 2}[rank]
+    other = {0: 1, 1: 0, 2: 2, 3: 3}[rank]
     if (rank, other) in memory.readable:
         memory.read(other, [told[other]], [seen])
     dist.barrier()
@@ -100,9 +117,9 @@ def who_reads(rank: int, world_size: int) -> tuple[frozenset[tuple[int, int]], f
 
 
 def test_workers_find_out_whom_they_may_read() -> None:
-    found = spawn(3, who_reads)
+    found = spawn(4, who_reads)
     (readable,) = {pairs for pairs, _ in found}
     if not readable:
         pytest.skip("this machine lets no process read another")
     assert readable == {(0, 1), (1, 0)}
-    assert [mean for _, mean in found] == [1.0, 0.0, 0.0]
+    assert [mean for _, mean in found] == [1.0, 0.0, 0.0, 0.0]
