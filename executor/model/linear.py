@@ -118,8 +118,15 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert bias is None or bias.is_contiguous(), bias.stride()  # its stride is not looked at
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product: Tensor = _onednn_linear()(x, weight, bias, "none", [], "")
     return product
+
+
+@cache
+def _onednn_linear() -> Callable[..., Tensor]:
+    """The operator's one overload: choosing among all takes longer than a small product."""
+    overload: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+    return overload
 
 
 def linear_of(

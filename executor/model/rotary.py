@@ -14,7 +14,10 @@ from profiles.models import ModelSpec, RopeScaling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotary:
-    """Cosines and sines of the tokens' angles, [tokens, 1, head_dim / 2], fp32."""
+    """Cosines and sines of the tokens' angles, [tokens, 1, head_dim], fp32.
+
+    Coordinates i and i + head_dim / 2 have one angle; the first one's sine is negative.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -26,7 +29,8 @@ def rotary_of(positions: Tensor, spec: ModelSpec) -> Rotary | None:
         return None
     frequencies, factor = frequencies_of(spec, positions.device)
     angles = (positions[:, None].float() * frequencies)[:, None, :]
-    return Rotary(cos=angles.cos() * factor, sin=angles.sin() * factor)
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return Rotary(cos=torch.cat((cos, cos), -1), sin=torch.cat((-sin, sin), -1))
 
 
 def frequencies_of(spec: ModelSpec, device: torch.device) -> tuple[Tensor, float]:
@@ -74,7 +78,12 @@ def rotate(x: Tensor, rotary: Rotary | None) -> Tensor:
 
     Halves and not neighbours: Hugging Face's convention, in which checkpoints are stored.
     """
-    return x if rotary is None else _Rotate.apply(x, rotary.cos, rotary.sin)
+    if rotary is None:
+        return x
+    if not torch.is_grad_enabled():
+        return _turned(x, rotary.cos, rotary.sin)
+    out: Tensor = _Rotate.apply(x, rotary.cos, rotary.sin)
+    return out
 
 
 class _Rotate(torch.autograd.Function):
@@ -93,9 +102,6 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """fp32 inside, the type of ``x`` outside."""
-    x32 = x.float()
-    turned = torch.empty_like(x32, memory_format=torch.contiguous_format)
-    (low, high), (to_low, to_high) = x32.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    torch.mul(low, cos, out=to_low).addcmul_(high, sin, value=-1)
-    torch.mul(high, cos, out=to_high).addcmul_(low, sin)
+    # Rolled by half, each coordinate stands where its partner was.
+    turned = torch.mul(x, cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
     return turned.to(x.dtype)

@@ -93,13 +93,13 @@ def _normed_linear(
 ) -> Tensor:
     """linear(norm(hidden)) of all tokens: [rows, hidden] -> [tokens, out / tp]."""
     spec = region.ctx.layout.spec
+    if recompute != "selective":
+        return linear(region.enter(normalize(hidden, norm, spec)), of.weight, of.bias)
 
     def normed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return region.enter(normalize(hidden, Norm(weight=weight, bias=bias), spec))
 
-    if recompute == "selective":
-        return linear_of(normed, of.weight, of.bias, hidden, norm.weight, norm.bias)
-    return linear(normed(hidden, norm.weight, norm.bias), of.weight, of.bias)
+    return linear_of(normed, of.weight, of.bias, hidden, norm.weight, norm.bias)
 
 
 def _attention(
@@ -110,16 +110,17 @@ def _attention(
     spec, tp = ctx.layout.spec, ctx.layout.tp
     # [tokens, heads + 2 kv_heads, head_dim], all of this shard
     qkv = _normed_linear(hidden, weights.attention_norm, weights.qkv, region, recompute)
-    qkv = qkv.unflatten(-1, (-1, spec.head_dim))
+    qkv = qkv.view(qkv.shape[0], qkv.shape[1] // spec.head_dim, spec.head_dim)
     num_heads = spec.num_heads // tp
     num_kv_heads = (qkv.shape[1] - num_heads) // 2
-    qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+    # split_with_sizes: ``split`` goes through Python, which a decode step's small tensors feel.
+    qk, v = qkv.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), dim=1)
     if weights.qk_norm is not None:
         # Whole on every shard, but used on this shard's heads only: gradients are summed.
         of_q, of_k = weights.qk_norm.unflatten(0, (2, 1, -1))
         scales = torch.cat((of_q.expand(num_heads, -1), of_k.expand(num_kv_heads, -1)))
         qk = rms_norm(qk, scales, spec.norm_eps)
-    q, k = rotate(qk, rotary).split((num_heads, num_kv_heads), dim=1)
+    q, k = rotate(qk, rotary).split_with_sizes((num_heads, num_kv_heads), dim=1)
     if (repeated := repeated_kv_heads(spec, tp, ctx.tp_rank)) is not None:
         k, v = k[:, repeated], v[:, repeated]
     return _row_parallel(linear(attend(q, k, v).flatten(1), weights.o.weight), weights.o, region)
