@@ -30,12 +30,12 @@ GROWTH = 0.5
 
 
 class KVCache:
-    """Of one stage's blocks: keys and values, [rows, columns, kv_heads / tp, head_dim] a block.
+    """Of one stage's blocks: keys and values, [rows, kv_heads / tp, columns, head_dim] a block.
 
-    A row's tokens lie side by side, as they come out of the projections: storing a packed batch
-    is one indexed copy, for prompts and single tokens alike. ``max_rows`` rows are there from
-    the start; columns grow as sequences do, up to ``max_columns``. With a ``window`` a token sees
-    itself and the window - 1 before it, though all are kept.
+    What a head reads of a row lies side by side, in the order in which it reads it. Storing a
+    packed batch is one indexed copy, for prompts and single tokens alike. ``max_rows`` rows are
+    there from the start; columns grow as sequences do, up to ``max_columns``. With a ``window`` a
+    token sees itself and the window - 1 before it, though all are kept.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class KVCache:
         self.max_columns = max_columns
         self.num_columns = 0
         self.lengths: list[int] = []  # tokens of the rows in use
-        empty = torch.empty(max_rows, 0, num_kv_heads, head_dim, dtype=dtype, device=device)
+        empty = torch.empty(max_rows, num_kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.keys = [empty] * num_layers
         self.values = [empty] * num_layers
 
@@ -90,11 +90,11 @@ class KVCache:
         self._hold(max(self.lengths))
         self._copy([(old, new, count) for new, entry in enumerate(entries, num_old)
                     for old, count in [entry.copied] if count])  # fmt: skip
-        columns = self.num_columns
-        starts = torch.arange(self.num_rows) * columns
-        slots = [starts[:num_old] + positions[:num_old]]
-        slots += [torch.arange(start + entry.copied[1], start + length) for start, entry, length
-                  in zip(starts[num_old:].tolist(), entries, prompt_lengths)]  # fmt: skip
+        rows = [torch.arange(num_old)]
+        places = [positions[:num_old]]
+        for row, (entry, length) in enumerate(zip(entries, prompt_lengths), num_old):
+            places.append(torch.arange(entry.copied[1], length))
+            rows.append(torch.full_like(places[-1], row))
         shared = any(own < n for own, n in zip(own_lengths, prompt_lengths))
         stored = torch.cat([torch.arange(num_old), *(entry.tokens for entry in entries)])
         ends = torch.tensor([*range(num_old), *(int(entry.tokens[-1]) for entry in entries)])
@@ -103,14 +103,37 @@ class KVCache:
         return Turn(
             cache=self,
             packed=pack(packed_lengths, device, positions=positions),
-            slots=torch.cat(slots).to(device),
+            slots=self.slots(torch.cat(rows), torch.cat(places)).flatten().to(device),
             stored=stored.to(device) if shared else None,
             old_lengths=old_lengths,
             max_old_length=longest,
             old_mask=self.mask(old_lengths, longest) if num_old else None,
-            prompts=_prompts(starts[num_old:].tolist(), prompt_lengths, own_lengths, device),
+            prompts=self._prompts(prompt_lengths, own_lengths),
             last_tokens=ends.to(device) if prompt_lengths else None,
         )
+
+    def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Where tokens' keys lie among all vectors of head_dim of a block: [tokens, kv_heads].
+
+        ``rows`` and ``positions`` [tokens], on any device.
+        """
+        num_heads, num_columns = self.keys[0].shape[1:3]
+        heads = rows[:, None] * num_heads + torch.arange(num_heads, device=rows.device)
+        return heads * num_columns + positions[:, None]
+
+    def _prompts(self, lengths: Sequence[int], own_lengths: Sequence[int]) -> _Prompts | None:
+        """Of the last rows, which are new."""
+        if not lengths:
+            return None
+        device, first = self.keys[0].device, self.num_rows - len(lengths)
+        new = [index for index, own in enumerate(own_lengths) if own]
+        own = pack([own_lengths[index] for index in new], device)
+        if all(own_lengths[index] == lengths[index] for index in new):
+            return _Prompts(own=own, whole=own, slots=None)
+        whole = pack([lengths[index] for index in new])
+        rows = torch.tensor(new).repeat_interleave(torch.tensor(whole.lengths)) + first
+        slots = self.slots(rows, whole.positions).to(device)
+        return _Prompts(own=own, whole=pack(whole.lengths, device), slots=slots)
 
     def _copy(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """The first tokens of rows to other rows: (old row, new row, tokens) each."""
@@ -120,7 +143,7 @@ class KVCache:
         old, new = torch.tensor([move[:2] for move in moves], device=device).T
         columns = max(count for _, _, count in moves)  # more than its own a row writes over
         for x in (*self.keys, *self.values):
-            x[new, :columns] = x[old, :columns]
+            x[new, :, :columns] = x[old, :, :columns]
 
     def lengthen(self) -> None:
         """Every row in use has one more token, which who calls this stores."""
@@ -154,8 +177,8 @@ class KVCache:
         for tensors in (self.keys, self.values):
             for index, old in enumerate(tensors):
                 # Zeros: what no token has written is masked, but must not be nan.
-                new = old.new_zeros(self.max_rows, wanted, *old.shape[2:])
-                new[:, : self.num_columns] = old
+                new = old.new_zeros(*old.shape[:2], wanted, old.shape[3])
+                new[:, :, : self.num_columns] = old
                 tensors[index] = new
         self.num_columns = wanted
 
@@ -209,7 +232,8 @@ def _entries(num_old: int, lengths: Sequence[int], alike: Sequence[Alike]) -> li
 class _Prompts:
     """New rows that bring tokens: ``own`` ones are the last of ``whole`` prompts, packed both.
 
-    ``slots`` [tokens of whole prompts]: where in the cache their keys lie; None: all are brought.
+    ``slots`` [tokens of whole prompts, kv_heads]: where in the cache their keys lie; None: all
+    are brought.
     """
 
     own: PackedLengths
@@ -217,30 +241,15 @@ class _Prompts:
     slots: Tensor | None
 
 
-def _prompts(
-    starts: Sequence[int], lengths: Sequence[int], own_lengths: Sequence[int], device: torch.device
-) -> _Prompts | None:
-    """Of rows that begin at ``starts`` in the cache."""
-    if not lengths:
-        return None
-    rows = [row for row, own in enumerate(own_lengths) if own]
-    own = pack([own_lengths[row] for row in rows], device)
-    if all(own_lengths[row] == lengths[row] for row in rows):
-        return _Prompts(own=own, whole=own, slots=None)
-    slots = torch.cat([torch.arange(starts[row], starts[row] + lengths[row]) for row in rows])
-    whole = pack([lengths[row] for row in rows], device)
-    return _Prompts(own=own, whole=whole, slots=slots.to(device))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """What one forward pass brings into the cache; the stage's ``KVCacheLike``.
 
     ``packed``: one token of each old row, then what new rows bring of their prompts. ``slots``
-    [stored]: row * columns + position of every key that is stored, of the packed token ``stored``
-    [stored]; None: each token's once. ``old_lengths`` [old rows]: tokens of the old rows, the new
-    one included, at most ``max_old_length``; ``old_mask``: what hides other columns, or None:
-    nothing does, or ``decode_attention`` sees to it. ``prompts``: the new rows', or None.
+    [stored * kv_heads]: ``KVCache.slots`` of every key that is stored, of the packed token
+    ``stored`` [stored]; None: each token's once. ``old_lengths`` [old rows]: tokens of the old
+    rows, the new one included, at most ``max_old_length``; ``old_mask``: what hides other columns,
+    or None: nothing does, or ``decode_attention`` sees to it. ``prompts``: the new rows', or None.
     ``last_tokens`` [rows]: index of every row's last token in the packed batch; None: all of them.
     """
 
@@ -261,7 +270,8 @@ class Turn:
         keys, values = self.cache.keys[layer_index], self.cache.values[layer_index]
         for cached, new in ((keys, k), (values, v)):
             once = new if self.stored is None else new[self.stored]
-            cached.view(-1, *new.shape[1:]).index_copy_(0, self.slots, once)
+            head_dim = cached.shape[3]
+            cached.view(-1, head_dim).index_copy_(0, self.slots, once.reshape(-1, head_dim))
         num_old = len(self.old_lengths)
         parts = []
         if num_old:
@@ -273,7 +283,7 @@ class Turn:
         if (prompts := self.prompts) is not None:
             k, v = k[num_old:], v[num_old:]
             if prompts.slots is not None:  # else they see themselves only: nothing is read back
-                k, v = (x.view(-1, *k.shape[1:])[prompts.slots] for x in (keys, values))
+                k, v = (x.view(-1, x.shape[3])[prompts.slots] for x in (keys, values))
             parts.append(
                 packed_attention(
                     q[num_old:], k, v, prompts.own, keys=prompts.whole, window=self.cache.window

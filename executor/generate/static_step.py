@@ -85,7 +85,8 @@ class StaticDecode:
         # Of every row: its newest token, that token's position, its sample keyed, may it stop.
         self.inputs = torch.zeros(4, rows, dtype=torch.long, device=device)
         self.staging = torch.zeros(4, rows, dtype=torch.long, pin_memory=device.type == "cuda")
-        self.first_slots = torch.arange(rows, device=device) * cache.max_columns
+        row = torch.arange(rows, device=device)
+        self.first_slots = cache.slots(row, torch.zeros_like(row))  # [rows, kv_heads]
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         first, last = stage.ctx.is_first_stage, stage.ctx.is_last_stage
         self.hidden = None if first else torch.zeros(rows, width, dtype=dtype, device=device)
@@ -161,7 +162,7 @@ class StaticDecode:
                 lengths=(1,) * rows, positions=positions, cu_seqlens=self.starts[: rows + 1],
                 max_length=1,
             ),
-            slots=self.first_slots[:rows] + positions,
+            slots=(self.first_slots[:rows] + positions[:, None]).flatten(),
             stored=None,
             old_lengths=lengths.int(),
             max_old_length=columns,

@@ -121,7 +121,7 @@ def decode_attention(
 ) -> Tensor:  # fmt: skip
     """Attention of one new token of each of n sequences over the tokens it may see.
 
-    q [n, heads, head_dim]; caches [n, max_len, kv_heads, head_dim], the new token's key and value
+    q [n, heads, head_dim]; caches [n, kv_heads, max_len, head_dim], the new token's key and value
     included; ``lengths`` [n] counts the valid tokens of each row, the new one included. Returns
     [n, heads, head_dim]. ``max_length``: a bound of ``lengths`` known without asking the device,
     so that the rest of the cache is not read. ``window`` as in ``packed_attention``. ``mask``:
@@ -131,24 +131,22 @@ def decode_attention(
     the heads that share a kv head become rows of one small matrix. Neither copies keys or values.
     """
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[2]
+    num_kv_heads = k_cache.shape[1]
     if max_length is not None:
-        k_cache, v_cache = k_cache[:, :max_length], v_cache[:, :max_length]
+        k_cache, v_cache = k_cache[:, :, :max_length], v_cache[:, :, :max_length]
     if (flash := _flash_decode(q.device, q.dtype)) is not None:
         left = (window - 1, 0) if window else (-1, -1)  # tokens to the left that are seen
         out: Tensor = flash(
-            q[:, None], k_cache, v_cache, cache_seqlens=lengths.int(), causal=True,
-            window_size=left,
+            q[:, None], k_cache.transpose(1, 2), v_cache.transpose(1, 2),
+            cache_seqlens=lengths.int(), causal=True, window_size=left,
         )  # fmt: skip
         return out[:, 0]
     if mask is None:
-        mask = decode_mask(lengths, k_cache.shape[1], q.dtype, window=window)
+        mask = decode_mask(lengths, k_cache.shape[2], q.dtype, window=window)
     out = F.scaled_dot_product_attention(
-        q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim),
-        k_cache.transpose(1, 2),  # [n, kv_heads, max_length, head_dim]
-        v_cache.transpose(1, 2),
+        q.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim), k_cache, v_cache,
         attn_mask=mask,
-    )
+    )  # fmt: skip
     return out.reshape(num_rows, num_heads, head_dim)
 
 

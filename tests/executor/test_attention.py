@@ -101,12 +101,12 @@ def test_pack_takes_positions_of_continued_sequences():
 def test_decode_attention_reads_the_valid_tokens_only(lengths, heads, bounded):
     rows = len(lengths)
     # What lies beyond a row's length is garbage; it must not be seen.
-    cache = torch.full((2, rows, 14, heads[1], HEAD_DIM), 1e4)
+    cache = torch.full((2, rows, heads[1], 14, HEAD_DIM), 1e4)
     expected = []
     queries = []
     for row, length in enumerate(lengths):
         q, k, v = random_qkv(length, *heads, seed=row)
-        cache[0, row, :length], cache[1, row, :length] = k, v
+        cache[0, row, :, :length], cache[1, row, :, :length] = k.transpose(0, 1), v.transpose(0, 1)
         queries.append(q[-1])
         expected.append(written_out(q, k, v)[-1])
     out = decode_attention(
@@ -120,10 +120,10 @@ def test_decode_attention_reads_the_valid_tokens_only(lengths, heads, bounded):
 
 
 class DenseCache:
-    """The protocol in its simplest form: [layers, rows, max_len, kv_heads, head_dim]."""
+    """The protocol in its simplest form: [layers, rows, kv_heads, max_len, head_dim]."""
 
     def __init__(self, layers: int, rows: int, kv_heads: int) -> None:
-        self.keys = torch.full((layers, rows, 16, kv_heads, HEAD_DIM), 1e4)
+        self.keys = torch.full((layers, rows, kv_heads, 16, HEAD_DIM), 1e4)
         self.values = self.keys.clone()
 
     def attend(
@@ -131,8 +131,8 @@ class DenseCache:
     ) -> Tensor:
         keys, values = self.keys[layer_index], self.values[layer_index]
         rows = torch.arange(len(packed.lengths)).repeat_interleave(torch.tensor(packed.lengths))
-        keys[rows, packed.positions] = k
-        values[rows, packed.positions] = v
+        keys[rows, :, packed.positions] = k
+        values[rows, :, packed.positions] = v
         if packed.max_length > 1:  # the prompts
             return packed_attention(q, k, v, packed)
         return decode_attention(q, keys, values, packed.positions + 1)

@@ -52,6 +52,16 @@ def test_gradients_of_the_norm_are_those_of_its_formula(
     torch.testing.assert_close(ours, torchs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_values_are_the_same_to_the_last_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    x, weight = torch.randn(5, 8).to(dtype), torch.randn(8).to(dtype)
+    trained = rms_norm(x, weight, EPS), activate(x, "silu", gated=True)
+    with torch.no_grad():
+        alone = rms_norm(x, weight, EPS), activate(x, "silu", gated=True)
+    assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(trained, alone))
+
+
 def test_a_norm_of_bfloat16_is_computed_in_float32() -> None:
     torch.manual_seed(1)
     x, weight = torch.randn(64, 256).bfloat16(), torch.rand(256).bfloat16()

@@ -85,6 +85,18 @@ def play(cache: KVCache, stories: list[Story], seed: int) -> None:
     assert cache.num_rows == 0
 
 
+def test_slots_are_where_a_head_s_tokens_lie_side_by_side() -> None:
+    cache = make_cache(max_rows=3)
+    cache.turn([5, 2, 7])
+    keys = cache.keys[0]
+    keys.copy_(torch.arange(keys.numel()).view(keys.shape))
+    rows, positions = torch.tensor([2, 0, 2, 1]), torch.tensor([6, 4, 0, 1])
+    found = keys.view(-1, HEAD_DIM)[cache.slots(rows, positions)]  # [tokens, kv_heads, head_dim]
+    assert torch.equal(found, keys[rows, :, positions])
+    first, second = cache.slots(torch.tensor([1, 1]), torch.tensor([3, 4])).tolist()
+    assert second == [slot + 1 for slot in first]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_attention_through_the_cache_is_attention_over_whole_sequences(seed):
     rng = random.Random(seed)
