@@ -3,7 +3,7 @@
 Such steps cost the passes that they make over memory, and autograd, composing them from simpler
 ones, makes and keeps more than they need. These keep their input, and write both halves of a
 gate's gradient where they belong. One ``F.rms_norm`` on CUDA is already one kernel each way.
-Without gradients autograd is not asked at all: of a decode step on a CPU it would take a tenth.
+Without gradients autograd is not asked at all: on 16 tokens it adds half of what a norm takes.
 """
 
 from __future__ import annotations
