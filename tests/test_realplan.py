@@ -28,10 +28,13 @@ while True:
 def test_ctrl_c_while_it_loads(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text(NUMBA)
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    # What starts these tests in the background may ignore Ctrl-C, and a child with it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "realplan", "models"], env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
