@@ -13,6 +13,7 @@ import ctypes
 import os
 import secrets
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -71,20 +72,16 @@ class CrossMemory:
             # Yama lets a process be read by its ancestors only, and by whom it names: whoever
             # started it, and with that all that the same one started. Without Yama it is refused.
             _libc.prctl(_PR_SET_PTRACER, os.getppid(), 0, 0, 0)
-        told: list[tuple[str, int, list[int], int]] = [("", 0, [], 0)] * world
-        own = (_process_space(), os.getpid(), place_of(shown), int(shown))
-        dist.all_gather_object(told, own)
-        pids = [pid for _, pid, _, _ in told]
+        own = torch.tensor([_process_space(), os.getpid(), int(shown), *place_of(shown)])
+        told = [one.tolist() for one in _gather(own)]
+        pids = [pid for _, pid, *_ in told]
         alone = cls(pids, frozenset())
-        tried = [
-            (rank, owner)
-            for owner, (space, _, place, value) in enumerate(told)
-            if owner != rank and space == own[0] and alone._reads(owner, place, value)
-        ]
-        every: list[list[tuple[int, int]]] = [[]] * world
-        dist.all_gather_object(every, tried)  # after which what is shown may go
-        found = {pair for pairs in every for pair in pairs}
-        return cls(pids, frozenset((a, b) for a, b in found if (b, a) in found))
+        reads = torch.zeros(world, dtype=torch.uint8)
+        for owner, (space, _, value, *place) in enumerate(told):
+            if owner != rank and space == int(own[0]):
+                reads[owner] = alone._reads(owner, place, value)
+        every = torch.stack(_gather(reads))  # after which what is shown may go
+        return cls(pids, frozenset((a, b) for a, b in (every & every.T).nonzero().tolist()))
 
     def _reads(self, owner: int, place: Sequence[int], value: int) -> bool:
         """It may, and it is the process that shows ``value``."""
@@ -133,13 +130,21 @@ class CrossMemory:
                 raise OSError(f"{count} of {wanted} bytes could be read of rank {owner}")
 
 
-def _process_space() -> str:
-    """Where a process's number means the same: one kernel and one namespace of it."""
+def _gather(values: Tensor) -> list[Tensor]:
+    """Every rank's."""
+    every = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, values)
+    return every
+
+
+def _process_space() -> int:
+    """Where a process's number means the same, one kernel and one namespace of it: 62 bits."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     try:
-        return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        name = f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return secrets.token_hex()  # nobody else's
+        return secrets.randbits(62)  # nobody else's
+    return int.from_bytes(sha256(name.encode()).digest(), "big") >> 194
 
 
 def _side_by_side(place: Sequence[int], like: Tensor) -> Ints:

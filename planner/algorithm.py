@@ -154,6 +154,10 @@ def role_paths(
     return found
 
 
+# Of a whole number that no float holds, given for one, OmegaConf raises Python's own error.
+_NOT_OF_ITS_TYPE = (OmegaConfBaseException, OverflowError)
+
+
 def make_config(
     config_class: type, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
 ) -> Any:
@@ -172,7 +176,7 @@ def make_config(
     config = OmegaConf.structured(config_class)
     try:
         config = OmegaConf.merge(config, OmegaConf.create(dict(base or {})))
-    except OmegaConfBaseException as error:
+    except _NOT_OF_ITS_TYPE as error:
         raise ConfigError(_first_line(error), where="config") from None
     for text in overrides:
         try:
@@ -184,7 +188,7 @@ def make_config(
             raise ConfigError(
                 _first_line(error), where=f"override '{text}'", remedy="write key=value"
             ) from None
-        except OmegaConfBaseException as error:
+        except _NOT_OF_ITS_TYPE as error:
             raise ConfigError(
                 _first_line(error), where=f"override '{text}'",
                 remedy=f"keys here: {_keys_near(config, text)}",

@@ -101,17 +101,18 @@ def test_what_is_not_there_is_an_error_and_no_crash() -> None:
 def who_reads(rank: int, world_size: int) -> tuple[frozenset[tuple[int, int]], float]:
     """Rank 2 says that it is on another machine; rank 3 tells of another process than its own."""
     if rank == 2:
-        cross_memory._process_space = lambda: "elsewhere"
+        cross_memory._process_space = lambda: 7
     elif rank == 3:
         cross_memory.os.getpid = os.getppid
     memory = CrossMemory.between_workers()
     values = torch.full((1000,), float(rank))
-    told: list[list[int]] = [[]] * world_size
-    dist.all_gather_object(told, place_of(values))
+    own = torch.tensor(place_of(values))
+    told = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(told, own)
     seen = torch.zeros(1000)
     other = {0: 1, 1: 0, 2: 2, 3: 3}[rank]
     if (rank, other) in memory.readable:
-        memory.read(other, [told[other]], [seen])
+        memory.read(other, [told[other].tolist()], [seen])
     dist.barrier()
     return memory.readable, float(seen.mean())
 

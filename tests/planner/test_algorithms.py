@@ -151,6 +151,22 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "base", "where"),
+    [
+        (["data.prompt_mean=1" + "0" * 400], None, "override 'data.prompt_mean=1000"),
+        ([], {"data": {"prompt_mean": 10**400}}, "config: "),
+    ],
+)
+def test_a_number_that_no_float_holds_is_a_mistake_of_the_user(
+    overrides: list[str], base: dict[str, object] | None, where: str
+) -> None:
+    config_class = find_algorithm(ours("ppo")).config_class
+    with pytest.raises(ConfigError, match="int too large to convert to float") as caught:
+        make_config(config_class, overrides, base=base)
+    assert where in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("name", "override", "sentence"),
     [
         ("grpo", "samples_per_prompt=1", "samples_per_prompt: 1 is not at least 2"),
