@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from executor.parallel.data import gather
+
 Ints = npt.NDArray[np.int64]
 
 PLACE_VALUES = 5  # of ``place_of``: experts have four dimensions
@@ -73,14 +75,14 @@ class CrossMemory:
             # started it, and with that all that the same one started. Without Yama it is refused.
             _libc.prctl(_PR_SET_PTRACER, os.getppid(), 0, 0, 0)
         own = torch.tensor([_process_space(), os.getpid(), int(shown), *place_of(shown)])
-        told = [one.tolist() for one in _gather(own)]
+        told = [one.tolist() for one in gather(own, dist.group.WORLD)]
         pids = [pid for _, pid, *_ in told]
         alone = cls(pids, frozenset())
         reads = torch.zeros(world, dtype=torch.uint8)
         for owner, (space, _, value, *place) in enumerate(told):
             if owner != rank and space == int(own[0]):
                 reads[owner] = alone._reads(owner, place, value)
-        every = torch.stack(_gather(reads))  # after which what is shown may go
+        every = torch.stack(gather(reads, dist.group.WORLD))  # after which what is shown may go
         return cls(pids, frozenset((a, b) for a, b in (every & every.T).nonzero().tolist()))
 
     def _reads(self, owner: int, place: Sequence[int], value: int) -> bool:
@@ -98,19 +100,11 @@ class CrossMemory:
         Raises:
             OSError: the owner has ended, or may not be read.
         """
-        here, there, count = list[Ints](), list[Ints](), 0
         for place, target in zip(places, targets, strict=True):
-            ends = _side_by_side(place_of(target), target), _side_by_side(place, target)
+            ends = _side_by_side(place, target), _side_by_side(place_of(target), target)
             # The longer run is so many of the shorter: the pieces are alike at both ends.
             shorter = min(int(runs[0, 1]) for runs in ends)
-            for found, runs in zip((here, there), ends, strict=True):
-                found.append(_cut(_cut(runs, shorter), _PIECE_BYTES))
-            count += len(here[-1])
-            if count >= _MOST_VECTORS:  # a list of all would take a tenth of what short rows hold
-                self._read(owner, np.concatenate(there), np.concatenate(here))
-                here, there, count = [], [], 0
-        if here:
-            self._read(owner, np.concatenate(there), np.concatenate(here))
+            self._read(owner, *(_cut(_cut(runs, shorter), _PIECE_BYTES) for runs in ends))
 
     def _read(self, owner: int, there: Ints, here: Ints) -> None:
         """Pieces [pieces, address and bytes], alike in bytes at both ends."""
@@ -128,13 +122,6 @@ class CrossMemory:
                 raise OSError(code, f"cannot read the memory of rank {owner}: {os.strerror(code)}")
             if count != wanted:
                 raise OSError(f"{count} of {wanted} bytes could be read of rank {owner}")
-
-
-def _gather(values: Tensor) -> list[Tensor]:
-    """Every rank's."""
-    every = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, values)
-    return every
 
 
 def _process_space() -> int:

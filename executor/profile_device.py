@@ -194,8 +194,6 @@ def _reading(num_values: int, memory: CrossMemory, other: int, group: dist.Proce
     """Both of two ranks call it: they tell each other where the values lie."""
     # One storage, so that what is read lives as long as the action.
     shown, target = torch.zeros(2, num_values)
-    own = torch.tensor(place_of(shown))
-    places = [torch.empty_like(own) for _ in range(2)]
-    dist.all_gather(places, own, group=group)
+    places = data.gather(torch.tensor(place_of(shown)), group)
     theirs = places[dist.get_group_rank(group, other)].tolist()
     return lambda: memory.read(other, [theirs], [target])

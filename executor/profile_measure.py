@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from executor.parallel.data import gather
+
 Action = Callable[[], object]
 
 # A sample lasts at least this long, so that the clock, a barrier's skew (some 0.1 ms over gloo)
@@ -88,11 +90,7 @@ class Lockstep:
 
     def gather(self, values: Tensor) -> Tensor:
         """Every worker's ``values`` [n] -> [world_size, n], the same on all of them."""
-        if self.world_size == 1:
-            return values[None]
-        parts = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.all_gather(parts, values)
-        return torch.stack(parts)
+        return torch.stack(gather(values, dist.group.WORLD if self.world_size > 1 else None))
 
     def elapsed_s(self, action: Action, repeats: int) -> float:
         """Seconds of one of ``repeats`` runs in a row; the device's own clock on CUDA."""

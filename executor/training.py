@@ -19,6 +19,7 @@ from torch import Tensor
 from executor.batch import SequenceBatch, balanced_groups
 from executor.context import RankContext
 from executor.model.transformer import DecoderStage
+from executor.parallel.data import gather
 from executor.parallel.optimizer import Adam
 from executor.parallel.pipeline import forward_only, train_1f1b
 from planner.graph import ModelFunctionCall
@@ -219,17 +220,15 @@ def gather_over_dp(batch: SequenceBatch, ctx: RankContext) -> SequenceBatch:
     """The sequences of all data-parallel ranks, in the order of the ranks, on each of them."""
     if ctx.dp_group is None:
         return batch
-    group, dp, device = ctx.dp_group, ctx.layout.dp, ctx.device
+    group, device = ctx.dp_group, ctx.device
     own = torch.tensor([batch.num_sequences, batch.num_tokens], device=device)
-    sizes = [torch.empty_like(own) for _ in range(dp)]
-    dist.all_gather(sizes, own, group=group)
+    sizes = gather(own, group)
 
     def gathered(value: Tensor, counts: list[int]) -> Tensor:
         # All ranks send as many rows; what is beyond their own has no meaning.
         rest = max(counts) - value.shape[0]
         padded = F.pad(value.to(device), (0, rest)).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(dp)]
-        dist.all_gather(parts, padded, group=group)
+        parts = gather(padded, group)
         return torch.cat([part[:count] for part, count in zip(parts, counts)]).to(value.device)
 
     sequences, tokens = ([int(size[i]) for size in sizes] for i in (0, 1))

@@ -130,10 +130,9 @@ class KVCache:
         own = pack([own_lengths[index] for index in new], device)
         if all(own_lengths[index] == lengths[index] for index in new):
             return _Prompts(own=own, whole=own, slots=None)
-        whole = pack([lengths[index] for index in new])
+        whole = pack([lengths[index] for index in new], device)
         rows = torch.tensor(new).repeat_interleave(torch.tensor(whole.lengths)) + first
-        slots = self.slots(rows, whole.positions).to(device)
-        return _Prompts(own=own, whole=pack(whole.lengths, device), slots=slots)
+        return _Prompts(own=own, whole=whole, slots=self.slots(rows.to(device), whole.positions))
 
     def _copy(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """The first tokens of rows to other rows: (old row, new row, tokens) each."""

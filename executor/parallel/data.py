@@ -7,6 +7,7 @@ of one. Shard ``i`` of a flat tensor of n values over d ranks is [i n / d, (i + 
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -71,6 +72,15 @@ def all_gather(flat: Tensor, group: dist.ProcessGroup | None) -> None:
             work.wait()
     else:
         _all_gather(flat, shard(flat, group), group=group)
+
+
+def gather(values: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Every rank's ``values``, which are alike in shape and type; in the order of the ranks."""
+    if group is None:
+        return [values]
+    found = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, values, group=group)
+    return found
 
 
 # torch 2.13 renamed these two and warns at the old names.

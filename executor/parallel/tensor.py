@@ -226,8 +226,7 @@ def gather_vocab(logits: Tensor, ctx: RankContext) -> Tensor:
     sizes = [vocab * (rank + 1) // tp - vocab * rank // tp for rank in range(tp)]
     # All shards send as many columns: where tp does not divide them, some send one of no meaning.
     local = F.pad(logits.detach(), (0, max(sizes) - logits.shape[1])).contiguous()
-    parts = [torch.empty_like(local) for _ in range(tp)]
-    dist.all_gather(parts, local, group=ctx.tp_group)
+    parts = data.gather(local, ctx.tp_group)
     return torch.cat([part[:, :size] for part, size in zip(parts, sizes)], dim=-1)
 
 
