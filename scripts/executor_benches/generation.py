@@ -19,23 +19,13 @@ from executor.generate.sampling import SamplingParams
 from executor.generate.vllm import VLLM
 from executor.model import hf_load
 from executor.model.transformer import DecoderStage
+from executor_benches.questions import MANNERS, QUESTIONS
 from executor_benches.turns import WORLD, Row, take_turns
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from profiles.catalogue import resolve_model
 
 NEW_TOKENS = 64
-QUESTIONS = (
-    "What is the capital of France?",
-    "Name three fruits.",
-    "Is the sky blue?",
-    "Write a haiku about rain.",
-    "What is 2 + 2?",
-    "Say hello in Spanish.",
-    "Who wrote Hamlet?",
-    "Explain gravity in one sentence.",
-)
-MANNERS = ("", " Answer briefly.", " Answer in one word.", " Explain your answer.")
 
 
 def generation(rank: int, path: Path, repeats: int) -> list[Row]:
