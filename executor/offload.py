@@ -7,7 +7,9 @@ that happens is the program's (``Offload``, ``Reload``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,15 +34,19 @@ class Offloadable:
             assert _num_bytes(tensor) == tensor.untyped_storage().nbytes(), tensor.shape
 
     def offload(self) -> int:
-        """Give up the device's memory; returns the bytes that crossed to the host."""
+        """Give up the device's memory; returns the bytes that cross to the host.
+
+        A GPU's cross beside what it does next: its allocator gives their memory to nobody before
+        they have left, and lets who needs it wait until then.
+        """
         assert not self.away
         moved = 0
         if not (self.constant and self.host):
             self.host = self.host or [_like(tensor) for tensor in self.kept]
             for there, here in zip(self.host, self.kept, strict=True):
-                there.copy_(here, non_blocking=True)
+                with _beside(here):
+                    there.copy_(here, non_blocking=True)
                 moved += _num_bytes(here)
-            _wait(self.kept)  # the memory is another's from here on
         for tensor in (*self.kept, *self.cleared):
             tensor.untyped_storage().resize_(0)
         self.away = True
@@ -52,10 +58,11 @@ class Offloadable:
         for tensor in (*self.kept, *self.cleared):
             tensor.untyped_storage().resize_(_num_bytes(tensor))
         for there, here in zip(self.host, self.kept, strict=True):
+            if here.is_cuda:  # what has left last may be on its way still
+                torch.cuda.current_stream(here.device).wait_stream(_side_stream(here.device))
             here.copy_(there, non_blocking=True)
         for tensor in self.cleared:
             tensor.zero_()
-        _wait(self.kept)
         if not any(tensor.is_cuda for tensor in self.kept):
             self.host = []
         self.away = False
@@ -70,7 +77,19 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
-def _wait(tensors: Sequence[Tensor]) -> None:
-    """Until copies that were only begun are done."""
-    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+@contextmanager
+def _beside(tensor: Tensor) -> Iterator[None]:
+    """Within, ``tensor`` on a GPU is read when all that was begun is done, beside what follows."""
+    if not tensor.is_cuda:
+        yield
+        return
+    side = _side_stream(tensor.device)
+    side.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(side):
+        yield
+    tensor.record_stream(side)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -218,7 +218,8 @@ class Worker:
         try:
             self.handlers[type(instruction)](instruction, counts)
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+                # Not the whole device: what is offloaded leaves beside the next instruction.
+                torch.cuda.current_stream(self.device).synchronize()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -6,9 +6,10 @@ ranks is free and ends on all of them together. Before a call its ranks together
 producers have made, one producer after another in the graph's order, each as soon as it has ended
 and for the seconds of all that it brings (``transfer_bytes``). The executor's ranks take their
 messages each for itself, and no more than that; what a rank waits less it waits at the call. On
-CPUs those that only give weights go on before these have left, and are priced as if they waited. A
-send, Load and Free take no time; an Average is each rank's own, as long on all; Reload and Offload
-take theirs right before and after their call, which waits for its data while weights come.
+CPUs those that only give weights go on before these have left, and on CUDA an Offload's bytes leave
+beside what follows; both are priced as if the ranks waited. A send, Load and Free take no time; an
+Average is each rank's own, as long on all; Reload and Offload take theirs right before and after
+their call, which waits for its data while weights come.
 
 A step is a max-plus linear map of the ranks' clocks; seconds per step in steady state are its
 eigenvalue (``steady_step_s``), not those of the few steps that are drawn.

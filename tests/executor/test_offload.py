@@ -70,6 +70,23 @@ def test_constant_weights_cross_to_the_host_once_and_memory_is_the_devices_again
     assert weights.sum().item() == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_memory_is_nobodys_before_its_values_have_left() -> None:
+    """Copies wait behind a kernel, while others ask for memory of that size and write it."""
+    expected = torch.randn(1 << 20)
+    for _ in range(3):
+        state = expected.cuda()
+        one = Offloadable([state])
+        torch.cuda._sleep(100_000_000)
+        one.offload()
+        assert not torch.cuda.current_stream().query()  # nobody has waited
+        others = [torch.full_like(expected, 7.0, device="cuda") for _ in range(8)]
+        one.reload()
+        torch.testing.assert_close(state.cpu(), expected, rtol=0, atol=0)
+        assert all(other.eq(7.0).all() for other in others)
+
+
 def test_a_part_of_a_storage_cannot_leave_alone() -> None:
     with pytest.raises(AssertionError):
         Offloadable([torch.zeros(10)[:5]])
