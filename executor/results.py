@@ -41,7 +41,7 @@ def mean_outputs(
         if graph.key(key).per == "sequence":
             name = call.inner_name(key)
             values = torch.cat([result[name] for result in results]).double()
-            sums = torch.stack([values.sum(), torch.tensor(float(len(values)))])
+            sums = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
             total, count = sum_over_dp(context)(sums).tolist()
             means[key] = total / count
     return means
