@@ -123,6 +123,8 @@ def build_contexts(
     Layouts that need the same set of ranks share one process group. ``timeout``: after which a
     collective in one of them fails (torch's default, if None).
     """
+    # Of a world with two backends a group would have both.
+    backend = "nccl" if device.type == "cuda" else None
     known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     contexts: dict[Layout, RankContext] = {}
     for layout in layouts:
@@ -130,7 +132,7 @@ def build_contexts(
         for axis, ranks in _groups(layout):
             members = tuple(ranks)
             if members not in known:
-                known[members] = dist.new_group(ranks, timeout=timeout)
+                known[members] = dist.new_group(ranks, timeout=timeout, backend=backend)
             if rank in members:
                 mine[f"{axis}_group"] = known[members]
         if rank in layout.mesh:

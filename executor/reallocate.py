@@ -71,7 +71,7 @@ def execute(
     most ``staging_bytes`` (but at least two values for each partner); None: ``STAGING_BYTES`` of
     the device. ``memory``: what need not be converted is read through it where that is allowed.
 
-    With NCCL the world's communicator must exist: let all ranks pass a barrier once before.
+    With NCCL the world's communicator must exist: all ranks pass a collective once before.
     """
     buffers = [buffer for buffer in (source, destination) if buffer is not None]
     assert buffers, f"rank {rank} holds nothing of {plan.src.key} or {plan.dst.key}"

@@ -3,6 +3,11 @@
 Who sends which groups to whom is the program's (``planner.program.Transfer``); here are only
 the bytes. A parcel is two messages: a header with the lengths of its values of tokens, so that
 the receiver knows the sizes, and one payload with all keys of all its sequences.
+
+Parcels go through the host's memory and over gloo, between GPUs too. The program rests on sends
+that nobody waits for: two ranks may each send to the other before they receive. NCCL's wait: a
+send is over when its receiver has taken it, and the first one of a pair makes a communicator of
+both, which blocks the host.
 """
 
 from __future__ import annotations
@@ -102,12 +107,12 @@ class SampleStore:
         ]
 
     def pack(self, groups: Sequence[int], keys: Sequence[DataKey]) -> tuple[Tensor, Tensor]:
-        """(header int64: the length of every piece of tokens, payload [bytes] uint8)."""
+        """(header int64: the length of every piece of tokens, payload uint8 [bytes]); host's."""
         pieces = self.pieces(groups, keys)
         values = [self.values[key.name][sequence] for key, sequence in pieces]
         lengths = [len(v) for (key, _), v in zip(pieces, values, strict=True) if _counted(key)]
-        header = torch.tensor(lengths, dtype=torch.int64, device=self.device)
-        return header, torch.cat([value.contiguous().view(torch.uint8) for value in values])
+        payload = torch.cat([value.contiguous().view(torch.uint8) for value in values])
+        return torch.tensor(lengths, dtype=torch.int64), payload.cpu()
 
     def header_size(self, groups: Sequence[int], keys: Sequence[DataKey]) -> int:
         return sum(_counted(key) for key, _ in self.pieces(groups, keys))
@@ -126,8 +131,8 @@ class SampleStore:
         self, groups: Sequence[int], header: Sequence[int], payload: Tensor,
         keys: Sequence[DataKey],
     ) -> None:  # fmt: skip
-        """Keep the pieces of a payload."""
-        parts = payload.split(self.sizes(groups, keys, header))
+        """Keep the pieces of a payload, which comes from the host."""
+        parts = payload.to(self.device).split(self.sizes(groups, keys, header))
         for (key, sequence), part in zip(self.pieces(groups, keys), parts, strict=True):
             self.values.setdefault(key.name, {})[sequence] = part.view(_DTYPES[key.dtype])
 
@@ -176,14 +181,13 @@ class Exchange:
         return payload.numel()
 
     def _receive(self, parcel: Parcel, keys: Sequence[DataKey], number: int) -> int:
-        device = self.store.device
         num_lengths = self.store.header_size(parcel.samples, keys)
-        header = torch.empty(num_lengths, dtype=torch.int64, device=device)
+        header = torch.empty(num_lengths, dtype=torch.int64)
         if num_lengths:
             dist.recv(header, parcel.peer, tag=_tag(number, 0))
         lengths = header.tolist()
         size = sum(self.store.sizes(parcel.samples, keys, lengths))
-        payload = torch.empty(size, dtype=torch.uint8, device=device)
+        payload = torch.empty(size, dtype=torch.uint8)
         dist.recv(payload, parcel.peer, tag=_tag(number, 1))
         self.store.unpack(parcel.samples, lengths, payload, keys)
         return size

@@ -85,13 +85,15 @@ def _work(job: Job, rank: int, heart: Heart, stop_wanted: StopRequest) -> None:
         keep_freed_memory()
     store = meet(job, rank, address)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("world", store),
         rank=rank,
         world_size=job.num_ranks,
         timeout=message_deadline(run),
     )
-    dist.barrier()  # NCCL makes the world's communicator at its first collective, not at a send
+    # NCCL makes the world's communicator at its first collective, not at a send; the barrier of a
+    # world that has gloo too is gloo's.
+    dist.all_reduce(torch.zeros(1, device=device))
     stopped_after = run_worker(
         run, rank=rank, device=device, store=dist.PrefixStore("run", store), heart=heart,
         stop_wanted=stop_wanted, job=job,
