@@ -220,6 +220,9 @@ class VLLM:
                     max_num_batched_tokens=max(MAX_PROMPT_TOKENS, rows, longest),
                     block_size=BLOCK_TOKENS,
                     kv_cache_memory_bytes=num_blocks * BLOCK_TOKENS * token_bytes,
+                    # A GPU must have this share of its memory free when the engine is made, also
+                    # where the cache's size is given; by default more than training leaves.
+                    gpu_memory_utilization=0.01,
                     logprobs_mode="raw_logprobs",
                     enable_sleep_mode=self.sleeps,
                     enforce_eager=not self.sleeps,  # CUDA graphs, but no compiler on CPUs
