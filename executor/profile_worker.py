@@ -260,9 +260,11 @@ class _Worker:
         """Kept while tasks ask for the same: they share the weights."""
         if (spec, tp) not in self.benches:
             self.benches.clear()
+            # After a capture that fails, torch's allocator takes it for one that goes on.
+            captures = self.device.type == "cuda" and spec.decode_is_static
             self.benches[spec, tp] = LayerBench(
                 spec, tp=tp, device=self.device, dtype=self.dtype,
-                capture=capture if self.device.type == "cuda" else None,
+                capture=capture if captures else None,
             )  # fmt: skip
         return self.benches[spec, tp]
 
