@@ -137,7 +137,7 @@ def _experts(
 
 def _grouped(rows: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """rows [n, in], the first counts[0] of expert 0 and so on; weights [experts, out, in]."""
-    if rows.is_cuda and rows.dtype == torch.bfloat16:
+    if rows.is_cuda and rows.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):  # torch 2.10
         ends = counts.cumsum(0, dtype=torch.int32)
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
     parts = rows.split(counts.tolist())
