@@ -27,6 +27,8 @@ from profiles.errors import ConfigError
 EMBEDDING = "embedding.weight"
 # Gradients of another type than fp32 are converted this many values at a time (64 MiB).
 CONVERTED_VALUES = 1 << 24
+# Of one tensor in a norm: on CUDA torch has counted them in 32 bits (pytorch issue 169930).
+NORM_VALUES = 1 << 30
 
 Range = tuple[int, int]
 
@@ -296,7 +298,8 @@ class Adam:
 
     def _gradient_norm(self) -> float:
         """2-norm of the whole model's gradient: squares of every value once, over the mesh."""
-        parts = [self.gradients[a:b] for a, b in self.counted]
+        ranges = [self.gradients[a:b] for a, b in self.counted]
+        parts = [part for values in ranges for part in values.split(NORM_VALUES)]
         square = torch.zeros((), dtype=torch.float64, device=self.gradients.device)
         if parts:
             norms = torch._foreach_norm(parts, 2, dtype=torch.float32)

@@ -190,6 +190,13 @@ def test_conversion_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
 
 
+def test_a_norm_of_many_values_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executor.parallel.optimizer.NORM_VALUES", 7)
+    _, adam = made(alone(), CONFIG, 0)
+    set_gradients(alone(), adam, 0)
+    assert adam.step()["grad_norm"] == pytest.approx(expected(CONFIG)[1][0], rel=1e-6)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_no_weight(bad: float) -> None:
     buffer, adam = made(alone(), CONFIG, 0)
