@@ -137,4 +137,23 @@ def build_contexts(
                 mine[f"{axis}_group"] = known[members]
         if rank in layout.mesh:
             contexts[layout] = RankContext(layout=layout, rank=rank, device=device, **mine)
+    if device.type == "cuda":
+        for context in contexts.values():
+            connect_stages(context)
     return contexts
+
+
+def connect_stages(ctx: RankContext) -> None:
+    """A value from every stage to its neighbours; all ranks of the layout together.
+
+    NCCL connects two ranks when a batch brings the first message from the one to the other, and
+    begins nothing of the batch before both are there. So a stage that posts its only micro-batch
+    together with the receipt of its gradient would wait for a stage that waits for that batch.
+    """
+    stages = (ctx.pp_rank - 1, ctx.pp_rank + 1)
+    peers = [ctx.stage_rank(stage) for stage in stages if 0 <= stage < ctx.layout.pp]
+    values = torch.zeros(2, len(peers), 1, device=ctx.device)
+    operations = [dist.P2POp(dist.isend, *pair) for pair in zip(values[0], peers)]
+    operations += [dist.P2POp(dist.irecv, *pair) for pair in zip(values[1], peers)]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from executor.context import RankContext, build_contexts, single_process
+from executor.context import RankContext, build_contexts, connect_stages, single_process
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
 from tests.executor.small_models import small_spec
@@ -91,6 +91,22 @@ def test_groups_hold_the_ranks_that_differ_on_one_axis(by_rank, number):
             assert place[axis] == want, (layout.key, rank, axis)
             if want:
                 assert place[f"{axis} sum"] == sum(2**r for r in want)
+
+
+def connected(rank: int, world_size: int) -> bool:
+    layouts = [
+        Layout(spec=UNTIED, mesh=DeviceMesh(0, 4), pp=2, dp=2),
+        Layout(spec=UNTIED, mesh=DeviceMesh(0, 3), pp=3),
+        Layout(spec=UNTIED, mesh=DeviceMesh(0, 4), tp=2, dp=2),
+    ]
+    for ctx in build_contexts(layouts, rank=rank, device=torch.device("cpu")).values():
+        connect_stages(ctx)
+    return True
+
+
+def test_every_stage_has_its_neighbours_message():
+    """On CUDA they are sent before anything else; who has no neighbour sends none."""
+    assert all(spawn(4, connected))
 
 
 def test_a_middle_stage_is_neither_first_nor_last():
