@@ -69,26 +69,43 @@ CASES = [(algorithm, "dense") for algorithm in ALGORITHMS] + [
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "spec"), CASES)
-def test_nothing_of_the_host_mixes_into_a_step(
-    algorithm: str, spec: str, gpu: Gpu, tmp_path: Path
-) -> None:
-    overrides = [*OVERRIDES, f"output={tmp_path}"]
+def one_step(algorithm: str, spec: str, device: torch.device, folder: Path) -> Worker:
+    """A worker that has carried out a run's only step on ``device``, alone."""
+    overrides = [*OVERRIDES, f"output={folder}"]
     plan = make_plan(1, "0:d1p1m1:1", overrides=overrides, spec=SPECS[spec], algorithm=algorithm)
     config = make_config(ALGORITHMS[algorithm].config_class, [], base=plan.problem.config)
     run = Run(plan=plan, algorithm=ALGORITHMS[algorithm], config=config)
-    with TraceWriter(tmp_path / "trace", 0) as trace:
+    with TraceWriter(folder / "trace", 0) as trace:
         worker = Worker(
-            run, compile_plan(plan), rank=0, device=DEVICE, functions=functions_of(run),
+            run, compile_plan(plan), rank=0, device=device, functions=functions_of(run),
             data=mock_data(plan, config), text=TextCodec(None), store=dist.HashStore(), trace=trace,
         )  # fmt: skip
         worker.setup()
         worker.run_step(0, last=True)
     for trainer in worker.weights.trainers.values():
-        assert isinstance(trainer.gradients, DeviceTensor)
         assert trainer.optimizer.count.item() > 0
-    generates = any(call.kind is CallKind.GENERATE for call in plan.problem.graph.calls)
+        assert trainer.stage.buffer.flat.isfinite().all()
+    return worker
+
+
+@pytest.mark.parametrize(("algorithm", "spec"), CASES)
+def test_nothing_of_the_host_mixes_into_a_step(
+    algorithm: str, spec: str, gpu: Gpu, tmp_path: Path
+) -> None:
+    worker = one_step(algorithm, spec, DEVICE, tmp_path)
+    for trainer in worker.weights.trainers.values():
+        assert isinstance(trainer.gradients, DeviceTensor)
+    generates = any(call.kind is CallKind.GENERATE for call in worker.problem.graph.calls)
     assert bool(gpu.captured) == generates
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("algorithm", "spec"), CASES)
+def test_a_step_runs_on_a_gpu(algorithm: str, spec: str, tmp_path: Path) -> None:
+    worker = one_step(algorithm, spec, torch.device("cuda", 0), tmp_path)
+    for trainer in worker.weights.trainers.values():
+        assert trainer.gradients.is_cuda
 
 
 def test_a_parcel_crosses_through_the_hosts_memory(gpu: Gpu) -> None:
