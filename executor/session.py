@@ -107,6 +107,8 @@ def run_worker(
                 restore(steps.worker, run.resume_from)
             return steps.go(stop_wanted)
         finally:
+            # Graphs before their communicators, whose end waits for them (NCCL, commDestroySync).
+            steps.worker.generation.kept.clear()
             if metrics:
                 metrics.close()
 

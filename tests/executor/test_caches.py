@@ -7,6 +7,9 @@ Oracle: caches that are made for one generation.
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +175,36 @@ def test_graphs_are_captured_anew_for_another_stage_and_other_sampling(unpacked:
         captured.append(caches.decodes[0])
     assert len(set(captured[:3])) == 3
     assert captured[2] is captured[3]
+
+
+class Replay:
+    """A graph, to be seen as it goes."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self.run = run
+
+    def __call__(self) -> None:
+        self.run()
+
+
+def test_graphs_go_with_their_caches_at_once(unpacked: None) -> None:
+    """Nobody who ends a communicator that they know need wait for the garbage collector."""
+    stage, graphs, caches = single_stage(small_spec()), Graphs(), Caches((7,), LONGEST)
+    made: list[weakref.ref[Replay]] = []
+
+    def capture(action: Callable[[], object]) -> Replay:
+        replay = Replay(graphs(action))
+        made.append(weakref.ref(replay))
+        return replay
+
+    run(stage, SETTING, caches=caches, capture=capture, **prompts_of(0))
+    gc.disable()
+    try:
+        assert any(replay() is not None for replay in made)
+        del caches
+        assert [replay() for replay in made] == [None] * len(made)
+    finally:
+        gc.enable()
 
 
 def capture_in(caches: Caches, stage: DecoderStage, stream: torch.cuda.Stream) -> GraphCapture:
