@@ -25,6 +25,7 @@ from executor.buffers import ParameterBuffer
 from executor.context import RankContext
 from executor.model.families import FAMILIES, Stored, head_config, stored
 from executor.model.hf_load import INDEX_FILE, SINGLE_FILE, read_config
+from executor.parallel import data
 from planner.layout import Layout, ParameterShape, shard
 from profiles import hf_config
 from profiles.errors import CheckpointError
@@ -240,12 +241,12 @@ def _gathered(ctx: RankContext, local: Tensor, parameter: ParameterShape) -> Ten
     if whole is None or ctx.ep_group is None or not parameter.is_expert:
         return whole
     if ctx.dp_rank > 0:
-        dist.send(whole, dst=ctx.layout.device(ctx.pp_rank, 0, 0), group=ctx.ep_group)
+        data.send(whole, ctx.layout.device(ctx.pp_rank, 0, 0), ctx.ep_group)
         return None
     parts = [whole]
     for dp_rank in range(1, ctx.layout.ep):
         part = torch.empty_like(whole)
-        dist.recv(part, src=ctx.layout.device(ctx.pp_rank, dp_rank, 0), group=ctx.ep_group)
+        data.receive(part, ctx.layout.device(ctx.pp_rank, dp_rank, 0), ctx.ep_group)
         parts.append(part)
     return torch.cat(parts)
 
@@ -262,7 +263,7 @@ def _gathered_over_tp(
     if ctx.tp_rank > 0:
         if holds_first:
             first = ctx.layout.device(ctx.pp_rank, ctx.dp_rank, 0)
-            dist.send(local, dst=first, group=ctx.tp_group)
+            data.send(local, first, ctx.tp_group)
         return None
     own = shard(parameter, 1, 0, ctx.layout.ep, ctx.dp_rank)
     whole = local.new_empty(own.length)
@@ -272,7 +273,7 @@ def _gathered_over_tp(
         if tp_rank > 0:
             part = local.new_empty(piece.length)
             device = ctx.layout.device(ctx.pp_rank, ctx.dp_rank, tp_rank)
-            dist.recv(part, src=device, group=ctx.tp_group)
+            data.receive(part, device, ctx.tp_group)
         whole[piece.relative_to(own)].copy_(part)
     return whole
 

@@ -83,6 +83,24 @@ def gather(values: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
     return found
 
 
+def send(values: Tensor, dst: int, group: dist.ProcessGroup | None) -> None:
+    """To ``receive`` of world rank ``dst``, over the group's own communicator.
+
+    For ``dist.send`` NCCL would make one of these two ranks, with memory of its own.
+    """
+    _exchange(dist.P2POp(dist.isend, values, dst, group))
+
+
+def receive(values: Tensor, src: int, group: dist.ProcessGroup | None) -> None:
+    """The other end of ``send``: fills ``values``."""
+    _exchange(dist.P2POp(dist.irecv, values, src, group))
+
+
+def _exchange(operation: dist.P2POp) -> None:
+    for work in dist.batch_isend_irecv([operation]):
+        work.wait()
+
+
 # torch 2.13 renamed these two and warns at the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
