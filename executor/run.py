@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from executor.generate import vllm
+from executor.model.hf_load import tensor_files
 from executor.optional import check_package
 from planner.algorithm import (
     Algorithm,
@@ -130,15 +131,12 @@ def check_devices(plan: ExecutionPlan) -> None:
         )
 
 
-# What a checkpoint must share with the plan's model; the head may differ.
-_SHAPE = (
-    "num_layers", "hidden", "num_heads", "num_kv_heads", "head_dim", "ffn", "vocab", "rope_theta",
-    "qkv_bias",
-)  # fmt: skip
+# Fields of a model that say nothing about what it computes. (A learned position is a weight.)
+_FREE = ("name", "source", "max_positions")
 
 
 def check_weights(run: Run, role: str) -> None:
-    """Raise ``CheckpointError`` unless the role's weights are named and of the plan's shape."""
+    """Raise ``CheckpointError`` unless the role's weights are named, and computed as the plan's."""
     path = run.model_path(role)
     if path is None:
         return
@@ -156,14 +154,15 @@ def check_weights(run: Run, role: str) -> None:
     check_head(run, role, Path(path))
     planned = run.plan.problem.models[role]
     found = read_hf_config(path, head=planned.head)
+    free = (*_FREE, "tied_embedding") if planned.head == "scalar" else _FREE
     unlike = [
         f"{name} {getattr(found, name)} instead of {getattr(planned, name)}"
-        for name in _SHAPE
-        if getattr(found, name) != getattr(planned, name)
+        for name in (field.name for field in fields(planned))
+        if name not in free and getattr(found, name) != getattr(planned, name)
     ]
     if unlike:
         raise CheckpointError(
-            f"{path} is not of the planned shape: {', '.join(unlike)}",
+            f"{path} is not the planned model: {', '.join(unlike)}",
             where=f"{role}.path",
             remedy="search a plan for this model",
         )
@@ -182,14 +181,15 @@ def is_scored_by_model(run: Run, role: str) -> bool:
 
 
 def check_head(run: Run, role: str, folder: Path) -> None:
-    """Raise ``CheckpointError`` where a frozen scalar head would be random: a language model's."""
+    """Raise ``CheckpointError`` where a frozen scalar head would be random."""
     if not is_scored_by_model(run, role):
         return
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kinds = saved.get("architectures") or []
-    if any(kind.endswith("ForCausalLM") for kind in kinds):
+    if "score.weight" not in tensor_files(folder):
+        what = f" ({', '.join(kinds)})" if kinds else ""
         raise CheckpointError(
-            f"{folder} is a language model ({', '.join(kinds)}): it has no head that scores",
+            f"{folder}{what} has no head that scores, no tensor score.weight",
             where=f"{role}.path",
             remedy=f"train one with --algorithm reward, or use {role}.source=vader",
         )

@@ -25,6 +25,7 @@ from profiles.models import ModelSpec
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
 
 
 def load(buffer: ParameterBuffer, folder: str | Path, spec: ModelSpec, *, seed: int = 0) -> None:
@@ -38,7 +39,7 @@ def load(buffer: ParameterBuffer, folder: str | Path, spec: ModelSpec, *, seed: 
             another shape.
     """
     folder = Path(folder)
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
     _refuse_unknown(files, spec, folder)
     wanted: dict[Path, list[tuple[str, Stored, ParameterSlice]]] = defaultdict(list)
     for piece in buffer.slices:
@@ -62,7 +63,7 @@ def load(buffer: ParameterBuffer, folder: str | Path, spec: ModelSpec, *, seed: 
 
 
 def _part(tensors: Any, name: str, expected: tuple[int, ...], file: Path) -> Any:
-    """A tensor of the mapped file, of which slices can be read."""
+    """A tensor of the mapped file, of which slices can be read; of floating-point numbers."""
     try:
         part = tensors.get_slice(name)
     except SafetensorError:
@@ -75,6 +76,12 @@ def _part(tensors: Any, name: str, expected: tuple[int, ...], file: Path) -> Any
             f"{name} is {list(shape)}, but the model needs {list(expected)}",
             where=str(file),
             remedy="use the config.json of this checkpoint",
+        )
+    if part.get_dtype() not in FLOATS:
+        raise CheckpointError(
+            f"{name} has values of type {part.get_dtype()}: quantised weights are not read",
+            where=str(file),
+            remedy=f"give weights of type {', '.join(FLOATS)}",
         )
     return part
 
@@ -105,7 +112,7 @@ def _opened(file: Path) -> Any:
         ) from None
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """The file of every tensor of a checkpoint, by Hugging Face's name."""
     if not folder.is_dir():
         raise CheckpointError(
@@ -151,18 +158,31 @@ def _stored_name(name: str, files: Mapping[str, Path], folder: Path, spec: Model
 
 
 def _refuse_unknown(files: Mapping[str, Path], spec: ModelSpec, folder: Path) -> None:
-    """Raise where the decoder of the checkpoint has more than ours: it would compute otherwise."""
+    """Raise where the checkpoint has more than our model: it would compute otherwise.
+
+    Of a head that is not ours anything may be there.
+    """
     family, ours = FAMILIES[spec.family], stored_shapes(spec)
-    prefix = f"{family.prefix}."
-    for found in files:
-        name = found if found.startswith((prefix, "lm_head.", "score.")) else prefix + found
-        if name.startswith(prefix) and name not in ours and not name.endswith(family.ignored):
-            raise CheckpointError(
-                f"tensor {found} has no place in {spec.name} "
-                f"({spec.family}, {spec.num_layers} layers)",
-                where=str(folder),
-                remedy="the checkpoint is of another model, or quantised",
-            )
+    prefix, heads = f"{family.prefix}.", {"lm": "lm_head.", "scalar": "score."}
+    own, other = heads[spec.head], heads["scalar" if spec.head == "lm" else "lm"]
+    known = {*ours, f"{own}weight"}  # also where it is tied
+    for found, file in files.items():
+        name = found if found.startswith((prefix, own)) else prefix + found
+        if found.startswith(other) or name in known or name.endswith(family.ignored):
+            continue
+        if found == f"{own}bias" and _is_zero(found, file):
+            continue
+        raise CheckpointError(
+            f"tensor {found} has no place in {spec.name} ({spec.family}, {spec.num_layers} layers)",
+            where=str(folder),
+            remedy="the checkpoint is of another model, or quantised",
+        )
+
+
+def _is_zero(name: str, file: Path) -> bool:
+    """As token classification's bias is where nothing has trained it."""
+    with _opened(file) as tensors:
+        return not bool(tensors.get_tensor(name).any())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -178,6 +178,18 @@ def break_output_bias(folder: Path) -> None:
     change(folder, "model.layers.0.self_attn.o_proj.bias", torch.zeros(24))
 
 
+def break_integers(folder: Path) -> None:
+    change(folder, "model.layers.1.mlp.up_proj.weight", torch.zeros(40, 24, dtype=torch.int8))
+
+
+def break_head_bias(folder: Path) -> None:
+    change(
+        folder,
+        "lm_head.bias",
+        torch.zeros(small_spec().vocab).index_fill(0, torch.ones(1).long(), 1),
+    )
+
+
 def break_index(folder: Path, file: str) -> None:
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
     names["model.norm.weight"] = file
@@ -207,6 +219,8 @@ REFUSALS = [
     (break_shape, r"up_proj.weight is \[41, 24\], but the model needs \[40, 24\]"),
     (break_more_layers, "tensor model.layers.2.mlp.up_proj.weight has no place in small"),
     (break_output_bias, "tensor model.layers.0.self_attn.o_proj.bias has no place"),
+    (break_integers, "up_proj.weight has values of type I8: quantised weights are not read"),
+    (break_head_bias, "tensor lm_head.bias has no place"),
     (break_index_names_a_missing_file, "00002.safetensors: no such file, but the index names it"),
     (break_index_names_the_wrong_file, "no tensor model.norm.weight, which the index says"),
     (break_index_is_no_json, "index.json: not an index of safetensors"),
@@ -222,6 +236,24 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(damage, message, tmp_pa
     with pytest.raises(CheckpointError, match=message) as caught:
         load(empty_buffer(spec), tmp_path, spec)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bias", [0.0, 2.0])
+def test_a_scores_bias_is_nothing_or_refused(bias: float, tmp_path: Path) -> None:
+    """Token classification's head has one, which is zero until it is trained."""
+    spec = SPECS["untied"]
+    written_by_transformers(spec, tmp_path)
+    change(tmp_path, "score.weight", torch.ones(1, spec.hidden))
+    change(tmp_path, "score.bias", torch.tensor([bias]))
+    scalar = spec.with_head("scalar")
+    if bias:
+        with pytest.raises(CheckpointError, match=r"tensor score\.bias has no place"):
+            load(empty_buffer(scalar), tmp_path, scalar)
+        return
+    buffer = empty_buffer(scalar)
+    load(buffer, tmp_path, scalar)
+    assert buffer.view("head.weight").eq(1).all()
+    load(empty_buffer(spec), tmp_path, spec)  # which has another head
 
 
 # ---- random ---------------------------------------------------------------------------------
