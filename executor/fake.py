@@ -166,6 +166,9 @@ class _Watch(StorageCount):
         if isinstance(first, FakeTensor):
             if func is _aten._local_scalar_dense.default:
                 return 1.0 if first.dtype.is_floating_point else 1
+            if func is _aten.unbind.int and first.dtype == torch.float64:
+                # What was chosen in a turn becomes a list, number by number.
+                return torch.ones(first.shape, dtype=first.dtype).unbind(*args[1:])
             if func is _aten.bincount.default:
                 num_bins = kwargs.get("minlength", (*args, 0, 0)[2])
                 return torch.tensor(shares(first.numel(), num_bins))  # with values
