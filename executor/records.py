@@ -119,6 +119,12 @@ def _object(line: str, where: str, kind: DataKind) -> dict[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"not JSON ({error.msg})", where=where, remedy=remedy) from None
+    except RecursionError:
+        raise ConfigError("brackets nested too deeply", where=where, remedy=remedy) from None
+    except ValueError:  # Python refuses to convert an integer of thousands of digits
+        raise ConfigError(
+            "an integer of too many digits", where=where, remedy="write it as a text"
+        ) from None
     if not isinstance(record, dict):
         raise ConfigError("not a JSON object", where=where, remedy=remedy)
     return record

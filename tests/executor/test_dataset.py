@@ -79,6 +79,8 @@ def test_mock_prompts_are_the_same_everywhere_and_of_the_lengths_asked() -> None
         (b'{"question": "a"}', r"jsonl:1: prompt is None"),
         (b'{"prompt": "  "}', r"jsonl:1: prompt is '  '"),
         (b'{"prompt": 5}', r"jsonl:1: prompt is 5"),
+        (b"\n" + b'{"a":' * 100_000, r"jsonl:2: brackets nested too deeply; write"),
+        (b'{"prompt": "a", "n": ' + b"9" * 6000 + b"}", r"jsonl:1: an integer of too many digits"),
         (b'{"prompt": "a"}\n{"prompt": "\xff"}', r"jsonl:2: not UTF-8"),
         (b'\xef\xbb\xbf{"prompt": "a"}\n\xff', r"jsonl:2: not UTF-8"),
         (b'{"prompt": "a\\ud800"}', r"jsonl:1: .* half of a surrogate pair"),
