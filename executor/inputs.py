@@ -132,9 +132,14 @@ def check_tokenizers(run: Run) -> None:
 
 def _vocabulary(file: Path) -> dict[str, Any]:
     """Token -> id, added tokens among them."""
-    parsed = json.loads(file.read_text(encoding="utf-8"))
-    words = parsed.get("model", {}).get("vocab", {})
-    if isinstance(words, list):  # unigram: [token, score] by id
-        words = {token: i for i, (token, _) in enumerate(words)}
-    added = {entry["content"]: entry["id"] for entry in parsed.get("added_tokens", [])}
-    return {**words, **added}
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+        words = parsed.get("model", {}).get("vocab", {})
+        if isinstance(words, list):  # unigram: [token, score] by id
+            words = {token: i for i, (token, _) in enumerate(words)}
+        added = {entry["content"]: entry["id"] for entry in parsed.get("added_tokens", [])}
+        return {**words, **added}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"is damaged ({error})", where=str(file), remedy="copy it anew from the model's source"
+        ) from None

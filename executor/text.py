@@ -24,9 +24,9 @@ class TextCodec:
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of a damaged file the packages raise no kind of their own
             raise CheckpointError(
-                f"no tokenizer ({str(error).splitlines()[0]})", where=str(folder),
+                f"no tokenizer ({str(error).partition(chr(10))[0]})", where=str(folder),
                 remedy="copy tokenizer.json and tokenizer_config.json into the folder",
             ) from None  # fmt: skip
         self.stop_token_ids = stop_tokens(folder, self.tokenizer.eos_token_id)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,30 @@ def test_a_reward_model_that_means_other_tokens_is_refused(
     assert "reward.path: its tokenizer is not actor's: '3' is token 9 of" in printed
     assert "7 of" in printed
     assert "use a reward model of actor's family" in printed
+
+
+def model_of(toy: Path, folder: Path, **config: Any) -> Path:
+    """The toy's folder with another configuration; its weights are not looked at."""
+    shutil.copytree(toy / "model", folder)
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**saved, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("text", ["{nonsense", "[]", '{"model": {"type": "BPE", "vocab": {}}}'])
+def test_a_damaged_tokenizer_is_named_before_any_process(
+    text: str, toy: Path, tmp_path: Path, no_processes: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = model_of(toy, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text(text)
+    assert start(f"data.path={toy}/prompts.jsonl", algorithm="generation", model=damaged) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"realexec: {damaged}")
+
+
+def start(*words: str, algorithm: str, model: Path, critic: Path | None = None) -> int:
+    argv = ["run", "--layout", "d1p1m1", "--algorithm", algorithm, "--model", str(model)]
+    return cli.main([*argv, "--critic", str(critic or model), *words, "batch_size=4"])
 
 
 def test_a_reward_that_is_no_number_names_the_prompts_line(
