@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ class Item:
     prompt: Tensor
     where: str = ""  # file:line
     answers: tuple[Tensor, ...] = ()
+    fills_batch: bool = False  # of a pass that was not asked for: it makes the last batch whole
 
 
 class Prompts(Protocol):
@@ -74,7 +75,8 @@ class MockData:
 class Dataset:
     """A file or folder of ``records.py``, checked when opened; shuffled anew in every pass over it.
 
-    Without ``shuffle`` every pass has the file's order.
+    Without ``shuffle`` every pass has the file's order. Items after ``num_passes`` are marked
+    ``fills_batch``; 0: none are.
 
     Raises:
         ConfigError: a line is not as ``records.py`` says, or is too long; names file and line.
@@ -92,8 +94,9 @@ class Dataset:
         max_answer_tokens: int,
         stop_token_ids: tuple[int, ...] = (),
         shuffle: bool = True,
+        num_passes: int = 0,
     ) -> None:
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.num_passes = seed, shuffle, num_passes
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.longest = {"prompt": max_prompt_tokens, "answer": max_answer_tokens}
         self.stops = stop_token_ids
@@ -104,7 +107,12 @@ class Dataset:
         count = len(self.items)
         places = range(step * batch_size, (step + 1) * batch_size)
         order = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
-        return [self.items[order[place // count][place % count]] for place in places]
+        items = [self.items[order[place // count][place % count]] for place in places]
+        end = self.num_passes * count or places.stop
+        return [
+            replace(item, fills_batch=True) if place >= end else item
+            for place, item in zip(places, items, strict=True)
+        ]
 
     def _order(self, epoch: int) -> Sequence[int]:
         if not self.shuffle:

@@ -38,7 +38,7 @@ def open_data(run: Run, text: TextCodec) -> Prompts:
             vocab=vocab, seed=config.seed, kind=run.algorithm.data, prompt_len=config.prompt_len,
             response_len=config.response_len,
         )  # fmt: skip
-    return _dataset(run, text, config.data)
+    return _dataset(run, text, config.data, num_passes=config.total_epochs)
 
 
 def open_evaluation(run: Run, text: TextCodec) -> Dataset | None:
@@ -58,7 +58,7 @@ def open_evaluation(run: Run, text: TextCodec) -> Dataset | None:
     return data
 
 
-def _dataset(run: Run, text: TextCodec, data: DataConfig, *, shuffle: bool = True) -> Dataset:
+def _dataset(run: Run, text: TextCodec, data: DataConfig, **order: Any) -> Dataset:
     config = run.config
     if data.path and text.tokenizer is None:
         raise ConfigError(
@@ -74,7 +74,7 @@ def _dataset(run: Run, text: TextCodec, data: DataConfig, *, shuffle: bool = Tru
         max_prompt_tokens=config.prompt_len,
         max_answer_tokens=config.response_len,
         stop_token_ids=text.stop_token_ids,
-        shuffle=shuffle,
+        **order,
     )
 
 

@@ -38,14 +38,17 @@ class TextCodec:
         return text
 
     def with_answers(self, items: Sequence[Item], batch: SequenceBatch) -> list[dict[str, Any]]:
-        """The records of the batch's samples with ``answer`` and ``answer_ids`` added, and with
-        ``where`` they stand: file:line."""
+        """The records of the batch's samples with ``answer``, ``answer_ids``, ``where`` they stand
+        (file:line) and whether the item only ``fills_batch``."""
         offsets, prompts = batch.offsets, batch.get("prompt_lengths").tolist()
         ids = batch.token_ids.tolist()
         found = []
         for i, item in enumerate(items):
             answer = ids[offsets[i] + prompts[i] : offsets[i + 1]]
-            said = {"answer": self.decode(answer), "answer_ids": answer, "where": item.where}
+            said = {
+                "answer": self.decode(answer), "answer_ids": answer, "where": item.where,
+                "fills_batch": item.fills_batch,
+            }  # fmt: skip
             found.append({**item.record, **said})
         return found
 

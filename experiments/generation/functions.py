@@ -26,7 +26,8 @@ class Write:
     """Every rank appends its answers to a file of its own, one JSON object a line.
 
     The record of the prompt with ``answer``, ``sample`` (its place among the prompt's answers)
-    and ``finished`` (false: cut off at ``response_len``).
+    and ``finished`` (false: cut off at ``response_len``). With ``total_epochs`` what only fills
+    the last batch is left out.
     """
 
     def __init__(self, folder: Path, samples_per_prompt: int) -> None:
@@ -39,10 +40,12 @@ class Write:
         finished = batch.get("finished").tolist()
         with (self.folder / f"from{first}.jsonl").open("a", encoding="utf-8") as file:
             for sample, record, ended in zip(batch.samples, records, finished, strict=True):
+                if record["fills_batch"]:
+                    continue
                 line = {
                     name: value
                     for name, value in record.items()
-                    if name not in ("answer_ids", "where")
+                    if name not in ("answer_ids", "where", "fills_batch")
                 }
                 line |= {"sample": sample % self.samples_per_prompt, "finished": bool(ended)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

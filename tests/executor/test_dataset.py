@@ -22,10 +22,13 @@ class Letters:
         return {"input_ids": [ord(c) for c in text if c != "~"]}
 
 
-def dataset(path: Path, *, longest: int = 20, seed: int = 1, kind: DataKind = "prompts") -> Dataset:
+def dataset(
+    path: Path, *, longest: int = 20, seed: int = 1, kind: DataKind = "prompts", num_passes: int = 0
+) -> Dataset:
     return Dataset(
         path, kind=kind, seed=seed, chat_template=True, tokenizer=Letters(),
         max_prompt_tokens=longest, max_answer_tokens=longest, stop_token_ids=(7,),
+        num_passes=num_passes,
     )  # fmt: skip
 
 
@@ -42,6 +45,14 @@ def test_every_pass_sees_every_prompt_once_in_an_order_of_its_own(file: Path) ->
     passes = [seen[i : i + 7] for i in range(0, 21, 7)]
     assert all(sorted(one) == [f"p{i}" for i in range(7)] for one in passes)
     assert passes[0] != passes[1]
+
+
+def test_what_comes_after_the_last_pass_only_fills_the_batch(file: Path) -> None:
+    data = dataset(file, num_passes=2)
+    items = [item for step in range(3) for item in data.batch(step, 5)]
+    assert [item.fills_batch for item in items] == [False] * 14 + [True]
+    endless = dataset(file)
+    assert not any(item.fills_batch for step in range(3) for item in endless.batch(step, 5))
 
 
 def test_a_batch_follows_from_seed_and_step_alone(file: Path) -> None:

@@ -146,6 +146,18 @@ def start(*words: str, algorithm: str, model: Path, critic: Path | None = None) 
     return cli.main([*argv, "--critic", str(critic or model), *words, "batch_size=4"])
 
 
+def test_a_pass_answers_every_prompt_once_though_its_last_batch_is_filled(
+    toy: Path, tmp_path: Path
+) -> None:
+    """12 prompts in batches of 5."""
+    words = [f"data.path={toy}/prompts.jsonl", "total_epochs=1", "batch_size=5"]
+    argv = [*words, "samples_per_prompt=1", "-o", str(tmp_path)]
+    assert run(toy, *argv, algorithm="generation") == 0
+    answers = [row for file in (tmp_path / "answers").iterdir() for row in lines(file)]
+    assert sorted(row["id"] for row in answers) == list(range(1, 13))
+    assert set(answers[0]) == {"id", "prompt", "answer", "sample", "finished"}
+
+
 def test_a_reward_that_is_no_number_names_the_prompts_line(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
