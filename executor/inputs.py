@@ -6,18 +6,23 @@ Read ``check_inputs``; the workers open the same data again.
 from __future__ import annotations
 
 import json
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from executor.boards import import_wandb
-from executor.dataset import Dataset, MockData, Prompts
+from executor.dataset import Dataset, Item, MockData, Prompts
 from executor.run import Run, functions_of
 from executor.text import TextCodec
 from planner.graph import CallKind
 from planner.run_config import DataConfig
 from profiles.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def model_folder(run: Run) -> Path | None:
@@ -86,8 +91,9 @@ def check_inputs(run: Run) -> Run:
 
     Raises:
         ConfigError: data that cannot be used (names file and line), an unknown reward, a package
-            that is missing.
-        CheckpointError: no tokenizer, or two roles read tokens in different ways.
+            that is missing, sequences longer than a model can take.
+        CheckpointError: no tokenizer, two roles read tokens in different ways, or a role cannot
+            read tokens that it meets.
     """
     if run.config.wandb_project:
         import_wandb()
@@ -95,7 +101,10 @@ def check_inputs(run: Run) -> Run:
     check_tokenizers(run)
     text = TextCodec(model_folder(run))
     data = open_data(run, text)
-    open_evaluation(run, text)
+    evaluation = open_evaluation(run, text)
+    items = [i for one in (data, evaluation) if isinstance(one, Dataset) for i in one.items]
+    check_vocabularies(run, text, items)
+    check_lengths(run, items)
     if not run.config.total_epochs:
         return run
     if data.num_prompts is None:
@@ -127,6 +136,86 @@ def check_tokenizers(run: Run) -> None:
             f"its tokenizer is not {roles[0]}'s: {unlike!r} is token {found.get(unlike)} of "
             f"{file}, {wanted.get(unlike)} of {first}",
             where=f"{role}.path", remedy=f"use a {role} model of {roles[0]}'s family",
+        )  # fmt: skip
+
+
+def check_vocabularies(run: Run, text: TextCodec, items: Sequence[Item]) -> None:
+    """Raise ``CheckpointError`` unless every role's embedding has all tokens that it will meet.
+
+    Those of the data; a role that generates stops at its end tokens; others read what it makes,
+    which is any token of the tokenizer that its own vocabulary has.
+    """
+    models = run.plan.problem.models
+    used = [max((_largest(item), item.where) for item in items)] if items else []
+    known = max(text.tokenizer.get_vocab().values()) + 1 if text.tokenizer else math.inf
+    writers = _generating(run)
+    made = [(min(models[r].vocab, known) - 1, f"which {r} may generate") for r in writers]
+    stops = [(stop, "an end token") for stop in text.stop_token_ids]
+    for role in run.plan.problem.graph.roles:
+        vocab = models[role].vocab
+        token, source = max([*used, *(stops if role in writers else made)], default=(0, ""))
+        if token >= vocab:
+            raise CheckpointError(
+                f"its vocabulary has {vocab} tokens, which token {token} ({source}) is not among",
+                where=f"{role}.path", remedy=f"give {role} a model with the tokenizer's vocabulary",
+            )  # fmt: skip
+
+
+def _largest(item: Item) -> int:
+    return max(int(ids.max()) for ids in (item.prompt, *item.answers))
+
+
+def _generating(run: Run) -> list[str]:
+    """Roles that generate."""
+    calls = run.plan.problem.graph.calls
+    return list(dict.fromkeys(c.role for c in calls if c.kind is CallKind.GENERATE and c.role))
+
+
+def check_lengths(run: Run, items: Sequence[Item]) -> None:
+    """Raise ``ConfigError`` where a sequence has more positions than a model that learned them,
+    or a prompt leaves no room for an answer. Warn of answers that are cut and of rotary positions
+    beyond those of training: both can be computed."""
+    config, models = run.config, run.plan.problem.models
+    writers = _generating(run)
+    prompt, where = config.prompt_len, "prompt_len"
+    longest = prompt + config.response_len, "prompt_len + response_len"
+    if items:
+        prompt, where = max((len(item.prompt), item.where) for item in items)
+        longest = max(
+            (len(item.prompt) + max(map(len, item.answers), default=0), item.where)
+            for item in items
+        )
+    for role in writers:
+        most = models[role].max_positions
+        if prompt >= most:
+            raise ConfigError(
+                f"a prompt of {prompt} tokens leaves no room for an answer in the {most} "
+                f"positions of {role}",
+                where=where, remedy="shorten it or use a model of more positions",
+            )  # fmt: skip
+        wanted = prompt + config.response_len
+        if wanted > most:
+            log.warning(
+                "answers are cut at the %d positions of %s: prompts of up to %d tokens and "
+                "response_len=%d make %d", most, role, prompt, config.response_len, wanted,
+            )  # fmt: skip
+        longest = min(wanted, most), "prompt_len + response_len"
+    beyond = [
+        role
+        for role in run.plan.problem.graph.roles
+        if role not in writers and longest[0] > models[role].max_positions
+    ]
+    for role in beyond:
+        if models[role].positions == "learned":
+            raise ConfigError(
+                f"a sequence of {longest[0]} tokens, but {role} has "
+                f"{models[role].max_positions} positions",
+                where=longest[1], remedy="shorten it or use a model of more positions",
+            )  # fmt: skip
+    if beyond:
+        log.warning(
+            "sequences of up to %d tokens are longer than those that %s was made for (%d)",
+            longest[0], ", ".join(beyond), min(models[role].max_positions for role in beyond),
         )  # fmt: skip
 
 

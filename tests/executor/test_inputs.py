@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config
 
 from executor import cli
 from executor.boards import WandB, markdown
@@ -144,6 +144,106 @@ def test_a_damaged_tokenizer_is_named_before_any_process(
 def start(*words: str, algorithm: str, model: Path, critic: Path | None = None) -> int:
     argv = ["run", "--layout", "d1p1m1", "--algorithm", algorithm, "--model", str(model)]
     return cli.main([*argv, "--critic", str(critic or model), *words, "batch_size=4"])
+
+
+def test_a_token_of_the_data_outside_a_vocabulary_is_refused(
+    toy: Path, tmp_path: Path, no_processes: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With tp the embedding would take it for zeros."""
+    small = model_of(toy, tmp_path / "small", vocab_size=13)  # the last word is 9
+    nine, two = tmp_path / "nine.jsonl", tmp_path / "two.jsonl"
+    nine.write_text('{"prompt": "sort", "answer": "2"}\n{"prompt": "sort", "answer": "9"}\n')
+    two.write_text('{"prompt": "sort", "answer": "2"}\n')
+    assert start(f"data.path={nine}", algorithm="sft", model=small) == 2
+    printed = capsys.readouterr().err
+    assert f"its vocabulary has 13 tokens, which token 13 ({nine}:2) is not among" in printed
+    words = [f"data.path={two}", "eval_every=1", f"eval_data.path={nine}", "batch_size=1"]
+    argv = ["run", "--layout", "d1p1m1", "--algorithm", "sft", "--model", str(small)]
+    assert cli.main([*argv, *words]) == 2
+    assert f"token 13 ({nine}:2)" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="workers were started"):
+        start(f"data.path={two}", algorithm="sft", model=small)
+
+
+def test_who_reads_answers_must_know_every_token_of_them(
+    toy: Path, tmp_path: Path, no_processes: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Vocabularies may be padded in different ways: no more tokens than the tokenizer's count."""
+    data = tmp_path / "two.jsonl"
+    data.write_text('{"prompt": "sort 2"}\n')
+    small = model_of(toy, tmp_path / "small", vocab_size=13)
+    padded = model_of(toy, tmp_path / "padded", vocab_size=32)
+    words, model = [REWARD, f"data.path={data}"], toy / "model"
+    assert start(*words, algorithm="ppo", model=model, critic=small) == 2
+    assert (
+        "critic.path: its vocabulary has 13 tokens, which token 13 (which actor may generate) is "
+        "not among" in capsys.readouterr().err
+    )
+    for actor, critic in ((model, padded), (padded, model), (small, small)):
+        with pytest.raises(AssertionError, match="workers were started"):
+            start(*words, algorithm="ppo", model=actor, critic=critic)
+    random = [REWARD, "init=random", "prompt_len=8", "response_len=8"]
+    with pytest.raises(AssertionError, match="workers were started"):
+        start(*random, algorithm="ppo", model=small, critic=padded)
+    assert start(*random, algorithm="ppo", model=padded, critic=model) == 2
+    assert "which token 31 (which actor may generate)" in capsys.readouterr().err
+
+
+def learned(toy: Path, folder: Path, positions: int) -> Path:
+    """A model with ``positions`` learned positions."""
+    model_of(toy, folder)
+    config = GPT2Config(
+        vocab_size=14, n_positions=positions, n_embd=16, n_layer=1, n_head=2, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_sequences_longer_than_learned_positions_are_refused(
+    toy: Path, tmp_path: Path, no_processes: None, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Prompts of 6 tokens, right answers of 4 and an end; rotary positions go on, with a line."""
+    few = learned(toy, tmp_path / "few", 10)
+    words = [f"data.path={toy}/pairs.jsonl"]
+    assert start(*words, algorithm="dpo", model=few) == 2
+    assert re.search(
+        r"pairs\.jsonl:\d+: a sequence of 12 tokens, but (ref|actor) has 10 positions; shorten it",
+        capsys.readouterr().err,
+    )
+    rotary = model_of(toy, tmp_path / "rotary", max_position_embeddings=10)
+    enough = learned(toy, tmp_path / "enough", 12)
+    for model in (enough, rotary):
+        assert not caplog.messages
+        with pytest.raises(AssertionError, match="workers were started"):
+            start(*words, algorithm="dpo", model=model)
+    (line,) = caplog.messages
+    assert line.startswith("sequences of up to 12 tokens are longer than those that ref, actor was")
+
+
+def test_prompts_and_answers_meet_the_ends_of_positions_before_any_process(
+    toy: Path, tmp_path: Path, no_processes: None, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    words, sizes = [REWARD, f"data.path={toy}/prompts.jsonl"], (6, 8, 12)
+    six, eight, twelve = (learned(toy, tmp_path / f"of{n}", n) for n in sizes)
+    assert start(*words, "response_len=6", algorithm="ppo", model=six) == 2
+    assert re.search(
+        r"prompts\.jsonl:\d+: a prompt of 6 tokens leaves no room for an answer in the 6 ",
+        capsys.readouterr().err,
+    )
+    assert start(*words, "response_len=6", algorithm="ppo", model=twelve, critic=eight) == 2
+    assert "a sequence of 12 tokens, but critic has 8 positions" in capsys.readouterr().err
+    for model in (twelve, eight):
+        assert not caplog.messages
+        with pytest.raises(AssertionError, match="workers were started"):
+            start(*words, "response_len=6", algorithm="ppo", model=model)
+    (line,) = caplog.messages
+    assert line == (
+        "answers are cut at the 8 positions of actor: prompts of up to 6 tokens and "
+        "response_len=6 make 12"
+    )
 
 
 def test_a_pass_answers_every_prompt_once_though_its_last_batch_is_filled(
