@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -176,14 +177,18 @@ def make_config(
     config = OmegaConf.structured(config_class)
     try:
         config = OmegaConf.merge(config, OmegaConf.create(dict(base or {})))
+        _check_elements(config)
     except _NOT_OF_ITS_TYPE as error:
-        raise ConfigError(_first_line(error), where="config") from None
+        key = getattr(error, "full_key", None)
+        problem = f"{key}: {_first_line(error)}" if key else _first_line(error)
+        raise ConfigError(problem, where="config") from None
     for text in overrides:
         try:
             (override,) = OverridesParser.create().parse_overrides([text])
             if override.is_delete() or override.is_sweep_override() or override.is_add():
                 raise ConfigError("only key=value is understood", where=f"override '{text}'")
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            _check_elements(config)
         except HydraException as error:
             raise ConfigError(
                 _first_line(error), where=f"override '{text}'", remedy="write key=value"
@@ -196,11 +201,32 @@ def make_config(
     return OmegaConf.to_object(config)
 
 
+def _check_elements(config: Any) -> None:
+    """Raise OmegaConf's error for a list within a list of numbers, which a merge lets through."""
+    OmegaConf.structured(OmegaConf.to_object(config))
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Plain JSON values of a configuration: what a plan stores."""
+    """Plain JSON values of a configuration: what a plan stores.
+
+    Raises:
+        ConfigError: a number is infinite or none, which JSON cannot hold and no option means.
+    """
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(plain, dict)
+    _check_finite(plain)
     return {str(key): value for key, value in plain.items()}
+
+
+def _check_finite(value: Any, where: str = "") -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_finite(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_finite(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{value} is not a finite number", where=where)
 
 
 def _first_line(error: Exception) -> str:

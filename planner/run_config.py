@@ -168,6 +168,8 @@ class RunConfig:
             )  # fmt: skip
         if not 0 < self.hang_timeout_s < math.inf:
             raise ConfigError(f"{self.hang_timeout_s} is not above 0", where="hang_timeout_s")
+        if not self.output:
+            raise ConfigError("is empty", where="output", remedy="name a folder with -o")
         if self.init not in INITS:
             raise ConfigError(f"'{self.init}' is neither checkpoint nor random", where="init")
         if self.generation_backend not in BACKENDS:
@@ -194,7 +196,7 @@ def check_model(model: ModelConfig, *, where: str) -> None:
             remedy=f"use one of {', '.join(SCHEDULES)}",
         )  # fmt: skip
     for name in ("lr", "weight_decay", "max_grad_norm", "warmup_steps"):
-        if not getattr(model, name) >= 0:
+        if getattr(model, name) < 0:
             raise ConfigError(f"{getattr(model, name)} is below 0", where=f"{where}.{name}")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(model, name) < 1:

@@ -10,6 +10,7 @@ import pytest
 
 from planner.algorithm import (
     ENTRY_POINT_GROUP,
+    config_to_dict,
     find_algorithm,
     import_functions,
     make_config,
@@ -164,6 +165,39 @@ def test_a_number_that_no_float_holds_is_a_mistake_of_the_user(
     with pytest.raises(ConfigError, match="int too large to convert to float") as caught:
         make_config(config_class, overrides, base=base)
     assert where in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "base", "sentence"),
+    [
+        (
+            ["data.response_lengths=[[1]]"],
+            None,
+            r"override 'data\.response_lengths=\[\[1\]\]': Val",
+        ),
+        (
+            [],
+            {"data": {"response_lengths": [[1]]}},
+            r"config: response_lengths\[0\]: Value '\[1\]'",
+        ),
+    ],
+)
+def test_a_list_in_a_list_is_refused_at_once(
+    overrides: list[str], base: dict[str, object] | None, sentence: str
+) -> None:
+    config_class = find_algorithm(ours("ppo")).config_class
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        make_config(config_class, overrides, base=base)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["actor.lr=inf", "actor.warmup_steps=0 critic.eps=inf",
+                                      "actor.weight_decay=nan", "ppo.kl_coef=-inf"])  # fmt: skip
+def test_a_number_that_no_plan_can_hold_is_named(override: str) -> None:
+    config = make_config(find_algorithm(ours("ppo")).config_class, override.split())
+    name, _, value = override.split()[-1].partition("=")
+    with pytest.raises(ConfigError, match=rf"{name}: {value} is not a finite number"):
+        config_to_dict(config)
 
 
 @pytest.mark.parametrize(
