@@ -26,7 +26,7 @@ from planner.algorithm import (
     planned_workload,
 )
 from planner.graph import CallKind
-from planner.mesh import DeviceMesh
+from planner.mesh import DeviceMesh, enumerate_meshes
 from planner.plan import Allocation, ExecutionPlan, Problem, largest_dp, validate_plan
 from planner.program import compile_plan
 from planner.program_check import check_program
@@ -207,6 +207,8 @@ def functions_of(run: Run) -> dict[str, Any]:
 def one_layout_plan(problem: Problem, strategy: ParallelStrategy, *, seed: int) -> ExecutionPlan:
     """Every call on all devices under one strategy: a run without a search.
 
+    Functions are on as many devices as there are samples for.
+
     Raises:
         PlanError: the strategy does not use the cluster's devices or does not divide a model.
     """
@@ -218,8 +220,14 @@ def one_layout_plan(problem: Problem, strategy: ParallelStrategy, *, seed: int) 
         if reason is not None:
             raise PlanError(reason, where="--layout")
         if spec is None:
-            function_dp = ParallelStrategy(dp=mesh.num_devices)
-            allocations[call.name] = Allocation(mesh=mesh, strategy=function_dp)
+            meshes = enumerate_meshes(problem.cluster)
+            most = largest_dp(problem, call.name)
+            own_mesh = max(
+                (m for m in meshes if m.first == 0 and m.num_devices <= most),
+                key=lambda m: m.num_devices, default=mesh,
+            )  # fmt: skip
+            function_dp = ParallelStrategy(dp=own_mesh.num_devices)
+            allocations[call.name] = Allocation(mesh=own_mesh, strategy=function_dp)
             continue
         # Two micro-batches a stage keep a pipeline three quarters full or better.
         most = max(1, largest_dp(problem, call.name) // strategy.dp)

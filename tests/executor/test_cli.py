@@ -11,9 +11,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from executor.cli import main
+from executor.run import one_layout_plan
+from planner.mesh import DeviceMesh
 from planner.plan import ExecutionPlan
 from planner.plan_schema import save_plan
-from tests.runs import make_plan
+from planner.strategy import ParallelStrategy, parse_strategy
+from tests.runs import SMALL, make_plan, ppo_problem
 
 TWO_LAYOUTS = {"actor_gen": "0:d1p1m2:1", "critic_inf": "1:d1p1m1:1"}
 
@@ -60,6 +63,19 @@ def test_one_layout_needs_no_plan(tmp_path: Path) -> None:
     argv += ["prompt_len=4", "response_len=4", "total_steps=1", "ppo.num_mini_batches=1"]
     assert main([*argv, "-o", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    "layout, batch_size, devices", [("d1p1m4", 1, 1), ("d1p2m2", 3, 2), ("d2p1m2", 4, 4)]
+)
+def test_functions_of_one_layout_have_no_more_devices_than_samples(
+    layout: str, batch_size: int, devices: int
+) -> None:
+    overrides = [*OVERRIDES, "reward.source=vader", f"batch_size={batch_size}"]
+    problem = ppo_problem(4, overrides, replace(SMALL, num_kv_heads=4))
+    plan = one_layout_plan(problem, parse_strategy(layout), seed=1)
+    assert plan.allocations["rew_inf"].mesh == DeviceMesh(0, devices)
+    assert plan.allocations["rew_inf"].strategy == ParallelStrategy(dp=devices)
 
 
 def test_a_worker_s_refusal_is_one_sentence_and_its_crash_a_traceback(
@@ -123,6 +139,8 @@ def test_mistakes_on_the_command_line(
     assert "'extra' is not an override" in refused(capsys, str(file), "extra")
     assert "'lrr'" in refused(capsys, str(file), "actor.lrr=1")
     assert "not at least 1" in refused(capsys, str(file), "total_steps=0")
+    assert "output: is empty; name a folder" in refused(capsys, str(file), "-o", "")
+    assert "actor.lr: inf is not a finite" in refused(capsys, str(file), "actor.lr=inf")
     assert "is not a layout" in refused(capsys, "--layout", "d2x1", "--model", "tiny")
     assert "tp 3 does not divide" in refused(capsys, "--layout", "d1p1m3", "--model", "tiny")
     assert "--model" in refused(capsys, "--layout", "d1p1m1")
