@@ -8,26 +8,37 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """At once: a library under way may take an exception for a mistake of its own."""
-    os.write(sys.stderr.fileno(), b"realplan: interrupted\n")
-    os._exit(130)
+@contextmanager
+def loading(command: str) -> Iterator[None]:
+    """Ctrl-C ends the process at once, with a line of ``command`` and exit code 130.
+
+    A library under way may take an exception for a mistake of its own.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), f"{command}: interrupted\n".encode())
+        os._exit(130)
+
+    # A job in the background ignores Ctrl-C, and goes on to.
+    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if listens:
+        signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``planner.cli.main``, once it is loaded."""
-    # A job in the background ignores Ctrl-C, and goes on to.
-    listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if listens:
-        signal.signal(signal.SIGINT, _leave)
-    from planner.cli import main as cli_main
-
-    if listens:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with loading("realplan"):
+        from planner.cli import main as cli_main
     return cli_main(argv)
 
 

@@ -1,9 +1,11 @@
-"""``realexec`` where only the planner is installed: one sentence instead of a traceback."""
+"""The command ``realexec`` until it is loaded: no traceback for Ctrl-C or where torch is absent."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+
+from realplan import loading
 
 _EXTRA = frozenset({"torch", "transformers", "safetensors"})
 
@@ -11,7 +13,8 @@ _EXTRA = frozenset({"torch", "transformers", "safetensors"})
 def main(argv: Sequence[str] | None = None) -> int:
     """``executor.cli.main``, once what it needs is there."""
     try:
-        from executor.cli import main as cli_main
+        with loading("realexec"):  # torch takes seconds
+            from executor.cli import main as cli_main
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
@@ -20,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:  # torch takes seconds to load
-        print("realexec: interrupted", file=sys.stderr)
-        return 130
     return cli_main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,7 @@ from realplan import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Takes for ever to load, and takes what interrupts it for its own.
-NUMBA = """
+ENDLESS = """
 import time
 print("loading", flush=True)
 while True:
@@ -25,13 +25,14 @@ while True:
 """
 
 
-def test_ctrl_c_while_it_loads(tmp_path: Path) -> None:
-    (tmp_path / "numba.py").write_text(NUMBA)
-    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+def interrupted_while_loading(folder: Path, module: str, *command: str) -> tuple[int, str]:
+    """(exit code, stderr) of ``python -m command`` at Ctrl-C while it imports ``module``."""
+    (folder / f"{module}.py").write_text(ENDLESS)
+    path = os.pathsep.join([str(folder), str(REPOSITORY)])
     # What starts these tests in the background may ignore Ctrl-C, and a child with it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        [sys.executable, "-m", "realplan", "models"], env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-m", *command], env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     signal.signal(signal.SIGINT, before)
@@ -42,7 +43,12 @@ def test_ctrl_c_while_it_loads(tmp_path: Path) -> None:
         _, told = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, told) == (130, "realplan: interrupted\n")
+    return process.returncode, told
+
+
+def test_ctrl_c_while_it_loads(tmp_path: Path) -> None:
+    found = interrupted_while_loading(tmp_path, "numba", "realplan", "models")
+    assert found == (130, "realplan: interrupted\n")
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])

@@ -1,14 +1,16 @@
-"""Protects the first word to a user who installed the planner alone."""
+"""Protects the first word to a user who installed the planner alone, or who has no patience."""
 
 from __future__ import annotations
 
 import builtins
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from executor.entry import main
+from tests.test_realplan import interrupted_while_loading
 
 
 def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
@@ -37,17 +39,7 @@ def test_another_missing_module_is_a_mistake_of_ours(monkeypatch: pytest.MonkeyP
         main([])
 
 
-def test_ctrl_c_while_torch_is_loaded_is_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    real_import = builtins.__import__
-
-    def interrupt(name: str, *args: Any, **options: Any) -> Any:
-        if name == "executor.cli":
-            raise KeyboardInterrupt
-        return real_import(name, *args, **options)
-
-    monkeypatch.delitem(sys.modules, "executor.cli", raising=False)
-    monkeypatch.setattr(builtins, "__import__", interrupt)
-    assert main(["run", "plan.json"]) == 130
-    assert capsys.readouterr().err == "realexec: interrupted\n"
+def test_ctrl_c_while_torch_is_loaded_is_no_traceback(tmp_path: Path) -> None:
+    """Also where what is being loaded takes the interrupt for a mistake of its own."""
+    found = interrupted_while_loading(tmp_path, "torch", "executor.entry", "run", "plan.json")
+    assert found == (130, "realexec: interrupted\n")
