@@ -18,7 +18,7 @@ from profiles.errors import UserError
 
 
 class DivergedError(UserError):
-    """A loss or a gradient is infinite or not a number: going on would learn nothing."""
+    """A loss, gradient or logit is infinite or not a number: going on would learn nothing."""
 
 
 def generation_statistics(batch: SequenceBatch, context: RankContext) -> dict[str, float]:

@@ -27,6 +27,7 @@ from executor.model.hf_save import save
 from executor.out_of_memory import is_out_of_memory, out_of_memory
 from executor.parallel.pipeline import forward_only
 from executor.results import (
+    DivergedError,
     check_finite,
     generation_statistics,
     mean_outputs,
@@ -220,6 +221,11 @@ class Worker:
             if self.device.type == "cuda":
                 # Not the whole device: what is offloaded leaves beside the next instruction.
                 torch.cuda.current_stream(self.device).synchronize()
+        except FloatingPointError as error:  # of answers' logits
+            raise DivergedError(
+                f"{error} (step {self.turn[0] + 1})", where=label_of(instruction),
+                remedy="check the weights it began with, or lower their lr and --resume",
+            ) from error  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
