@@ -19,8 +19,9 @@ from executor import check_command, cli_jobs, profiler
 from executor.inputs import check_inputs
 from executor.launch.agent import Interrupted
 from executor.launch.supervise import WorkerError, launch
-from executor.resume import find_checkpoint
+from executor.resume import checkpoint_root, find_checkpoint
 from executor.run import Run, equal_nodes, one_layout_plan, resolve
+from executor.run_checkpoint import latest
 from executor.summary import (
     answers_are_plan_independent,
     compare,
@@ -162,7 +163,13 @@ def _run(args: argparse.Namespace) -> int:
         )
     if run.resume_from is not None:
         console.print(f"going on from {run.resume_from}", highlight=False, soft_wrap=True)
-    launch(run, launcher.start, name=args.launcher, options=options, max_restarts=args.max_restarts)
+    try:
+        launch(
+            run, launcher.start, name=args.launcher, options=options,
+            max_restarts=args.max_restarts,
+        )  # fmt: skip
+    except Interrupted as error:
+        return _interrupted(error, run)
     run = with_newest_plan(run)
     rows = compare(run)
     write_summary(rows, run)
@@ -173,6 +180,15 @@ def _run(args: argparse.Namespace) -> int:
     for folder in saved_models(run.output):
         print(f"saved {folder}")
     return 0
+
+
+def _interrupted(error: Interrupted, run: Run) -> int:
+    done = "" if error.step is None else f" after step {error.step}, with a checkpoint"
+    stays = "what was written stays, --resume goes on from it"
+    if latest(checkpoint_root(run)) is None:
+        stays = "there is no checkpoint to go on from"
+    print(f"realexec: interrupted{done}; {stays}", file=sys.stderr)
+    return 128 + error.signal_number
 
 
 VERBS = {
@@ -197,13 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkerError as error:
         print(f"realexec: {error}", file=sys.stderr)
         return 1
-    except Interrupted as error:
-        done = "" if error.step is None else f" after step {error.step}, with a checkpoint"
-        print(
-            f"realexec: interrupted{done}; what was written stays, --resume goes on from it",
-            file=sys.stderr,
-        )
-        return 128 + error.signal_number
     except KeyboardInterrupt:
         print("realexec: interrupted", file=sys.stderr)
         return 130

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from executor.launch.job import Job, load_job, plan_job, run_of
-from executor.launch.supervise import first_error, ranks_per_node, read_errors
+from executor.launch.supervise import LOST_S, first_error, ranks_per_node, read_errors
 from executor.run import Run
 from executor.switch import switched
-from executor.watchdog import SILENCE_S, read_position
+from executor.watchdog import read_position
 from planner.plan_schema import load_plan
 from profiles.errors import ConfigError
 
@@ -149,8 +149,8 @@ def is_lost(job: Job) -> bool:
 
     A job that a scheduler has not begun is not lost.
     """
-    beats = [path.stat().st_mtime for path in (job.launch_folder / "heartbeat").glob("*")]
-    return bool(beats) and time.time() - max(beats) > 2 * SILENCE_S
+    quiet_s = job.quiet_s()
+    return quiet_s is not None and quiet_s > LOST_S
 
 
 def _logs(args: argparse.Namespace) -> int:

@@ -81,6 +81,11 @@ class Job:
     def heartbeat_of(self, rank: int) -> Path:
         return self.launch_folder / "heartbeat" / f"rank{rank:05}.json"
 
+    def quiet_s(self) -> float | None:
+        """Since the last sign of life of any rank; None where none has given one."""
+        beats = [path.stat().st_mtime for path in (self.launch_folder / "heartbeat").glob("*")]
+        return time.time() - max(beats) if beats else None
+
     def save(self, plan: ExecutionPlan) -> None:
         """Write what workers read: the plan, and ``job.json`` in an emptied ``launch/``.
 

@@ -6,24 +6,27 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from executor.launch.agent import Interrupted
 from executor.launch.display import showing
-from executor.launch.job import Job, plan_job
+from executor.launch.job import Job, load_job, plan_job
 from executor.launch.worker import NO_ROOM
 from executor.resume import checkpoint_root
 from executor.run import Run, equal_nodes
 from executor.run_checkpoint import latest
 from executor.switch import with_newest_plan
-from executor.watchdog import read_position
+from executor.watchdog import SILENCE_S, read_position
 from profiles.errors import CheckpointError, ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -32,7 +35,15 @@ Launcher = Callable[[Job, Run, Mapping[str, str]], None]
 
 
 class WorkerError(RuntimeError):
-    """A worker failed by a mistake of ours, or was killed; the message is why."""
+    """A worker failed by a mistake of ours, or was killed, in ``step``; the message is why."""
+
+    def __init__(self, message: str, *, step: int = -1) -> None:
+        super().__init__(message)
+        self.step = step
+
+    @property
+    def reason(self) -> str:
+        return str(self).strip().splitlines()[-1]
 
 
 def launch(
@@ -46,22 +57,29 @@ def launch(
     """Run to the end; after a worker's failure or hang go on from the last checkpoint.
 
     Raises:
-        UserError: a worker refused its input.
-        WorkerError: a worker failed otherwise, once more than ``max_restarts`` times.
+        UserError: a worker refused its input, or another run goes on in the output folder.
+        WorkerError: a worker failed otherwise, once more than ``max_restarts`` times, or twice
+            alike in one step with no newer checkpoint in between.
         Interrupted: the run was stopped from outside; what it had written stays.
     """
-    for restarts_left in range(max_restarts, -1, -1):
-        try:
-            return _launch_once(run, launcher, name, options or {})
-        except WorkerError as error:
-            if restarts_left == 0:
-                raise
-            newest = latest(checkpoint_root(run))
-            log.warning(
-                "%s; restarting from %s, %d restarts left",
-                str(error).strip().splitlines()[-1], newest or "the beginning", restarts_left - 1,
-            )  # fmt: skip
-            run = replace(with_newest_plan(run), resume_from=newest)
+    with holding(run.output):
+        before = None
+        for restarts_left in range(max_restarts, -1, -1):
+            try:
+                return _launch_once(run, launcher, name, options or {})
+            except WorkerError as error:
+                newest = latest(checkpoint_root(run))
+                failure = (error.reason, error.step, newest)
+                if restarts_left and failure == before:
+                    log.warning("the same failure in the same step again: not restarted")
+                if not restarts_left or failure == before:
+                    raise
+                log.warning(
+                    "%s; restarting from %s, %d restarts left",
+                    error.reason, newest or "the beginning", restarts_left - 1,
+                )  # fmt: skip
+                before = failure
+                run = replace(with_newest_plan(run), resume_from=newest)
 
 
 def _launch_once(run: Run, launcher: Launcher, name: str, options: Mapping[str, str]) -> None:
@@ -70,13 +88,73 @@ def _launch_once(run: Run, launcher: Launcher, name: str, options: Mapping[str, 
         prepare_output(run.output, goes_on=run.resume_from is not None)
         job.save(run.plan)
     except OSError as error:
-        raise ConfigError(
-            f"cannot be written ({error.strerror})", where=f"output {run.output}",
-            remedy="name a folder with -o",
-        ) from None  # fmt: skip
+        raise _unwritable(run.output, error) from None
     with showing(job, run.config.total_steps):
         launcher(job, run, options)
     check_outcome(job)
+
+
+def _unwritable(output: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot be written ({error.strerror})", where=f"output {output}",
+        remedy="name a folder with -o",
+    )  # fmt: skip
+
+
+# ---- one run a folder -------------------------------------------------------------------------
+
+# A run is lost whose ranks are all silent for longer than one may be: who ran them was killed.
+LOST_S = 2 * SILENCE_S
+# What a file system says that has no locks, as some shared ones.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+@contextmanager
+def holding(output: Path) -> Iterator[None]:
+    """No other run starts in ``output`` meanwhile; the kernel ends this with the process.
+
+    Raises:
+        ConfigError: one goes on there, or the folder cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    with file:
+        locked = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _goes_on(output) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise _unwritable(output, error) from None
+            locked = False
+        if _works_by_itself(output, locked=locked):
+            raise _goes_on(output)
+        yield
+
+
+def _works_by_itself(output: Path, *, locked: bool) -> bool:
+    """Ranks of an earlier start are at work: SLURM's outlive who has submitted them."""
+    try:
+        job = load_job(output)
+    except ConfigError:
+        return False
+    if locked and job.launcher != "slurm":
+        return False
+    nodes = [f"node{node}" for node in range(job.num_nodes)]
+    ended = job.told("failed") is not None or all(job.told(node) is not None for node in nodes)
+    quiet_s = job.quiet_s()
+    return not ended and quiet_s is not None and quiet_s <= LOST_S
+
+
+def _goes_on(output: Path) -> ConfigError:
+    return ConfigError(
+        "a run goes on here", where=f"output {output}",
+        remedy=f"end it with realexec stop {output}, or name another folder with -o",
+    )  # fmt: skip
 
 
 def ranks_per_node(run: Run, launcher: str) -> int:
@@ -134,26 +212,28 @@ def first_error(job: Job) -> Exception | None:
 
 
 def _failure(job: Job, failed: Mapping[str, Any], records: list[dict[str, Any]]) -> Exception:
+    rank, position = failed["rank"], read_position(job.heartbeat_of(failed["rank"]))
+    step = -1 if position is None else position.step
     if "hang" in failed:
-        return WorkerError(failed["hang"])
-    rank, code = failed["rank"], failed["code"]
+        return WorkerError(failed["hang"], step=step)
+    code = failed["code"]
     if code == NO_ROOM:
         return CheckpointError(
             "no room is left on its file system", where=job.output,
             remedy="make room and go on with --resume",
         )  # fmt: skip
     if code < 0:
-        position = read_position(job.heartbeat_of(rank))
         at = f" in {position.describe()}" if position is not None else ""
         name = signal.Signals(-code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return WorkerError(f"rank {rank} was ended by {name}{hint}{at}")
+        return WorkerError(f"rank {rank} was ended by {name}{hint}{at}", step=step)
     own = [record for record in records if record["rank"] == rank]
     if not own:
         return WorkerError(
-            f"rank {rank} ended with code {code} without a word; its log is {job.log_of(rank)}"
+            f"rank {rank} ended with code {code} without a word; its log is {job.log_of(rank)}",
+            step=step,
         )
-    return WorkerError(f"rank {rank} failed:\n{own[0]['traceback']}")
+    return WorkerError(f"rank {rank} failed:\n{own[0]['traceback']}", step=step)
 
 
 def read_errors(output: Path) -> list[dict[str, Any]]:

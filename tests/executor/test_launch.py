@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -9,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -19,14 +22,28 @@ import pytest
 from executor.cli import main
 from executor.launch import local
 from executor.launch.job import Job
-from executor.run import Run
-from executor.run_checkpoint import Checkpoint, latest
-from executor.watchdog import read_position
+from executor.launch.supervise import WorkerError, holding, launch
+from executor.results import DivergedError
+from executor.run import Run, resolve
+from executor.run_checkpoint import Checkpoint, finish, latest, make_partial
+from executor.watchdog import Position, read_position
+from executor.worker import Worker
+from planner.program import Generate, Instruction, compile_plan
+from profiles.errors import ConfigError
+from tests.runs import make_plan
 
 ARGUMENTS = (
     "run", "--layout", "d2p1m1", "--model", "tiny", "init=random", "batch_size=4", "prompt_len=4",
     "response_len=4", "total_steps=100000", "ppo.num_mini_batches=1",
 )  # fmt: skip
+
+
+def a_job(output: Path) -> Job:
+    return Job(
+        output=str(output), token="t", secret="", launcher="local", num_ranks=1, ranks_per_node=1,
+        num_threads=1, hang_timeout_s=10.0, bind="", resume_from="", folder=str(output),
+        python_path=(), config={},
+    )  # fmt: skip
 
 
 def descendants(pid: int) -> list[int]:
@@ -150,7 +167,7 @@ def test_a_second_signal_does_not_wait_for_a_frozen_worker(
     running.send_signal(signal.SIGINT)
     code, sentence = ends(running, children)
     assert code == 130
-    assert sentence.startswith("realexec: interrupted;")
+    assert sentence == "realexec: interrupted; there is no checkpoint to go on from"
 
 
 def test_a_frozen_worker_is_named_with_its_instruction_and_who_waits(tmp_path: Path) -> None:
@@ -172,6 +189,19 @@ def test_a_frozen_worker_is_named_with_its_instruction_and_who_waits(tmp_path: P
     told = r"hangs in [\w ]+ \(instruction \d+ of step \d+\): no sign of life for \d s"
     assert re.search(told, sentence), sentence
     assert re.search(r"rank 0 waits for it in [\w ]+ \(instruction", sentence), sentence
+
+
+def test_logits_that_are_no_numbers_are_a_sentence_of_their_call() -> None:
+    def generate(instruction: Instruction, counts: dict[str, int]) -> None:
+        raise FloatingPointError("logits of sample 3 are not finite")
+
+    step = compile_plan(make_plan(1, "0:d1p1m1:1")).step[0]
+    instruction = next(i for i in step if isinstance(i, Generate))
+    worker = cast(Worker, SimpleNamespace(handlers={Generate: generate}, turn=(4, 0)))
+    told = r"actor_gen: logits of sample 3 are not finite \(step 5\); check the weights"
+    with pytest.raises(DivergedError) as stop:
+        Worker._handle(worker, instruction, {})
+    assert re.match(told, str(stop.value))
 
 
 def freeze_in_an_instruction(pid: int, heartbeat: Path) -> None:
@@ -282,6 +312,81 @@ def test_a_run_whose_launcher_was_killed_long_ago_is_lost(
         assert "lost: no rank has given a sign of life" in capsys.readouterr().out
 
 
+def test_a_second_run_does_not_start_in_the_folder_of_one_that_goes_on(
+    running: subprocess.Popen[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    children, output = descendants(running.pid), tmp_path / "out"
+    before = (output / "launch" / "job.json").read_text()
+    assert main([*ARGUMENTS, "-o", str(output)]) == 2
+    told = f"output {output}: a run goes on here; end it with realexec stop {output}, or"
+    assert told in capsys.readouterr().err
+    assert (output / "launch" / "job.json").read_text() == before
+    assert running.poll() is None
+    running.kill()
+    none_is_left(children)
+    with holding(output):  # not any more, although ranks were heard a moment ago
+        pass
+
+
+@pytest.mark.parametrize("launcher, has_locks", [("slurm", True), ("local", False)])
+def test_ranks_that_nobody_holds_a_lock_for_are_heard(
+    launcher: str, has_locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM's go on without who has submitted them; and some file systems have no locks."""
+
+    def no_locks(file: object, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    job = replace(a_job(tmp_path), launcher=launcher)
+    job.save(make_plan(1, "0:d1p1m1:1"))
+    beat = job.heartbeat_of(0)
+    beat.write_text("{}")
+    if not has_locks:
+        monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(ConfigError, match="a run goes on here"), holding(tmp_path):
+        pass
+    os.utime(beat, (0, 0))
+    with holding(tmp_path):  # it is lost
+        pass
+    beat.touch()
+    job.tell("node0", codes={})
+    with holding(tmp_path):  # it has ended
+        pass
+
+
+@pytest.mark.parametrize(
+    "failed_at, checkpoints, starts",
+    [
+        ((3, 3, 3, 3), (), 2),
+        ((3, 4, 4, 5), (), 3),
+        ((3, 3, 3, 3), (1, 2, 3), 4),
+        ((1, 2, 3, 4), (), 4),
+    ],
+)
+def test_what_fails_alike_at_one_place_is_not_tried_again(
+    failed_at: Sequence[int], checkpoints: Sequence[int], starts: int, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """``checkpoints``: after the first start, after the second …"""
+    begun: list[Path | None] = []
+
+    def fails(job: Job, run: Run, options: Mapping[str, str]) -> None:
+        begun.append(run.resume_from)
+        step = failed_at[len(begun) - 1]
+        position = Position(rank=0, step=step, turn=0, index=1, label="rew_inf")
+        job.heartbeat_of(0).write_text(json.dumps(asdict(position)))
+        job.tell_first("failed", node=0, rank=0, hang="rank 0 is of no use")
+        if len(begun) <= len(checkpoints):
+            make_partial(tmp_path / "checkpoints", checkpoints[len(begun) - 1])
+            finish(tmp_path / "checkpoints", checkpoints[len(begun) - 1], {})
+
+    run = resolve(make_plan(1, "0:d1p1m1:1"), [f"output={tmp_path}"])
+    with pytest.raises(WorkerError, match="of no use"):
+        launch(run, fails, max_restarts=3)
+    assert len(begun) == starts
+    assert ("not restarted" in caplog.text) == (starts < 4)
+
+
 def test_nothing_listens_beyond_the_interface_that_was_chosen(
     running: subprocess.Popen[str], tmp_path: Path
 ) -> None:
@@ -335,11 +440,7 @@ def test_an_agent_is_told_of_signals_without_an_exception(
     kill that follows never ended. Here signals come as soon as the lock is taken.
     """
     (tmp_path / "launch").mkdir()
-    job = Job(
-        output=str(tmp_path), token="t", secret="", launcher="local", num_ranks=1, ranks_per_node=1,
-        num_threads=1, hang_timeout_s=10.0, bind="", resume_from="", folder=str(tmp_path),
-        python_path=(), config={},
-    )  # fmt: skip
+    job = a_job(tmp_path)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     lock = child._waitpid_lock  # type: ignore[attr-defined]
     seen: list[int] = []
