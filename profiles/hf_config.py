@@ -119,6 +119,9 @@ FAMILIES: Mapping[str, ConfigFamily] = {
     ),
 }
 
+# Whatever the family: transformers shows a token the later ones where these are otherwise.
+CAUSAL: Mapping[str, bool] = {"is_causal": True, "use_bidirectional_attention": False}
+
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -171,13 +174,15 @@ def read_hf_config(path: str | Path, *, head: HeadKind = "lm") -> ModelSpec:
 
 
 _LATENT = " (its latent attention is not; a shape like it is --model deepseek-v2-lite-type)"
+_TWO_KINDS = " (its layers with two kinds of attention are not)"
 # What the decoder would have to compute for families that users ask for.
 LACKS: Mapping[str, str] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "gemma2": " (its soft-capped logits and norms behind each part are not)",
-    "gemma3": " (its layers with two kinds of attention are not)",
-    "llama4": " (its layers with two kinds of attention are not)",
+    "gemma3": _TWO_KINDS,
+    "gemma3_text": _TWO_KINDS,
+    "llama4": _TWO_KINDS,
     "phi": " (its heads that are rotated in part are not)",
     "gpt_oss": " (its attention sinks are not)",
 }
@@ -195,6 +200,12 @@ def spec_from_hf(
             where=where,
             remedy=f"supported: {', '.join(sorted(FAMILIES))}",
         )
+    if config.get("quantization_config") is not None:
+        raise ConfigError(
+            "quantised weights are not supported",
+            where=f"{where}: quantization_config",
+            remedy="give the original checkpoint, or dequantise it to bf16, fp16 or fp32",
+        )
     # A null is what transformers takes by default, but of a window it says that there is none.
     given = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
     config = {**family.defaults, **given}
@@ -202,7 +213,7 @@ def spec_from_hf(
     if "num_local_experts" in config:  # transformers 5 writes Qwen's number of experts so
         config.setdefault("num_experts", config["num_local_experts"])
     keys = {**COMMON_KEYS, **family.keys}
-    for key, value in family.extra.items():
+    for key, value in {**CAUSAL, **family.extra}.items():
         if config.get(key, value) != value:
             raise ConfigError(f"{key} {config[key]!r} is not supported", where=where)
     derived = _derived(config, keys, where)

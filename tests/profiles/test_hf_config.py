@@ -104,6 +104,7 @@ def test_a_window_counts_where_the_family_uses_it(fields: dict[str, Any], window
     "fields, message",
     [
         ({"model_type": "gemma2"}, r"'gemma2' is not supported \(its soft-capped logits"),
+        ({"model_type": "gemma3_text"}, r"'gemma3_text' is not supported \(its layers with two"),
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: gemma, gpt2"),
         ({"model_type": "deepseek_v2"}, r"its latent attention is not.*deepseek-v2-lite-type"),
         ({"hidden_size": "64"}, "hidden_size is '64'; it must be a whole number"),
@@ -125,6 +126,15 @@ def test_a_window_counts_where_the_family_uses_it(fields: dict[str, Any], window
                 "max_window_layers": 2,
             },
             "max_window_layers: a sliding window of 64 tokens in some layers only",
+        ),
+        ({"is_causal": False}, "is_causal False is not supported"),
+        (
+            {"model_type": "gemma", "use_bidirectional_attention": True},
+            "use_bidirectional_attention True is not supported",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantization_config: quantised weights are not supported; give the original",
         ),
         (
             {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
