@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.errors import ConfigError
-from profiles.models import Activation, HeadKind, ModelSpec, RopeScaling
+from profiles.models import MAX_LAYERS, Activation, HeadKind, ModelSpec, RopeScaling
 
 # Our field -> theirs, where a family has no other name for it.
 COMMON_KEYS: Mapping[str, str] = {
@@ -50,9 +50,17 @@ class ConfigFamily:
 FAMILIES: Mapping[str, ConfigFamily] = {
     "llama": ConfigFamily(),
     "mistral": ConfigFamily(defaults={"sliding_window": 4096}),
-    "qwen2": ConfigFamily(defaults={"max_window_layers": 28}, fixed={"qkv_bias": True}),
+    "qwen2": ConfigFamily(
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+        fixed={"qkv_bias": True},
+    ),
     "qwen3": ConfigFamily(
-        defaults={"head_dim": 128, "max_window_layers": 28}, fixed={"qk_norm": True}
+        defaults={
+            "head_dim": 128,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
+        fixed={"qk_norm": True},
     ),
     "gemma": ConfigFamily(
         defaults={
@@ -74,7 +82,10 @@ FAMILIES: Mapping[str, ConfigFamily] = {
             "norm_eps": "layer_norm_epsilon",
             "activation": "activation_function",
         },
-        defaults={"activation_function": "gelu_new", "tie_word_embeddings": True},
+        defaults={
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": True,
+        },
         fixed={
             "norm": "layer",
             "positions": "learned",
@@ -92,7 +103,11 @@ FAMILIES: Mapping[str, ConfigFamily] = {
     "phi3": ConfigFamily(extra={"partial_rotary_factor": 1.0}),
     "mixtral": ConfigFamily(
         keys={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
-        defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6},
+        defaults={
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "rope_theta": 1e6,
+        },
     ),
     "qwen2_moe": ConfigFamily(
         keys={
@@ -102,7 +117,11 @@ FAMILIES: Mapping[str, ConfigFamily] = {
             "experts_per_token": "num_experts_per_tok",
             "normalize_top_k": "norm_topk_prob",
         },
-        defaults={"norm_topk_prob": False},
+        defaults={
+            "norm_topk_prob": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
         fixed={"qkv_bias": True},
         extra={"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
@@ -113,7 +132,7 @@ FAMILIES: Mapping[str, ConfigFamily] = {
             "experts_per_token": "num_experts_per_tok",
             "normalize_top_k": "norm_topk_prob",
         },
-        defaults={"norm_topk_prob": False},
+        defaults={"norm_topk_prob": False, "sliding_window": 4096},
         fixed={"qk_norm": True},
         extra={"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
@@ -121,6 +140,11 @@ FAMILIES: Mapping[str, ConfigFamily] = {
 
 # Whatever the family: transformers shows a token the later ones where these are otherwise.
 CAUSAL: Mapping[str, bool] = {"is_causal": True, "use_bidirectional_attention": False}
+
+# A layer without and one with the sliding window, in ``layer_types``. Of other families than
+# these transformers does not read the field when it masks.
+_KINDS = ("full_attention", "sliding_attention")
+READ_LAYER_TYPES = ("qwen2", "qwen2_moe", "qwen3")
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -231,7 +255,9 @@ def spec_from_hf(
         tied_embedding=bool(config.get("tie_word_embeddings", False)) and head == "lm",
         head=head,
         source=where,
-        sliding_window=_window(config, str(model_type), where),
+        sliding_window=_window(
+            config, str(model_type), found["num_layers"], found["max_positions"], where
+        ),
         **_rope(config, where),
         **{**_biases(config, str(model_type)), **found, **family.fixed},
     )
@@ -301,21 +327,44 @@ def _biases(config: Mapping[str, Any], model_type: str) -> dict[str, bool]:
     return {"qkv_bias": bias, "o_bias": bias, "ffn_bias": bool(config.get("mlp_bias"))}
 
 
-def _window(config: Mapping[str, Any], model_type: str, where: str) -> int:
+def _slides(config: Mapping[str, Any], model_type: str, layer: int) -> bool:
+    """Whether the window is this layer's, by the family's rule in transformers' config class."""
+    first = config.get("max_window_layers", 0)
+    if model_type == "qwen2_moe":
+        return layer % 2 == 0 and layer < first
+    if model_type in ("qwen2", "qwen3"):
+        return bool(layer >= first)
+    return model_type in ("mistral", "mixtral", "phi3", "qwen3_moe")
+
+
+def _window(
+    config: Mapping[str, Any], model_type: str, num_layers: int, longest: int, where: str
+) -> int:
     """The sliding window of all layers, 0 where none binds."""
-    window, longest = config.get("sliding_window"), config.get("max_position_embeddings") or 0
-    uses = config.get("use_sliding_window", model_type in ("mistral", "mixtral", "phi3"))
-    if not window or not uses or window >= longest:
+    window = config.get("sliding_window") or 0
+    if model_type.startswith("qwen") and not config.get("use_sliding_window", False):
+        window = 0
+    # A wrong number of layers is ModelSpec's to refuse; here it is only not walked through.
+    layers = range(min(num_layers, MAX_LAYERS))
+    kinds = {_KINDS[bool(window) and _slides(config, model_type, layer)] for layer in layers}
+    key, given = "max_window_layers", config.get("layer_types")
+    if given is not None:
+        key = "layer_types"
+        if not isinstance(given, list) or len(given) != num_layers:
+            raise ConfigError("not a list with an entry per layer", where=f"{where}: {key}")
+        said = {str(kind) for kind in given}
+        # Where transformers does not read them they must say what it does.
+        kinds = said if model_type in READ_LAYER_TYPES else kinds | said
+    if kinds <= {_KINDS[False]} or (kinds <= set(_KINDS) and window >= longest):
         return 0
-    without = config.get("max_window_layers", 0) if model_type.startswith("qwen") else 0
-    if without >= config.get("num_hidden_layers", 0):
-        return 0
-    if without > 0:
-        raise ConfigError(
-            f"a sliding window of {window} tokens in some layers only is not supported",
-            where=f"{where}: max_window_layers",
-        )
-    return _whole_number("sliding_window", window, where)
+    if kinds == {_KINDS[True]} and window:
+        return _whole_number("sliding_window", window, where)
+    raise ConfigError(
+        f"layers of {' and '.join(sorted(kinds))} with a sliding window of {window} tokens "
+        "are not supported",
+        where=f"{where}: {key}",
+        remedy=f"all layers must be of {_KINDS[False]}, or all of {_KINDS[True]} with a window",
+    )
 
 
 def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -368,6 +417,8 @@ def hf_config(spec: ModelSpec) -> dict[str, Any]:
     fields["sliding_window"] = spec.sliding_window or None
     if spec.family.startswith("qwen"):
         fields |= {"use_sliding_window": bool(spec.sliding_window), "max_window_layers": 0}
+    if spec.sliding_window and spec.family in READ_LAYER_TYPES:
+        fields["layer_types"] = [_KINDS[True]] * spec.num_layers
     return fields
 
 

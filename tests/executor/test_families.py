@@ -1,12 +1,14 @@
 """Protects families under layouts: every one trains, generates, moves and answers as one process.
 
 One process is held against transformers in ``test_transformer`` (logits, losses, gradients) and
-here (greedy answers). Shapes that tp does not divide are among the cases: kv heads that several
-shards hold, and vocabularies of which shards hold unlike parts.
+here (greedy answers, and logits of config files that leave fields out or add some). Shapes that
+tp does not divide are among the cases: kv heads that several shards hold, and vocabularies of
+which shards hold unlike parts.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +21,9 @@ from executor.buffers import ParameterBuffer
 from executor.context import RankContext, build_contexts, single_process
 from executor.generate.engine import generate
 from executor.generate.sampling import SamplingParams
+from executor.model.attention import pack
+from executor.model.hf_load import load
+from executor.model.hf_save import save
 from executor.model.transformer import DecoderStage
 from executor.parallel.optimizer import Adam, AdamConfig
 from executor.parallel.pipeline import train_1f1b
@@ -28,9 +33,11 @@ from planner.layout import Layout, ParameterSlice
 from planner.mesh import DeviceMesh
 from planner.reallocation import reallocate
 from planner.strategy import Recompute
+from profiles.hf_config import read_hf_config
 from profiles.models import ModelSpec
 from tests.executor.small_models import (
     FAMILY_SPECS,
+    hf_logits,
     hf_twin,
     random_buffer,
     random_ids,
@@ -243,3 +250,54 @@ def test_greedy_answers_are_transformers_under_every_layout(by_rank, key):
         for rank in layout.mesh.devices:
             for sample, tokens in by_rank[rank][key, name]["answers"].items():
                 assert tokens == expected[sample], (name, rank, sample)
+
+
+# ---- what config.json says beside the sizes ---------------------------------------------------
+
+SLIDES = {"use_sliding_window": True, "sliding_window": 4}
+# A spec's config with other fields; None: left out.
+EDITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2, all slide": (
+        "qwen2 tied",
+        SLIDES | {"max_window_layers": 9, "layer_types": ["sliding_attention"] * 2},
+    ),
+    "qwen3, none slides": (
+        "qwen3",
+        SLIDES | {"max_window_layers": 0, "layer_types": ["full_attention"] * 2},
+    ),
+    "qwen2_moe, all slide": ("qwen2_moe", SLIDES | {"layer_types": ["sliding_attention"] * 2}),
+    "qwen2_moe, by its own rule": ("qwen2_moe", SLIDES | {"max_window_layers": 0}),
+    "qwen3_moe, without a rule": ("qwen3_moe", SLIDES | {"max_window_layers": 9}),
+    "mistral, a field of Qwen's": ("odd vocabulary", {"use_sliding_window": False, **{
+        "model_type": "mistral", "architectures": None, "sliding_window": 4}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_config_file_means_what_transformers_makes_of_it(tmp_path, name):
+    """And what is saved of it, beside its source and without one, means the same again."""
+    from transformers import AutoModelForCausalLM
+
+    key, fields = EDITS[name]
+    made = single_stage(SPECS[key])
+    folder = tmp_path / "source"
+    save(made.ctx, made.buffer, folder, made.spec)
+    config = json.loads((folder / "config.json").read_text()) | fields
+    for field in (field for field, value in fields.items() if value is None):
+        del config[field]
+    (folder / "config.json").write_text(json.dumps(config))
+
+    spec = read_hf_config(folder)
+    layout = single_layout(spec)
+    buffer = ParameterBuffer.for_rank(layout, 0, dtype=torch.float32, device="cpu")
+    load(buffer, folder, spec)
+    stage = DecoderStage(single_process(layout), buffer)
+    save(stage.ctx, buffer, tmp_path / "beside", spec, source_folder=folder)
+    save(stage.ctx, buffer, tmp_path / "without", spec)
+    ids = random_ids(spec, LENGTHS)
+    with torch.no_grad():
+        logits = stage.head(stage.forward(ids, pack(LENGTHS)))
+        for found in (folder, tmp_path / "beside", tmp_path / "without"):
+            model = AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32).eval()
+            expected = hf_logits(model, ids, LENGTHS)
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

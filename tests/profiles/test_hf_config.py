@@ -1,11 +1,13 @@
 """Protects reading config.json: fields as published, and refusals of what would compute otherwise.
 
-Oracle: excerpts of the checkpoints' own files, in the older form of transformers 4.
+Oracle: excerpts of the checkpoints' own files, in the older form of transformers 4. Logits of such
+files are ``tests/executor/test_families.py``'s.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ BASE: dict[str, Any] = {
     "intermediate_size": 96, "vocab_size": 128, "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
 }  # fmt: skip
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def read(**changes: Any) -> ModelSpec:
@@ -74,6 +77,13 @@ def test_experts_as_their_files_say_them() -> None:
     assert again == qwen
 
 
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 48,
+}  # fmt: skip
+WINDOW: dict[str, Any] = {"sliding_window": 64, "use_sliding_window": True, **EXPERTS}
+
+
 @pytest.mark.parametrize(
     "fields, window",
     [
@@ -93,6 +103,24 @@ def test_experts_as_their_files_say_them() -> None:
             },
             64,
         ),
+        # Of every other layer below max_window_layers, and three layers have both.
+        (WINDOW | {"model_type": "qwen2_moe", "max_window_layers": 0}, 0),
+        (WINDOW | {"model_type": "qwen2_moe", "num_hidden_layers": 1}, 64),
+        (WINDOW | {"model_type": "qwen2_moe", "sliding_window": 256}, 0),
+        (WINDOW | {"model_type": "qwen3_moe", "max_window_layers": 28}, 64),
+        # Where the kinds of layers are given they decide.
+        (WINDOW | {"model_type": "qwen2", "layer_types": [SLIDING] * 3}, 64),
+        (WINDOW | {"model_type": "qwen2_moe", "layer_types": [SLIDING] * 3}, 64),
+        (WINDOW | {"model_type": "qwen3", "max_window_layers": 0, "layer_types": [FULL] * 3}, 0),
+        (WINDOW | {"model_type": "qwen3", "layer_types": None, "max_window_layers": 0}, 64),
+        # Both kinds, and a window that binds nobody.
+        (
+            WINDOW
+            | {"model_type": "qwen2", "sliding_window": 256, "layer_types": [FULL, SLIDING, FULL]},
+            0,
+        ),
+        ({"model_type": "mistral", "sliding_window": 64, "layer_types": [SLIDING] * 3}, 64),
+        ({"layer_types": [FULL] * 3}, 0),
     ],
 )
 def test_a_window_counts_where_the_family_uses_it(fields: dict[str, Any], window: int) -> None:
@@ -125,8 +153,36 @@ def test_a_window_counts_where_the_family_uses_it(fields: dict[str, Any], window
                 "use_sliding_window": True,
                 "max_window_layers": 2,
             },
-            "max_window_layers: a sliding window of 64 tokens in some layers only",
+            "max_window_layers: layers of full_attention and sliding_attention with a sliding "
+            "window of 64 tokens are not supported; all layers must be of full_attention, or all",
         ),
+        (
+            WINDOW | {"model_type": "qwen2_moe", "max_window_layers": 28},
+            "max_window_layers: layers of full_attention and sliding_attention",
+        ),
+        (
+            WINDOW | {"model_type": "qwen2", "layer_types": [FULL, SLIDING, FULL]},
+            "layer_types: layers of full_attention and sliding_attention",
+        ),
+        (
+            WINDOW | {"model_type": "qwen2", "layer_types": ["chunked_attention"] * 3},
+            "layer_types: layers of chunked_attention with",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": [SLIDING] * 3},
+            "layers of sliding_attention with a sliding window of 0 tokens",
+        ),
+        (
+            WINDOW | {"model_type": "qwen2", "layer_types": [SLIDING]},
+            "layer_types: not a list with an entry per layer",
+        ),
+        (WINDOW | {"model_type": "qwen2", "layer_types": "full"}, "layer_types: not a list"),
+        # transformers masks these by the window alone.
+        (
+            {"model_type": "mistral", "sliding_window": 64, "layer_types": [FULL] * 3},
+            "layer_types: layers of full_attention and sliding_attention",
+        ),
+        ({"layer_types": [SLIDING] * 3, "sliding_window": 64}, "layer_types: layers of full_att"),
         ({"is_causal": False}, "is_causal False is not supported"),
         (
             {"model_type": "gemma", "use_bidirectional_attention": True},
@@ -168,6 +224,10 @@ def test_a_written_config_is_json_and_read_back(family: str) -> None:
     )  # fmt: skip
     config = json.loads(json.dumps(hf_config(spec))) | {"tie_word_embeddings": False}
     assert spec_from_hf(config, name="x") == spec
+    if family not in ("llama", "gemma", "gpt2"):
+        narrow = replace(spec, sliding_window=8)
+        config = json.loads(json.dumps(hf_config(narrow))) | {"tie_word_embeddings": False}
+        assert spec_from_hf(config, name="x") == narrow
     plan = ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert plan == spec
 
