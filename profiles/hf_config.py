@@ -49,13 +49,14 @@ class ConfigFamily:
 
 FAMILIES: Mapping[str, ConfigFamily] = {
     "llama": ConfigFamily(),
-    "mistral": ConfigFamily(defaults={"sliding_window": 4096}),
+    "mistral": ConfigFamily(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
     "qwen2": ConfigFamily(
-        defaults={"sliding_window": 4096, "max_window_layers": 28},
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
         fixed={"qkv_bias": True},
     ),
     "qwen3": ConfigFamily(
         defaults={
+            "num_key_value_heads": 32,
             "head_dim": 128,
             "sliding_window": 4096,
             "max_window_layers": 28,
@@ -64,6 +65,7 @@ FAMILIES: Mapping[str, ConfigFamily] = {
     ),
     "gemma": ConfigFamily(
         defaults={
+            "num_key_value_heads": 16,
             "head_dim": 256,
             "hidden_act": "gelu_pytorch_tanh",
             "tie_word_embeddings": True,
@@ -83,6 +85,7 @@ FAMILIES: Mapping[str, ConfigFamily] = {
             "activation": "activation_function",
         },
         defaults={
+            "layer_norm_epsilon": 1e-5,
             "activation_function": "gelu_new",
             "tie_word_embeddings": True,
         },
@@ -100,12 +103,14 @@ FAMILIES: Mapping[str, ConfigFamily] = {
             "add_cross_attention": False,
         },
     ),
-    "phi3": ConfigFamily(extra={"partial_rotary_factor": 1.0}),
+    "phi3": ConfigFamily(defaults={"rms_norm_eps": 1e-5}, extra={"partial_rotary_factor": 1.0}),
     "mixtral": ConfigFamily(
         keys={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
         defaults={
+            "num_key_value_heads": 8,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
+            "rms_norm_eps": 1e-5,
             "rope_theta": 1e6,
         },
     ),
@@ -118,6 +123,7 @@ FAMILIES: Mapping[str, ConfigFamily] = {
             "normalize_top_k": "norm_topk_prob",
         },
         defaults={
+            "num_key_value_heads": 16,
             "norm_topk_prob": False,
             "sliding_window": 4096,
             "max_window_layers": 28,
@@ -132,7 +138,7 @@ FAMILIES: Mapping[str, ConfigFamily] = {
             "experts_per_token": "num_experts_per_tok",
             "normalize_top_k": "norm_topk_prob",
         },
-        defaults={"norm_topk_prob": False, "sliding_window": 4096},
+        defaults={"num_key_value_heads": 4, "norm_topk_prob": False, "sliding_window": 4096},
         fixed={"qk_norm": True},
         extra={"decoder_sparse_step": 1, "mlp_only_layers": []},
     ),
@@ -230,8 +236,10 @@ def spec_from_hf(
             where=f"{where}: quantization_config",
             remedy="give the original checkpoint, or dequantise it to bf16, fp16 or fp32",
         )
-    # A null is what transformers takes by default, but of a window it says that there is none.
-    given = {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
+    # A null is what transformers takes by default, but of a window it says that there is none,
+    # and of kv heads that they are as many as heads.
+    says = ("sliding_window", "num_key_value_heads")
+    given = {k: v for k, v in config.items() if v is not None or k in says}
     config = {**family.defaults, **given}
     _check_types(config, where)
     if "num_local_experts" in config:  # transformers 5 writes Qwen's number of experts so
@@ -243,11 +251,12 @@ def spec_from_hf(
     derived = _derived(config, keys, where)
     found: dict[str, Any] = {}
     for ours, theirs in keys.items():
-        value = config.get(theirs, derived.get(ours))
+        value = config.get(theirs)
+        value = derived.get(ours) if value is None else value
         if ours not in ("activation", "norm_eps", "normalize_top_k"):
             value = _whole_number(theirs, value, where)
         found[ours] = value
-    found["norm_eps"] = float(found["norm_eps"] or 1e-6)
+    found["norm_eps"] = float(found["norm_eps"])
     found["activation"] = _activation(str(model_type), found["activation"], where)
     return ModelSpec(
         name=name,
@@ -258,14 +267,14 @@ def spec_from_hf(
         sliding_window=_window(
             config, str(model_type), found["num_layers"], found["max_positions"], where
         ),
-        **_rope(config, where),
+        **_rope(config, found["max_positions"], where),
         **{**_biases(config, str(model_type)), **found, **family.fixed},
     )
 
 
 _NUMBERS = (
     "max_position_embeddings", "max_window_layers", "num_hidden_layers", "rms_norm_eps",
-    "layer_norm_epsilon", "rope_theta", "sliding_window",
+    "layer_norm_epsilon", "rope_theta", "sliding_window", "original_max_position_embeddings",
 )  # fmt: skip
 _ROPES = ("rope_parameters", "rope_scaling")
 
@@ -304,6 +313,7 @@ def _derived(config: Mapping[str, Any], keys: Mapping[str, str], where: str) -> 
         "num_kv_heads": num_heads,
         "head_dim": hidden // max(num_heads, 1),
         "ffn": 4 * hidden if keys["ffn"] == "n_inner" else None,
+        "norm_eps": 1e-6,
         "activation": "silu",
     }
 
@@ -322,9 +332,11 @@ def _activation(model_type: str, name: Any, where: str) -> Activation:
 
 
 def _biases(config: Mapping[str, Any], model_type: str) -> dict[str, bool]:
-    """``attention_bias`` is a bias of q, k, v and o; Qwen2 has its own without such a field."""
-    bias = bool(config.get("attention_bias")) and model_type not in ("qwen2", "qwen2_moe")
-    return {"qkv_bias": bias, "o_bias": bias, "ffn_bias": bool(config.get("mlp_bias"))}
+    """``attention_bias`` is a bias of q, k, v and o, in families that have such a field."""
+    reads = model_type in ("gemma", "llama", "qwen3", "qwen3_moe")
+    bias = reads and bool(config.get("attention_bias"))
+    ffn_bias = model_type == "llama" and bool(config.get("mlp_bias"))
+    return {"qkv_bias": bias, "o_bias": bias, "ffn_bias": ffn_bias}
 
 
 def _slides(config: Mapping[str, Any], model_type: str, layer: int) -> bool:
@@ -367,12 +379,14 @@ def _window(
     )
 
 
-def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _rope(config: Mapping[str, Any], longest: int, where: str) -> dict[str, Any]:
     """Theta and scaling; transformers 5 writes ``rope_parameters``, earlier ones two fields."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Which of them wins, and what is taken where a value is absent, is as in transformers 5.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("heads that are rotated in part are not supported", where=where)
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = rope.get("rope_theta")
+    theta = float(config.get("rope_theta", 10000.0) if theta is None else theta)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_theta": theta}
@@ -380,9 +394,10 @@ def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if rope.get(key, plain) != plain:
             raise ConfigError(f"rope's {key} is not supported", where=f"{where}: rope_scaling")
     given = {ours: rope[theirs] for ours, theirs in ROPE_KEYS.items() if rope.get(theirs)}
-    if kind == "yarn":
-        longest = config.get("max_position_embeddings", 0)
+    if kind in ("llama3", "yarn"):
         given.setdefault("original_positions", longest)
+        if (positions := config.get("original_max_position_embeddings")) is not None:
+            given["original_positions"] = positions
     here = f"{where}: rope_scaling"
     try:
         return {"rope_theta": theta, "rope_scaling": RopeScaling(kind=kind, **given)}

@@ -255,6 +255,7 @@ def test_greedy_answers_are_transformers_under_every_layout(by_rank, key):
 # ---- what config.json says beside the sizes ---------------------------------------------------
 
 SLIDES = {"use_sliding_window": True, "sliding_window": 4}
+NO_SCALING = {"rope_parameters": None}
 # A spec's config with other fields; None: left out.
 EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, all slide": (
@@ -270,6 +271,13 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, without a rule": ("qwen3_moe", SLIDES | {"max_window_layers": 9}),
     "mistral, a field of Qwen's": ("odd vocabulary", {"use_sliding_window": False, **{
         "model_type": "mistral", "architectures": None, "sliding_window": 4}}),
+    "yarn beside": ("odd vocabulary", NO_SCALING | {
+        "rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32}),
+    "llama3 beside": ("llama llama3", {"original_max_position_embeddings": 16}),
+    "mixtral's epsilon": ("mixtral", {"rms_norm_eps": None}),
+    "phi3's epsilon": ("phi3", {"rms_norm_eps": None}),
+    "gpt2's epsilon": ("gpt2", {"layer_norm_epsilon": None}),
+    "no epsilon": ("odd vocabulary", {"rms_norm_eps": 0.0}),
 }  # fmt: skip
 
 
@@ -280,6 +288,10 @@ def test_a_config_file_means_what_transformers_makes_of_it(tmp_path, name):
 
     key, fields = EDITS[name]
     made = single_stage(SPECS[key])
+    if "epsilon" in name:  # beside such small values one is seen
+        for piece in made.buffer.slices:
+            if piece.name in ("embedding.weight", "position.weight"):
+                made.buffer.view(piece.name).mul_(1e-2)
     folder = tmp_path / "source"
     save(made.ctx, made.buffer, folder, made.spec)
     config = json.loads((folder / "config.json").read_text()) | fields

@@ -1,7 +1,7 @@
 """Protects reading config.json: fields as published, and refusals of what would compute otherwise.
 
-Oracle: excerpts of the checkpoints' own files, in the older form of transformers 4. Logits of such
-files are ``tests/executor/test_families.py``'s.
+Oracles: excerpts of the checkpoints' own files, in the older form of transformers 4, and its
+config classes' defaults. Logits of such files are ``tests/executor/test_families.py``'s.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ from typing import Any
 import pytest
 
 from profiles.errors import ConfigError
-from profiles.hf_config import FAMILIES, hf_config, read_hf_config, spec_from_hf
+from profiles.hf_config import (
+    ACTIVATIONS,
+    COMMON_KEYS,
+    FAMILIES,
+    hf_config,
+    read_hf_config,
+    spec_from_hf,
+)
 from profiles.models import ModelSpec, RopeScaling
 
 BASE: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3,
     "intermediate_size": 96, "vocab_size": 128, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
+    "rms_norm_eps": 1e-5, "num_key_value_heads": 4,
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -128,6 +135,63 @@ def test_a_window_counts_where_the_family_uses_it(fields: dict[str, Any], window
     assert read(**fields).sliding_window == window
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_field_that_is_left_out_is_what_transformers_takes(model_type: str) -> None:
+    """The sizes given and nothing else; kv heads by default are up to 32."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {key: BASE[key] for key in ("vocab_size", "intermediate_size", "num_hidden_layers")}
+    sizes |= {"hidden_size": 256, "num_attention_heads": 32, "max_position_embeddings": 256}
+    if model_type == "gpt2":
+        sizes = {"n_embd": 256, "n_head": 32, "n_layer": 3, "n_positions": 256, "vocab_size": 128}
+    sizes |= {k: v for k, v in EXPERTS.items() if model_type.endswith("_moe")}
+    theirs = transformers.AutoConfig.for_model(model_type, **sizes)
+    ours = spec_from_hf({"model_type": model_type, **sizes}, name="x")
+    keys = {**COMMON_KEYS, **FAMILIES[model_type].keys}
+    assert ours.norm_eps == getattr(theirs, keys["norm_eps"])
+    assert ours.activation == ACTIVATIONS[getattr(theirs, keys["activation"])]
+    assert ours.num_kv_heads == (getattr(theirs, "num_key_value_heads", None) or 32)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8)
+    assert ours.tied_embedding == theirs.tie_word_embeddings
+    assert ours.normalize_top_k == getattr(theirs, "norm_topk_prob", True)
+    if model_type != "gpt2":
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert ours.o_bias == getattr(theirs, "attention_bias", False)
+    # Default windows, where there are any, are longer than these positions.
+    longer = spec_from_hf({"model_type": model_type, **sizes, keys["max_positions"]: 8192}, name="")
+    slides = SLIDING in getattr(theirs, "layer_types", [SLIDING])
+    window = getattr(theirs, "sliding_window", None) if slides else None
+    assert longer.sliding_window == (window or 0)
+
+
+def test_nothing_said_of_kv_heads_is_not_null() -> None:
+    """Null: as many as heads; left out: the family's number."""
+    mistral = {"model_type": "mistral", "num_attention_heads": 16}
+    assert read(**mistral, num_key_value_heads=None).num_kv_heads == 16
+    fields = {k: v for k, v in BASE.items() if k != "num_key_value_heads"} | mistral
+    assert spec_from_hf(fields, name="x").num_kv_heads == 8
+
+
+def test_a_norm_without_epsilon_stays_without() -> None:
+    assert read(rms_norm_eps=0.0).norm_eps == 0.0
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_positions_of_pre_training_may_stand_beside_the_scaling(kind: str) -> None:
+    """There they win, as in transformers; nowhere, they are the longest."""
+    rope = {"rope_type": kind, "factor": 4.0}
+
+    def positions(**fields: Any) -> int:
+        scaling = read(**fields).rope_scaling
+        assert scaling is not None
+        return scaling.original_positions
+
+    assert positions(rope_scaling=rope, original_max_position_embeddings=32) == 32
+    inside = rope | {"original_max_position_embeddings": 64}
+    assert positions(rope_parameters=inside) == 64
+    assert positions(rope_parameters=inside, original_max_position_embeddings=32) == 32
+    assert positions(rope_parameters=rope) == 256
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -192,6 +256,7 @@ def test_a_window_counts_where_the_family_uses_it(fields: dict[str, Any], window
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
             "quantization_config: quantised weights are not supported; give the original",
         ),
+        ({"original_max_position_embeddings": "4k"}, "is '4k'; give a number"),
         (
             {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
             "decoder_sparse_step 2 is not supported",
