@@ -14,6 +14,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from profiles.units import MIB
+
+# Of one buffer in the host's memory: for a pinned one torch takes the next power of two.
+PIECE_BYTES = 256 * MIB
+
 
 class Offloadable:
     """``kept`` tensors come back with their values, ``cleared`` ones with zeros.
@@ -28,7 +33,7 @@ class Offloadable:
     ) -> None:
         self.kept, self.cleared = tuple(kept), tuple(cleared)
         self.constant = constant
-        self.host: list[Tensor] = []
+        self.host: list[tuple[Tensor, ...]] = []  # of every kept tensor, in pieces
         self.away = False
         for tensor in (*self.kept, *self.cleared):
             assert _num_bytes(tensor) == tensor.untyped_storage().nbytes(), tensor.shape
@@ -45,7 +50,7 @@ class Offloadable:
             self.host = self.host or [_like(tensor) for tensor in self.kept]
             for there, here in zip(self.host, self.kept, strict=True):
                 with _beside(here):
-                    there.copy_(here, non_blocking=True)
+                    _copy(there, _pieces(here))
                 moved += _num_bytes(here)
         for tensor in (*self.kept, *self.cleared):
             tensor.untyped_storage().resize_(0)
@@ -60,7 +65,7 @@ class Offloadable:
         for there, here in zip(self.host, self.kept, strict=True):
             if here.is_cuda:  # what has left last may be on its way still
                 torch.cuda.current_stream(here.device).wait_stream(_side_stream(here.device))
-            here.copy_(there, non_blocking=True)
+            _copy(_pieces(here), there)
         for tensor in self.cleared:
             tensor.zero_()
         if not any(tensor.is_cuda for tensor in self.kept):
@@ -73,8 +78,20 @@ def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.view(-1).split(PIECE_BYTES // tensor.element_size())
+
+
+def _like(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
+        for piece in _pieces(tensor)
+    )
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=True)
 
 
 @contextmanager

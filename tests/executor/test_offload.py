@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from executor.buffers import ParameterBuffer
-from executor.offload import Offloadable
+from executor.offload import PIECE_BYTES, Offloadable
 from planner.layout import ParameterSlice
 
 NEEDS_GPU = [
@@ -37,7 +37,12 @@ def test_views_are_right_again_when_the_values_are_back() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_state_comes_back_as_it_went_and_gradients_as_zeros(device: str) -> None:
+@pytest.mark.parametrize("piece_bytes", [PIECE_BYTES, 1200])
+def test_state_comes_back_as_it_went_and_gradients_as_zeros(
+    device: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 4,000 bytes of state lie in one piece, or in four of which the last is shorter."""
+    monkeypatch.setattr("executor.offload.PIECE_BYTES", piece_bytes)
     state = torch.randn(1000, device=device)
     weight = torch.randn(10, 10, device=device, requires_grad=True)
     gradients = torch.zeros(100, device=device)
