@@ -105,9 +105,8 @@ def test_a_reward_model_that_means_other_tokens_is_refused(
 ) -> None:
     other = tmp_path / "other"
     write_model(other, seed=2)
-    config = json.loads((other / "config.json").read_text())
-    config["architectures"] = ["LlamaForSequenceClassification"]
-    (other / "config.json").write_text(json.dumps(config))
+    model = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)
+    model.save_pretrained(other)
     words = [f"data.path={toy}/prompts.jsonl", f"reward.path={other}", "-o", str(tmp_path / "out")]
     with pytest.raises(AssertionError, match="workers were started"):  # the same words: all is well
         run(toy, *words)

@@ -207,7 +207,7 @@ def steps_done(output: Path) -> int:
         (("--resume", "total_steps=4"), "has all of total_steps=4 done"),
         (("--resume", "seed=2"), "was written with seed=1, not 2"),
         (("resume=none",), "none: is not a complete checkpoint"),
-        (("--resume", "--model", "smollm2-135m", "--critic", "tiny"), "its actor has num_layers 4"),
+        (("--resume", "--model", "smollm2-135m"), "its actor has num_layers 4"),
         (("--max-restarts", "-1"), "--max-restarts: -1 is below 0"),
     ],
 )
