@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from executor_benches.questions import MANNERS, QUESTIONS
+from executor_benches.questions import PROMPTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUM_WORDS = 8192
@@ -163,10 +163,9 @@ def chat_questions(tokenizer: Any) -> list[str]:
     """The questions of ``bench_executor.py``, through the chat template."""
     return [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": question + manner}], add_generation_prompt=True,
-            tokenize=False,
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-        for manner in MANNERS for question in QUESTIONS
+        for prompt in PROMPTS
     ]  # fmt: skip
 
 
@@ -183,14 +182,8 @@ def measure_ours(name: str, settings: Settings, folder: Path) -> Steps:
     ]  # fmt: skip
     if name in SAMPLED:
         words += [f"samples_per_prompt={settings.samples_per_prompt}"]
-    command = [
-        sys.executable,
-        "-m",
-        "executor.cli",
-        "run",
-        "--layout",
-        f"d{settings.processes}p1m1",
-    ]
+    layout = f"d{settings.processes}p1m1"
+    command = [sys.executable, "-m", "executor.cli", "run", "--layout", layout]
     command += ["--model", settings.model, "--algorithm", algorithm, "-o", str(folder), *words]
     _run(command, settings, path=str(REPOSITORY))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

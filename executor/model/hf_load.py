@@ -163,8 +163,8 @@ def _refuse_unknown(files: Mapping[str, Path], spec: ModelSpec, folder: Path) ->
     Of a head that is not ours anything may be there.
     """
     family, ours = FAMILIES[spec.family], stored_shapes(spec)
-    prefix, heads = f"{family.prefix}.", {"lm": "lm_head.", "scalar": "score."}
-    own, other = heads[spec.head], heads["scalar" if spec.head == "lm" else "lm"]
+    prefix = f"{family.prefix}."
+    own, other = ("lm_head.", "score.") if spec.head == "lm" else ("score.", "lm_head.")
     known = {*ours, f"{own}weight"}  # also where it is tied
     for found, file in files.items():
         name = found if found.startswith((prefix, own)) else prefix + found

@@ -19,7 +19,7 @@ from executor.generate.sampling import SamplingParams
 from executor.generate.vllm import VLLM
 from executor.model import hf_load
 from executor.model.transformer import DecoderStage
-from executor_benches.questions import MANNERS, QUESTIONS
+from executor_benches.questions import PROMPTS
 from executor_benches.turns import WORLD, Row, take_turns
 from planner.layout import Layout
 from planner.mesh import DeviceMesh
@@ -76,10 +76,9 @@ def chat(rank: int, path: Path) -> tuple[Any, list[list[int]], SamplingParams]:
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     prompts = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": question + manner}], add_generation_prompt=True,
-            return_dict=False,
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False,
         )
-        for manner in MANNERS for question in QUESTIONS
+        for prompt in PROMPTS
     ][rank::WORLD]  # fmt: skip
     stop = int(tokenizer.eos_token_id)
     params = SamplingParams(max_new_tokens=NEW_TOKENS, greedy=True, stop_token_ids=(stop,))

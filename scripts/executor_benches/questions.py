@@ -1,4 +1,4 @@
-"""What is asked of chat models: every question in every manner, 32 prompts."""
+"""``PROMPTS``: what is asked of chat models, every question in every manner."""
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -11,3 +11,4 @@ QUESTIONS = (
     "Explain gravity in one sentence.",
 )
 MANNERS = ("", " Answer briefly.", " Answer in one word.", " Explain your answer.")
+PROMPTS = tuple(question + manner for manner in MANNERS for question in QUESTIONS)

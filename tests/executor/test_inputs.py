@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, GPT2Config
+from transformers import AutoModel, AutoModelForSequenceClassification, GPT2Config
 
 from executor import cli
 from executor.boards import WandB, markdown
@@ -127,6 +127,36 @@ def model_of(toy: Path, folder: Path, **config: Any) -> Path:
     saved = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**saved, **config}))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("hidden_act", "gelu", "activation gelu instead of silu"),
+        ("rms_norm_eps", 0.01, "norm_eps 0.01 instead of"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+         "rope_scaling RopeScaling(kind='linear', factor=4.0"),
+        ("tie_word_embeddings", False, "tied_embedding False instead of True"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_computed_otherwise_are_refused(
+    field: str, value: Any, said: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same shapes: nothing else would tell."""
+    other = model_of(toy, tmp_path / "other", **{field: value})
+    words = [REWARD, f"data.path={toy}/prompts.jsonl", f"actor.path={other}"]
+    assert run(toy, *words, "-o", str(tmp_path / "out")) == 2
+    assert f"{other} is not the planned model: {said}" in capsys.readouterr().err
+
+
+def test_a_reward_model_without_its_head_is_refused(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A decoder that is saved alone: scores of a random head would train the actor."""
+    AutoModel.from_pretrained(toy / "model").save_pretrained(tmp_path / "bare")
+    words = [f"data.path={toy}/prompts.jsonl", f"reward.path={tmp_path}/bare"]
+    assert run(toy, *words, "reward.source=model", "-o", str(tmp_path / "out")) == 2
+    assert "has no head that scores, no tensor score.weight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{nonsense", "[]", '{"model": {"type": "BPE", "vocab": {}}}'])
